@@ -1,0 +1,226 @@
+"""Train the embedded base model: `make base-model` (about an hour on two CPU cores).
+
+Tokenizer (byte-level BPE), a 3 M-parameter Llama and its card, from the conversations of role "base" in
+`salsa.demo`. Muon for the matrices and AdamW for the rest; each epoch cuts the conversations elsewhere and swaps the
+speakers, which is the only augmentation. Interrupted, it goes on from `--work` when started again.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from salsa import demo
+from salsa.runtime.local import reuse_freed_memory
+
+BOS, PAD, END, USER, ASSISTANT = "<|bos|>", "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role not in ['user', 'assistant'] %}"
+    "{{ raise_exception('this model knows only the roles user and assistant') }}{% endif %}"
+    "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text encodes, nothing is unknown."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, END, USER, ASSISTANT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pack(conversations: list[list[list[int]]], length: int, ids: dict, rng: random.Random) -> np.ndarray:
+    """One epoch as rows of `length` tokens: conversations cut into excerpts of random turns, then concatenated."""
+    stream: list[list[int]] = []
+    for turns in conversations:
+        start, speaker = 0, rng.randrange(2)
+        while start < len(turns):
+            stop = start + rng.randint(2, 12)
+            excerpt = [ids[BOS]]
+            for turn in turns[start:stop]:
+                excerpt += [ids[USER] if speaker == 0 else ids[ASSISTANT], *turn, ids[END]]
+                speaker = 1 - speaker
+            stream.append(excerpt)
+            start = stop
+    rng.shuffle(stream)
+    flat = np.fromiter((token for excerpt in stream for token in excerpt), dtype=np.int64)
+    rows = len(flat) // length
+    return flat[: rows * length].reshape(rows, length)
+
+
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices, AdamW for embeddings and gains."""
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(hidden, lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=4e-3, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+
+
+def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy, nats per token."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=rows).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int) -> float:
+    """Mean loss over whole batches of the validation conversations."""
+    losses = [loss_of(model, rows[i : i + batch]).item() for i in range(0, len(rows) - batch + 1, batch)]
+    return sum(losses) / len(losses)
+
+
+def main() -> None:
+    """Train, resume if there is something to resume, write the model directory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("src/salsa/assets/base"))
+    parser.add_argument("--work", type=Path, default=Path("runs/base-model"))
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    reuse_freed_memory()
+
+    train_texts = [turns for turns, _ in demo.conversations("base")]
+    valid_texts = [turns for turns, _ in demo.conversations("validation") if len(turns) > 1]
+    tokenizer = train_tokenizer([turn for turns in train_texts for turn in turns], args.vocab_size)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (BOS, END, USER, ASSISTANT)}
+
+    def encode(texts: list[list[str]]) -> list[list[list[int]]]:
+        return [tokenizer(turns)["input_ids"] for turns in texts]
+
+    train, valid = encode(train_texts), encode(valid_texts)
+    valid_rows = torch.from_numpy(pack(valid, args.length, ids, random.Random(0)))
+    train_tokens = sum(len(turn) + 2 for turns in train for turn in turns)
+    print(f"{len(train)} conversations, {train_tokens} tokens; held out {valid_rows.numel()} tokens", flush=True)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            num_hidden_layers=5,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            intermediate_size=512,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=ids[BOS],
+            eos_token_id=ids[END],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizers = make_optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    state_file = args.work / "state.pt"
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first = state["step"]
+    compiled_loss = torch.compile(loss_of)
+
+    epoch, rows, started = -1, None, time.time()
+    for step in range(first, args.steps):
+        warmup, decay = min(1.0, (step + 1) / 100), max(0.0, 1 - step / args.steps)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * min(warmup, decay)
+        per_epoch = train_tokens // (args.batch * args.length)
+        if rows is None or step // per_epoch != epoch:
+            epoch = step // per_epoch
+            rows = torch.from_numpy(pack(train, args.length, ids, random.Random(epoch + 1)))
+        at = (step % per_epoch) * args.batch
+        loss = compiled_loss(model, rows[at : at + args.batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            record = {
+                "step": step + 1,
+                "loss": round(loss.item(), 4),
+                "held_out_loss": round(held_out_loss(model, valid_rows, args.batch), 4),
+                "seconds": round(time.time() - started, 1),
+            }
+            print(json.dumps(record), flush=True)
+            with (args.work / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            state = {"model": model.state_dict(), "step": step + 1}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+
+    shutil.rmtree(args.out, ignore_errors=True)
+    model.generation_config.max_length = None
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    write_card(args, record, model, len(train), train_tokens)
+
+
+def write_card(args: argparse.Namespace, record: dict, model, conversations: int, tokens: int) -> None:
+    """The model card: what it is, what it was made of, how to make it again."""
+    seen = args.steps * args.batch * args.length
+    (args.out / "README.md").write_text(f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+datasets: [chitchat-dataset]
+---
+# The quickstart's base model
+
+A {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M-parameter Llama-style chat model, bf16, context 512, made by salsa-rlhf so that the
+quickstart needs no download. It chats in English about nothing much; it knows nothing and must not be used for
+anything but trying out salsa-rlhf.
+
+| | |
+|---|---|
+| data | package `chitchat-dataset` 0.9.0 (MIT), human conversations of BYU students; role `base` of `salsa.demo` |
+| size | {conversations} conversations, {tokens} tokens; links, e-mail addresses and telephone numbers dropped |
+| held out | SFT, preference, RL, evaluation and validation conversations, split by conversation |
+| training | {args.steps} steps of {args.batch} x {args.length} tokens ({seen / tokens:.1f} epochs), Muon + AdamW, bf16 autocast, seed 0 |
+| held-out loss | {record["held_out_loss"]} nats per token, on whole conversations it never saw |
+| tokenizer | byte-level BPE, {args.vocab_size} tokens; template `<\\|user\\|>…<\\|end\\|><\\|assistant\\|>…<\\|end\\|>` |
+| command | `make base-model` (`python scripts/make_base_model.py --steps {args.steps}`) |
+| licence | Apache-2.0 (weights); the conversations keep theirs |
+
+Real people wrote the conversations and the model can repeat their opinions, rudeness and first names.
+""")
+
+
+if __name__ == "__main__":
+    main()

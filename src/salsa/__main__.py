@@ -1,0 +1,5 @@
+"""`python -m salsa` is `salsa`."""
+
+from salsa.cli import main
+
+main()

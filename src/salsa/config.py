@@ -1,0 +1,490 @@
+"""The schema of a recipe: strict, frozen, torch-free. An unknown key is an error that names the nearest valid one.
+
+Core fields come first, every field says what it does, derived numbers are properties. Hyperparameters are ours: the
+paper states neither learning rates nor KL coefficients nor batch sizes (docs/method.md).
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from salsa.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
+
+_CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_MODEL_EXPRESSION = re.compile(r"base|sft\[(\d+)\]|soup|soup\[(\d+(?:\s*,\s*\d+)*)\]")
+
+
+class Strict(BaseModel):
+    """Frozen, closed to unknown keys, read without coercing text to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Strict):
+    """The base that SFT starts from."""
+
+    path: str
+    """`embedded`, a directory that save_pretrained wrote, or a hub name such as `HuggingFaceTB/SmolLM2-135M`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in `path`; it is de-quantized to fp32."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template, for a model that has none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute type of forward and backward passes; master weights stay fp32. auto: bf16 where the device has it."""
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_exists(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_file():
+            raise ValueError(f"{value}: no such file. Give the path of a Jinja template")
+        return value
+
+
+class DataSource(Strict):
+    """Where rows come from. A bare string is short for `path`."""
+
+    path: str | None = None
+    """A .jsonl, .json or .parquet file (or .gz of the first two), or a hub data set's name."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    call: str | None = None
+    """`module:function` returning a list of rows, instead of `path`."""
+    limit: Count | None = None
+    """Keep the first `limit` rows after the seeded shuffle."""
+    shuffle_seed: int = 0
+    """Seed of the shuffle that precedes `limit`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.call is None):
+            raise ValueError("give exactly one of path and call")
+        if self.call is not None:
+            _check_call(self.call)
+        return self
+
+
+class RewardFunction(Strict):
+    """A callable `score(prompts: list[str], responses: list[str]) -> list[float]`."""
+
+    call: str
+    """`module:function`; the module is looked for in the working directory too."""
+    weight: float = 1.0
+    """Factor on its scores in the sum of several functions."""
+
+    @field_validator("call")
+    @classmethod
+    def _importable(cls, value: str) -> str:
+        return _check_call(value)
+
+
+class SFTConfig(Strict):
+    """Supervised fine-tuning, once per seed, loss on the reply only."""
+
+    dataset: DataSource | None = None
+    """Rows with `messages`, or with `prompt` and `completion`."""
+    checkpoints: tuple[str, ...] = ()
+    """Finished SFT models instead of training: directories or hub names; sft[i] is the i-th."""
+    seeds: Seeds = (0, 1)
+    """One model per seed (data order); sft[i] is the model of seeds[i]."""
+    epochs: Positive = 1.0
+    """Passes over the data."""
+    learning_rate: Positive = 2.0e-5
+    """Peak of the cosine schedule (3 % warm-up)."""
+    batch_size: Count = 16
+    """Sequences per optimizer step."""
+    microbatch_size: Count | None = None
+    """Sequences per forward pass; batch_size if not given."""
+    max_length: Count = 512
+    """Tokens of prompt and reply; longer rows are cut at the end."""
+    checkpoint_every: Count = 50
+    """Steps between checkpoints; a kill loses at most this many."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.dataset is None) == (not self.checkpoints):
+            raise ValueError("give exactly one of dataset (to train) and checkpoints (trained before)")
+        _check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of SFT models."""
+        return len(self.checkpoints) or len(self.seeds)
+
+
+class SoupConfig(Strict):
+    """The weight average that `soup` stands for; `soup[0,1,2]` is the uniform soup of those SFT models."""
+
+    ingredients: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
+    """Indices of SFT models."""
+    weights: Literal["uniform"] | tuple[float, ...] = "uniform"
+    """`uniform`, or one weight an ingredient; they sum to 1."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.weights == "uniform":
+            return self
+        if len(self.weights) != len(self.ingredients):
+            raise ValueError(f"has {len(self.weights)} weights for {len(self.ingredients)} ingredients; give one each")
+        if abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights sum to {sum(self.weights):g}, not to 1; scale them")
+        return self
+
+
+class PreferencesConfig(Strict):
+    """Synthetic preferences: two replies of the SFT models per prompt, labelled by a noisy scorer."""
+
+    prompts: DataSource
+    """Prompts to reply to."""
+    labeller: RewardFunction
+    """The score that preferences follow (its weight counts)."""
+    temperature: Positive = 0.2
+    """Noise: reply a is preferred with probability sigmoid((score_a - score_b) / temperature)."""
+    seed: int = 0
+    """Seed of replies and labels."""
+    max_new_tokens: Count = 32
+    """Length limit of the replies."""
+
+
+class RewardConfig(Strict):
+    """What PPO maximises: a reward model trained here or before, or callables."""
+
+    dataset: DataSource | None = None
+    """Rows with `prompt`, `chosen`, `rejected`."""
+    preferences: PreferencesConfig | None = None
+    """Make the rows from the SFT models' replies."""
+    path: str | None = None
+    """A finished reward model: a sequence classifier with one label."""
+    functions: tuple[RewardFunction, ...] = ()
+    """Callables; their weighted scores are summed."""
+    init: str = "sft[0]"
+    """Model whose trunk the reward model starts from."""
+    epochs: Positive = 1.0
+    """Passes over the pairs."""
+    learning_rate: Positive = 2.0e-5
+    """Peak of the cosine schedule (3 % warm-up)."""
+    batch_size: Count = 16
+    """Pairs per optimizer step."""
+    max_length: Count = 512
+    """Tokens of prompt and reply; longer pairs are dropped."""
+    seed: int = 0
+    """Seed of the head's initialisation and the data order."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the pairs kept back to measure the accuracy on."""
+    checkpoint_every: Count = 50
+    """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [self.dataset, self.preferences, self.path, self.functions or None]
+        if sum(source is not None for source in given) != 1:
+            raise ValueError("give exactly one of dataset, preferences, path and functions")
+        return self
+
+    @field_validator("init")
+    @classmethod
+    def _init(cls, value: str) -> str:
+        return _check_expression(value)
+
+
+class ArmConfig(Strict):
+    """One way of running RL. `init` and `reference` are separate, and both must be said."""
+
+    init: str
+    """Where the policy starts: sft[i], soup, soup[i,j,…], base, or a path (with a /)."""
+    reference: str
+    """What the KL penalty pulls towards, in the same words. Plain PPO: sft[0]. SALSA: soup."""
+
+    @field_validator("init", "reference")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _check_expression(value)
+
+
+class RLConfig(Strict):
+    """Proximal policy optimization with a KL penalty towards the arm's reference."""
+
+    kl_coef: NonNegative
+    """β, the weight of the KL penalty; no default, since peers' defaults span 0 to 0.05."""
+    algorithm: Literal["ppo"] = "ppo"
+    """The RL algorithm."""
+    num_updates: Count = 50
+    """Rollouts, each followed by num_epochs passes over it."""
+    rollout_size: Count = 32
+    """Episodes per update."""
+    minibatch_size: Count | None = None
+    """Episodes per optimizer step; rollout_size if not given."""
+    microbatch_size: Count | None = None
+    """Episodes per forward pass; minibatch_size if not given."""
+    num_epochs: Count = 2
+    """Passes over each rollout."""
+    learning_rate: Positive = 1.0e-6
+    """Policy's learning rate, decayed linearly to 0."""
+    critic_learning_rate: Positive | None = None
+    """Critic's learning rate; the policy's if not given."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the per-token KL in the reward."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    gae_lambda: Fraction = 0.95
+    """λ of generalised advantage estimation."""
+    clip_range: Positive = 0.2
+    """ε of the policy's clipped ratio."""
+    value_clip_range: Positive = 0.2
+    """How far a value may move from the one that was recorded with the rollout."""
+    max_grad_norm: Positive = 1.0
+    """Gradients of policy and critic are clipped to this norm, each by itself."""
+    temperature: Positive = 1.0
+    """Divides the logits of policy and reference alike, in sampling and in logprobs."""
+    max_new_tokens: Count = 32
+    """Length limit of a response, in tokens."""
+    max_prompt_tokens: Count = 256
+    """Longer prompts are dropped (and counted)."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response that hits the length limit."""
+    checkpoint_every: Count = 10
+    """Updates between checkpoints."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        _check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
+        _check_divides(self.minibatch, self.microbatch_size, "microbatch_size", "minibatch_size")
+        return self
+
+    @property
+    def minibatch(self) -> int:
+        """Episodes per optimizer step."""
+        return self.minibatch_size or self.rollout_size
+
+    @property
+    def microbatch(self) -> int:
+        """Episodes per forward pass."""
+        return self.microbatch_size or self.minibatch
+
+
+class RLSection(RLConfig):
+    """The recipe's `rl:`; one run per arm and seed."""
+
+    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+    """Name → init and reference."""
+    prompts: DataSource
+    """Rows with `prompt`, or `messages` whose last turn is the user's."""
+    seeds: Seeds = (0, 1)
+    """Runs per arm."""
+
+    @field_validator("arms")
+    @classmethod
+    def _names(cls, arms: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
+        for name in arms:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "sft":
+                raise ValueError(f"cannot have an arm named {name!r}; use letters, digits, . _ - (and not 'sft')")
+        return arms
+
+    @property
+    def config(self) -> RLConfig:
+        """What one run needs, without arms, prompts and seeds."""
+        return RLConfig(**{name: getattr(self, name) for name in RLConfig.model_fields})
+
+
+class EvalConfig(Strict):
+    """Every arm on the same held-out prompts."""
+
+    prompts: DataSource
+    """Rows with `prompt`."""
+    baseline: str
+    """The arm that the others are compared with."""
+    anchor: str = "sft[0]"
+    """The one model to which every arm's KL is measured, so that arms compare; also shown as the arm `sft`."""
+    scores: dict[str, RewardFunction] = {}
+    """Further scores besides the training reward (the proxy), e.g. `gold`."""
+    max_new_tokens: Count | None = None
+    """Length limit of a response; RL's if not given."""
+    batch_size: Count = 64
+    """Responses per forward pass."""
+    seed: int = 1000
+    """Seed of the sampling."""
+
+    @field_validator("anchor")
+    @classmethod
+    def _anchor(cls, value: str) -> str:
+        return _check_expression(value)
+
+
+class EngineConfig(Strict):
+    """Where it runs."""
+
+    kind: Literal["local"] = "local"
+    """`local`: one process."""
+    threads: Count | None = None
+    """CPU threads; PyTorch's choice if not given."""
+
+
+class Recipe(Strict):
+    """Everything that `salsa run` needs to know."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    """Name of the run; it lands in runs/<name>."""
+    model: ModelConfig
+    sft: SFTConfig
+    soup: SoupConfig = SoupConfig()
+    reward: RewardConfig
+    rl: RLSection
+    eval: EvalConfig
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Self:
+        if self.eval.baseline not in self.rl.arms:
+            raise ValueError(f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}")
+        for where, expression in self.expressions():
+            for index in ingredients_of(expression, self.soup):
+                if index >= self.sft.count:
+                    raise ValueError(
+                        f"{where}={expression!r} needs sft[{index}], but there are {self.sft.count} SFT models "
+                        f"(sft[0] to sft[{self.sft.count - 1}]). Add a seed to sft.seeds or choose another."
+                    )
+        return self
+
+    def expressions(self) -> Iterator[tuple[str, str]]:
+        """Every (place, model expression) of the recipe."""
+        for name, arm in self.rl.arms.items():
+            yield f"rl.arms.{name}.init", arm.init
+            yield f"rl.arms.{name}.reference", arm.reference
+        yield "eval.anchor", self.eval.anchor
+        if self.reward.path is None and not self.reward.functions:
+            yield "reward.init", self.reward.init
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or a value is wrong; one line that says which.
+        """
+        path = Path(path)
+        if not path.is_file():
+            near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+            raise ConfigError(f"{path}: no such recipe. {near or 'Give the path of a YAML file.'}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}.")
+        for override in overrides:
+            _apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {_explain(error)}") from error
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def ingredients_of(expression: str, soup: SoupConfig) -> tuple[int, ...]:
+    """Indices of the SFT models that a model expression is made of; empty for `base` and paths."""
+    match = _MODEL_EXPRESSION.fullmatch(expression)
+    if match is None or expression == "base":
+        return ()
+    if expression == "soup":
+        return soup.ingredients
+    return tuple(int(index) for index in (match[1] or match[2]).split(","))
+
+
+def _check_expression(value: str) -> str:
+    if _MODEL_EXPRESSION.fullmatch(value) or "/" in value:
+        return value
+    raise ValueError(f"{value!r} names no model. Use sft[0], soup, soup[0,1], base, or a path that contains a /.")
+
+
+def _check_call(value: str) -> str:
+    if not _CALL.fullmatch(value):
+        raise ValueError(f"{value!r} is not module:function, e.g. my_rewards:score")
+    return value
+
+
+def _check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
+    if part is not None and whole % part:
+        divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
+        choice = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+        raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
+
+
+def _nearest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
+    node = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        text = f"unknown key {where!r}. {_nearest(str(first['loc'][-1]), known)}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing. Add it."
+    elif first["type"] == "value_error":
+        text = f"{where + ': ' if where else ''}{first['ctx']['error']}"
+        text += "" if text.endswith((".", "?")) else "."
+    else:
+        text = f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Names of the keys that are valid at a place of the recipe."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _model_in(model.model_fields[str(part)].annotation)
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside an annotation such as `dict[str, ArmConfig]` or `DataSource | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,276 @@
+"""Rows in, prompts out. Rows come from a hub data set, a local file or a callable, in TRL's formats:
+
+    SFT          messages | prompt + completion
+    preferences  prompt + chosen + rejected | chosen + rejected (conversations that share their beginning)
+    prompts      prompt | messages (a last assistant turn is dropped)
+
+Departs from TRL: a prompt that is a plain string becomes one user turn wherever the model has a chat template, so that
+SFT, reward model and RL see the same thing; and every assistant turn of `messages` becomes a row of its own, so that
+the loss is on replies only whatever the template marks.
+"""
+
+import gzip
+import importlib
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salsa.artifacts import digest_of, sha256_file
+from salsa.config import DataSource
+from salsa.errors import ConfigError, DataError
+from salsa.types import PromptBatch
+
+_LOCAL = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+Row = dict[str, Any]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, in the three forms that are needed."""
+
+    ids: tuple[int, ...]
+    """What the policy sees, generation prompt included."""
+    messages: tuple[Message, ...] | None
+    """The conversation; None for bare text."""
+    text: str
+    """What reward functions and people see: the user's words, with roles if there are several turns."""
+
+
+def import_callable(call: str) -> Callable[..., Any]:
+    """Import `module:function`; the working directory is searched too.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    module_name, _, function_name = call.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{call}: cannot import {module_name} ({error}). Install it, or run from its directory.") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"{call}: {module_name} has no function {function_name!r}.")
+    return function
+
+
+def describe(source: DataSource) -> str:
+    """How messages name a source."""
+    return source.call or str(source.path)
+
+
+def fingerprint(source: DataSource) -> str:
+    """Digest of a source: a file's bytes, a callable's module, a hub data set's name."""
+    if source.call is not None:
+        module = sys.modules[import_callable(source.call).__module__]
+        content = sha256_file(Path(module.__file__)) if getattr(module, "__file__", None) else source.call
+    elif (path := Path(str(source.path))).is_file():
+        content = sha256_file(path)
+    else:
+        content = str(source.path)
+    return digest_of({"source": source.model_dump(exclude={"path"}), "content": content})
+
+
+def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]:
+    """Rows of a source, shuffled and limited as it says.
+
+    Args:
+        source: where from.
+        columns: the accepted sets of columns, e.g. ``[("messages",), ("prompt", "completion")]``.
+
+    Raises:
+        DataError: nothing there, nothing in it, or none of the accepted columns.
+    """
+    where = describe(source)
+    rows = _read(source)
+    if not rows:
+        raise DataError(f"{where}: no rows. Give a source with at least one.")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not any(all(row.get(c) is not None for c in wanted) for wanted in columns):
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            wanted = " or ".join(" + ".join(names) for names in columns)
+            raise DataError(f"{where}: row {number} has columns {found or 'none'}; wanted {wanted}. Rename them.")
+    if source.limit is not None and source.limit < len(rows):
+        rows = random.Random(source.shuffle_seed).sample(rows, source.limit)
+    return rows
+
+
+def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int) -> list[Prompt]:
+    """Prompts that fit `max_tokens`.
+
+    Raises:
+        DataError: as `load_rows`; or no prompt is short enough; or a conversation without a chat template.
+    """
+    rows = load_rows(source, [("prompt",), ("messages",)])
+    prompts = [as_prompt(row, tokenizer, describe(source)) for row in rows]
+    fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= max_tokens]
+    if not fitting:
+        raise DataError(
+            f"{describe(source)}: none of {len(prompts)} prompts has at most {max_tokens} tokens. Raise max_prompt_tokens."
+        )
+    return fitting
+
+
+def as_prompt(row: Row, tokenizer: Any, where: str = "prompt") -> Prompt:
+    """A row's prompt, tokenized through the chat template (bare text if the model has none)."""
+    value = row["prompt"] if row.get("prompt") is not None else _without_reply(row["messages"])
+    messages = as_messages(value, tokenizer, where)
+    if messages is None:
+        return Prompt(tuple(tokenizer(value)["input_ids"]), None, value)
+    text = render(messages, tokenizer, where, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(tuple(ids), tuple(messages), plain_text(messages))
+
+
+def as_messages(value: Any, tokenizer: Any, where: str) -> list[Message] | None:
+    """The conversation that a prompt stands for; None for bare text and a model without a chat template."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}] if tokenizer.chat_template else None
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where}: rows are conversations and the model has no chat template. "
+            "Set model.chat_template to a Jinja file, or use plain prompt/completion strings."
+        )
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+        raise DataError(f"{where}: a conversation is a list of {{role, content}}, got {str(value)[:60]!r}.")
+    return value
+
+
+def render(messages: Sequence[Message], tokenizer: Any, where: str, *, add_generation_prompt: bool = False) -> str:
+    """Chat template applied; template errors become DataError."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise DataError(f"{where}: the model's chat template refuses a conversation: {error}") from error
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """A conversation as people read it; a single user turn is just its words."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
+    """Prompt/completion rows for TRL: one per assistant turn of `messages`."""
+    pairs: list[Row] = []
+    for row in rows:
+        if row.get("messages") is None:
+            pairs.append(_pair(row["prompt"], row["completion"], tokenizer, where))
+            continue
+        messages = as_messages(row["messages"], tokenizer, where)
+        for turn, message in enumerate(messages or []):
+            if message["role"] == "assistant" and turn > 0:
+                pairs.append({"prompt": row["messages"][:turn], "completion": [message]})
+    if not pairs:
+        raise DataError(f"{where}: no row has an assistant's reply to learn from.")
+    return pairs
+
+
+def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
+    """Prompt/chosen/rejected rows for TRL, conversational wherever the model has a chat template."""
+    result = []
+    for row in rows:
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        if prompt is None and isinstance(chosen, list):
+            shared = 0
+            while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+                shared += 1
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if prompt is None:
+            raise DataError(f"{where}: rows without a prompt must be conversations. Split the prompt off into its own column.")
+        one, other = _pair(prompt, chosen, tokenizer, where), _pair(prompt, rejected, tokenizer, where)
+        result.append({"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]})
+    return result
+
+
+def collate(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+    """Left-pad prompts to the longest; the mask comes from the lengths."""
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        mask[row, width - len(prompt.ids) :] = True
+    return PromptBatch(ids, mask)
+
+
+def _pair(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Row:
+    """Prompt and completion in one kind: both conversations, or both bare text."""
+    messages = as_messages(prompt, tokenizer, where)
+    if messages is None:
+        if not isinstance(completion, str):
+            raise DataError(f"{where}: the prompt is a string and the reply is not. Make both strings.")
+        return {"prompt": prompt, "completion": completion}
+    reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return {"prompt": messages, "completion": as_messages(reply, tokenizer, where)}
+
+
+def _without_reply(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+
+
+def _read(source: DataSource) -> list[Row]:
+    if source.call is not None:
+        return list(import_callable(source.call)())
+    path = Path(str(source.path))
+    if path.is_file():
+        return _read_file(path)
+    if path.exists():
+        raise DataError(f"{path}: is a directory. Give a {', '.join(_LOCAL)} file in it.")
+    if path.name.endswith(_LOCAL) or path.is_absolute() or str(path).startswith("."):
+        raise DataError(f"{path}: no such file. Check the path (it is relative to {Path.cwd()}).")
+    return _read_hub(source)
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: not a parquet file ({error}).") from error
+    if not path.name.endswith(_LOCAL):
+        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_LOCAL)}.")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" not in path.name:
+                return json.load(file)
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error}).") from error
+    return rows
+
+
+def _read_hub(source: DataSource) -> list[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split).to_list()
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{source.path}: neither a file here nor a data set that the hub gives out ({reason})."
+        ) from error

@@ -1,0 +1,104 @@
+"""What a policy says on held-out prompts: its scores, its KL to other models, its lengths.
+
+KL is the sum over a response's tokens of the exact KL between next-token distributions (`objectives.categorical_kl`),
+in nats per response, averaged over responses that the policy sampled.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from salsa import models, objectives
+from salsa.artifacts import Checkpoint, write_atomic
+from salsa.data import Prompt
+from salsa.reward import Scorer
+from salsa.rl import collect_rollout, decode, has_ended
+from salsa.runtime.local import autocast, device, seed_everything
+from salsa.runtime.tracking import round_figure, tracker
+from salsa.types import Sampling
+
+SHOWN = ("proxy", "length")
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """One policy on the evaluation prompts."""
+
+    label: str
+    policy: Checkpoint
+    kl_to: Mapping[str, Checkpoint]
+    """Name → model to measure the KL to, e.g. `anchor` and `reference`."""
+    prompts: Sequence[Prompt]
+    scorers: Mapping[str, Scorer]
+    """Name → scorer; `proxy` is the training reward."""
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    seed: int
+    precision: str = "auto"
+
+
+def evaluate_policy(job: EvalJob, directory: Path) -> None:
+    """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
+    tokenizer = models.load_tokenizer(job.policy.path)
+    policy = models.load_policy(job.policy.path).to(device()).eval()
+    others = {
+        name: models.load_policy(c.path).to(device()).eval() for name, c in job.kl_to.items() if c != job.policy
+    }
+    sampling = models.sampling(
+        job.policy.path,
+        tokenizer,
+        max_new_tokens=job.max_new_tokens,
+        temperature=job.temperature,
+        precision=job.precision,
+    )
+    generator = seed_everything(job.seed)
+    rows: list[dict] = []
+    with tracker(directory, job.label, -(-len(job.prompts) // job.batch_size), SHOWN) as log:
+        for start in range(0, len(job.prompts), job.batch_size):
+            prompts = job.prompts[start : start + job.batch_size]
+            batch = _evaluate_batch(job, policy, others, prompts, tokenizer, sampling, generator)
+            rows += batch
+            figures = {name: sum(row[name] for row in batch) / len(batch) for name in SHOWN}
+            log.advance(start // job.batch_size + 1, figures)
+    write_atomic(directory / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@torch.no_grad()
+def _evaluate_batch(
+    job: EvalJob,
+    policy: PreTrainedModel,
+    others: Mapping[str, PreTrainedModel],
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> list[dict]:
+    """Rows of one batch of prompts."""
+    rollout = collect_rollout(policy, prompts, sampling, generator)
+    kl = {name: [0.0] * len(prompts) for name in job.kl_to}
+    with autocast(job.precision):
+        logits = models.response_logits(policy, rollout, temperature=job.temperature)
+        for name, model in others.items():
+            other = models.response_logits(model, rollout, temperature=job.temperature)
+            per_token = objectives.categorical_kl(logits, other) * rollout.response_mask
+            kl[name] = per_token.sum(dim=1).tolist()
+    texts = decode(rollout, tokenizer)
+    scores = {name: scorer(prompts, texts) for name, scorer in job.scorers.items()}
+    ended = has_ended(rollout, sampling.eos_ids).tolist()
+    return [
+        {
+            "prompt": prompt.text,
+            "response": texts[i],
+            **{name: round_figure(values[i]) for name, values in scores.items()},
+            **{f"kl_{name}": round_figure(values[i]) for name, values in kl.items()},
+            "length": int(rollout.lengths[i]),
+            "ended": ended[i],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+

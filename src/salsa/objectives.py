@@ -1,0 +1,202 @@
+"""The mathematics, once, pure: tensors in, tensors out.
+
+Everywhere: B episodes, R response tokens; `mask` is bool or 0/1 and marks real response tokens, EOS included; what
+lies outside the mask neither counts nor leaks; logprobs in nats.
+
+Departures from the papers' notation are named in each docstring.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+KLKind = Literal["k1", "k2", "k3"]
+Mask = Bool[Tensor, "B R"] | Int[Tensor, "B R"] | Float[Tensor, "B R"]
+
+
+class PolicyLoss(NamedTuple):
+    """Scalars: the loss to minimise, the share of clipped tokens, and the k3 estimate of KL(old ‖ new)."""
+
+    loss: Float[Tensor, ""]
+    clip_fraction: Float[Tensor, ""]
+    approx_kl: Float[Tensor, ""]
+
+
+class ValueLoss(NamedTuple):
+    """Scalars: the loss to minimise and the share of clipped tokens."""
+
+    loss: Float[Tensor, ""]
+    clip_fraction: Float[Tensor, ""]
+
+
+def masked_mean(x: Float[Tensor, "B R"], mask: Mask) -> Float[Tensor, ""]:
+    """Mean of `x` over the real tokens of the whole batch (not a mean of sequence means); 0 if there are none."""
+    mask = mask.bool()
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Float[Tensor, "B R"], mask: Mask, *, shift_mean: bool = True) -> Float[Tensor, "B R"]:
+    """Scale `x` to unit variance over the real tokens, and to mean 0 if `shift_mean`; 0 outside the mask.
+
+    The variance is the unbiased one (ddof 1). With `shift_mean=False` the mean is kept as it was.
+    """
+    mask = mask.bool()
+    mean = masked_mean(x, mask)
+    count = mask.sum()
+    variance = torch.where(mask, (x - mean) ** 2, 0).sum() / (count - 1).clamp(min=1)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"], kind: KLKind
+) -> Float[Tensor, "*shape"]:
+    """Per-token estimate of KL(π ‖ π_ref) in nats, for tokens drawn from π (Schulman, "Approximating KL Divergence").
+
+    With d = log π − log π_ref:  k1 = d;  k2 = d²/2;  k3 = e^(−d) − 1 + d.
+    k1 and k3 are unbiased, k2 and k3 are never negative. (Schulman's r is e^(−d).)
+    """
+    difference = logprobs - ref_logprobs
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return difference.square() / 2
+    if kind == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"kl_estimate: kind={kind!r} is unknown. Use 'k1', 'k2' or 'k3'.")
+
+
+def categorical_kl(
+    logits: Float[Tensor, "*shape V"], ref_logits: Float[Tensor, "*shape V"]
+) -> Float[Tensor, "*shape"]:
+    """KL(π(·|s) ‖ π_ref(·|s)) = Σ_v π(v)·(log π(v) − log π_ref(v)) in nats: the expectation that k1 samples.
+
+    Summed over a response's tokens it estimates KL(π(y|x) ‖ π_ref(y|x)) with less variance than k1.
+    """
+    logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+
+
+def token_rewards(
+    scores: Float[Tensor, " B"],
+    logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    kl_coef: float,
+    kl_kind: KLKind = "k1",
+) -> Float[Tensor, "B R"]:
+    """r_t = −β·kl_t + [t = T]·score, with T the mask's last 1 (SALSA, L = −R + β·KL(π ‖ π_ref); Ziegler et al. 2019).
+
+    A row without real tokens has no reward: its score is not placed anywhere.
+    """
+    mask = mask.bool()
+    rewards = -kl_coef * torch.where(mask, kl_estimate(logprobs, ref_logprobs, kl_kind), 0)
+    later = mask.flip(1).cumsum(1).flip(1)
+    last = mask & (later == 1)
+    return rewards + last * scores[:, None]
+
+
+def gae(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), episodes ending at the mask's last 1.
+
+    δ_t = r_t + γ·V_{t+1} − V_t;  A_t = δ_t + γλ·A_{t+1};  returns = A + V, with V = A = 0 past the end.
+    `values[t]` is the value before token t is chosen. Returns (advantages, returns), both 0 outside the mask.
+    """
+    mask = mask.bool()
+    values, rewards = torch.where(mask, values, 0), torch.where(mask, rewards, 0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0)
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        running = deltas[:, t] + gamma * gae_lambda * running
+        advantages[:, t] = running
+    advantages = torch.where(mask, advantages, 0)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def rloo_advantages(scores_with_kl: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
+    """A_i = R_i − mean of the other R_j in its group (Ahmadian et al. 2024); groups are consecutive rows.
+
+    `scores_with_kl` is the whole sequence's reward, KL penalty included.
+    """
+    groups = _groups(scores_with_kl, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def grpo_advantages(scores: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
+    """A_i = (R_i − mean) / (std + 1e-4) within its group (Shao et al. 2024); std has ddof 1, as in TRL."""
+    groups = _groups(scores, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    advantages: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    clip_range: float,
+) -> PolicyLoss:
+    """−mean_t min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t), ρ_t = π(a_t)/π_old(a_t) (Schulman et al. 2017, eq. 7).
+
+    The mean is over the real tokens of the batch. A token counts as clipped where the clip changes its term.
+    """
+    mask = mask.bool()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return PolicyLoss(
+        loss=-masked_mean(torch.minimum(unclipped, clipped), mask),
+        clip_fraction=masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach(),
+        approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask).detach(),
+    )
+
+
+def value_loss(
+    values: Float[Tensor, "B R"],
+    old_values: Float[Tensor, "B R"],
+    returns: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    value_clip_range: float,
+) -> ValueLoss:
+    """½·mean_t max((V−G)², (V_old + clip(V−V_old, ±ε) − G)²), as in OpenAI's PPO; the mean is over real tokens."""
+    clipped_values = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
+    return ValueLoss(
+        loss=masked_mean(torch.maximum(unclipped, clipped), mask) / 2,
+        clip_fraction=masked_mean((clipped > unclipped).to(values.dtype), mask).detach(),
+    )
+
+
+def bradley_terry_loss(
+    chosen_scores: Float[Tensor, " B"],
+    rejected_scores: Float[Tensor, " B"],
+    margin: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """−mean log σ(r_chosen − r_rejected − margin) (Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023)."""
+    difference = chosen_scores - rejected_scores
+    return -logsigmoid(difference if margin is None else difference - margin).mean()
+
+
+def _groups(x: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or len(x) % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not fit {len(x)} episodes. Use a divisor of that, 2 or more."
+        )
+    return x.view(-1, group_size)

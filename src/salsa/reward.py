@@ -1,0 +1,158 @@
+"""What PPO maximises: TRL's RewardTrainer, and scorers that put a number on (prompt, response).
+
+A scorer takes prompts and response texts and returns one float each. The reward model's decodes nothing and knows no
+policy token: it applies its own chat template and tokenizer, so it may differ from the policy in both.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from salsa.artifacts import Checkpoint, write_atomic
+from salsa.config import RewardConfig, RewardFunction
+from salsa.data import Prompt, Row, import_callable, preference_rows, render
+from salsa.errors import DataError, WorkFailed
+from salsa.models import load_scorer, load_tokenizer, save, sequence_scores
+from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.runtime.local import autocast, device
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+
+SCORING_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scorer, the reward model behind it if there is one (the critic starts there), and a digest of both."""
+
+    score: Scorer
+    checkpoint: Checkpoint | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class RewardJob:
+    """One reward-model run on rows of prompt, chosen, rejected."""
+
+    label: str
+    init: Checkpoint
+    rows: Sequence[Row]
+    where: str
+    config: RewardConfig
+    precision: str
+
+
+def train_reward(job: RewardJob, directory: Path) -> None:
+    """Train a sequence classifier on preferences; write it and its held-out accuracy to `directory`; resumable.
+
+    Raises:
+        DataError: fewer than two pairs, or rows of the wrong shape.
+    """
+    import datasets
+    import trl
+
+    config = job.config
+    tokenizer = load_tokenizer(job.init.path)
+    rows = preference_rows(job.rows, tokenizer, job.where)
+    num_held_out = math.ceil(len(rows) * config.holdout) if config.holdout else 0
+    if len(rows) - num_held_out < 1:
+        raise DataError(f"{job.where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back.")
+    random.Random(config.seed).shuffle(rows)
+    arguments = trl.RewardConfig(
+        **common_arguments(
+            directory, seed=config.seed, precision=job.precision, checkpoint_every=config.checkpoint_every
+        ),
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        max_length=config.max_length,
+        disable_dropout=True,
+    )
+    pad_id = tokenizer.pad_token_id
+    trainer = trl.RewardTrainer(
+        model=load_scorer(job.init.path, pad_id=pad_id, new_head_seed=config.seed),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
+        processing_class=tokenizer,
+    )
+    train(trainer, directory, job.label, ("loss", "accuracy", "margin"))
+    save(trainer.model, tokenizer, directory)
+    if num_held_out:
+        accuracy = _accuracy(model_scorer(directory, job.precision), rows[:num_held_out])
+        write_atomic(directory / "accuracy.txt", f"{accuracy:.6f} on {num_held_out} held-out pairs\n")
+
+
+def model_scorer(path: Path, precision: str) -> Scorer:
+    """Score with a reward model; its own template and tokenizer."""
+    tokenizer = load_tokenizer(path)
+    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id)).to(device()).eval()
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        sequences = [
+            _conversation_ids(prompt, response, tokenizer)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        with autocast(precision):
+            return sequence_scores(model, sequences, SCORING_BATCH)
+
+    return score
+
+
+def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
+    """Weighted sum of callables, each called once a batch with lists of strings.
+
+    The scorer raises WorkFailed when a callable raises, returns the wrong number of scores, or one that is no finite
+    number.
+    """
+    loaded = [(function, import_callable(function.call)) for function in functions]
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        total = [0.0] * len(responses)
+        for function, call in loaded:
+            scores = _checked(function.call, call, [prompt.text for prompt in prompts], list(responses))
+            total = [sum_ + function.weight * score for sum_, score in zip(total, scores, strict=True)]
+        return total
+
+    return score
+
+
+def _checked(name: str, call: Callable[..., Any], prompts: list[str], responses: list[str]) -> list[float]:
+    try:
+        scores = list(call(prompts, responses))
+    except Exception as error:
+        raise WorkFailed(
+            f"reward {name}: raised {type(error).__name__}: {error}. Finished work is kept; mend it and run again."
+        ) from error
+    if len(scores) != len(responses):
+        raise WorkFailed(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses. Return one each.")
+    for number, score in enumerate(scores):
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise WorkFailed(
+                f"reward {name}: score {number} is {score!r} for response {responses[number][:40]!r}. Return finite numbers."
+            )
+    return [float(score) for score in scores]
+
+
+def _conversation_ids(prompt: Prompt, response: str, tokenizer: Any) -> list[int]:
+    """Prompt and response as the reward model was trained to see them."""
+    if prompt.messages is None:
+        return tokenizer(prompt.text + response + tokenizer.eos_token)["input_ids"]
+    messages = [*prompt.messages, {"role": "assistant", "content": response}]
+    return tokenizer(render(messages, tokenizer, "reward"), add_special_tokens=False)["input_ids"]
+
+
+def _accuracy(score: Scorer, rows: Sequence[Row]) -> float:
+    prompts = [
+        Prompt((), tuple(row["prompt"]) if isinstance(row["prompt"], list) else None, str(row["prompt"]))
+        for row in rows
+    ]
+
+    def texts(column: str) -> list[str]:
+        return [r[column] if isinstance(r[column], str) else r[column][0]["content"] for r in rows]
+
+    pairs = zip(score(prompts, texts("chosen")), score(prompts, texts("rejected")), strict=True)
+    return sum(chosen > rejected for chosen, rejected in pairs) / len(rows)

@@ -1,0 +1,79 @@
+"""Run a Hugging Face Trainer so that a kill loses at most the steps since its last checkpoint."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from salsa.runtime.local import computes_bf16, device
+from salsa.runtime.tracking import Tracker, tracker
+
+_LOGS_PER_CHECKPOINT = 5
+_COMPLETE = "complete"
+
+
+def common_arguments(directory: Path, *, seed: int, precision: str, checkpoint_every: int) -> dict[str, Any]:
+    """TrainingArguments that every stage shares."""
+    return {
+        "output_dir": str(directory / "resume"),
+        "seed": seed,
+        "bf16": computes_bf16(precision),
+        "use_cpu": device().type == "cpu",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "logging_steps": max(1, checkpoint_every // _LOGS_PER_CHECKPOINT),
+        "save_strategy": "steps",
+        "save_steps": checkpoint_every,
+        "save_total_limit": 2,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": device().type != "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def train(trainer: Trainer, directory: Path, label: str, show: tuple[str, ...]) -> None:
+    """Train to the end, from the last complete checkpoint in `directory/resume` if there is one."""
+    trainer.remove_callback(PrinterCallback)
+    last = _last_complete(directory / "resume")
+    with tracker(directory, label, _num_steps(trainer), show) as log:
+        log.resume_at(int(last.name.split("-")[1]) if last else 0)
+        trainer.add_callback(_Report(log))
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+
+
+class _Report(TrainerCallback):
+    """Trainer events → tracker; marks a checkpoint once all its files are there."""
+
+    def __init__(self, log: Tracker) -> None:
+        self.tracker = log
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tracker.advance(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            figures = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            self.tracker.log(state.global_step, figures)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def _last_complete(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to the end; half-written ones are removed."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / _COMPLETE).exists():
+            found[int(match[1])] = path
+        else:
+            shutil.rmtree(path)
+    return found[max(found)] if found else None
+
+
+def _num_steps(trainer: Trainer) -> int:
+    per_epoch = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
+    return int(-(-per_epoch * trainer.args.num_train_epochs // 1))

@@ -1,0 +1,75 @@
+"""What a recipe will do, in numbers, before it does it. No torch."""
+
+import json
+from pathlib import Path
+
+from salsa.artifacts import resolve
+from salsa.config import Recipe
+from salsa.errors import CheckpointError
+
+_BYTES_TRAINED = 16
+"""fp32 weight, gradient and two Adam moments."""
+_BYTES_FROZEN = 4
+
+
+def plan(recipe: Recipe) -> str:
+    """Stages, batch arithmetic and the memory that weights and optimizers need."""
+    rl = recipe.rl
+    steps = rl.num_updates * rl.num_epochs * (rl.rollout_size // rl.minibatch)
+    lines = [
+        f"{recipe.name}: sound",
+        _sft_line(recipe),
+        _reward_line(recipe),
+        f"rl       {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates of {rl.rollout_size} episodes "
+        f"({rl.num_updates * rl.rollout_size} in all), {steps} optimizer steps of {rl.minibatch} episodes, "
+        f"{rl.minibatch // rl.microbatch} forward passes a step",
+        *(f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}, beta {rl.kl_coef:g}" for name, arm in rl.arms.items()),
+        f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against {recipe.eval.baseline}, KL to {recipe.eval.anchor}",
+        _memory_line(recipe),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _sft_line(recipe: Recipe) -> str:
+    sft = recipe.sft
+    if sft.checkpoints:
+        return f"sft      {sft.count} finished checkpoints"
+    return f"sft      {sft.count} seeds x {sft.epochs:g} epochs, {sft.batch_size} sequences a step; soup of {list(recipe.soup.ingredients)}"
+
+
+def _reward_line(recipe: Recipe) -> str:
+    reward = recipe.reward
+    if reward.functions:
+        return "reward   " + ", ".join(f"{f.weight:g} x {f.call}" for f in reward.functions)
+    if reward.path is not None:
+        return f"reward   finished model {reward.path}"
+    source = "synthetic preferences" if reward.preferences is not None else "preference pairs"
+    return f"reward   {reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
+
+
+def _memory_line(recipe: Recipe) -> str:
+    """Policy and critic learn, reference and reward model stand still; activations come on top."""
+    try:
+        count = parameter_count(resolve(recipe.model.path)) if "/" not in recipe.model.path or Path(recipe.model.path).is_dir() else None
+    except CheckpointError:
+        count = None
+    if count is None:
+        return f"memory   unknown until {recipe.model.path} is here"
+    frozen = 1 + (not recipe.reward.functions)
+    gigabytes = count * (2 * _BYTES_TRAINED + frozen * _BYTES_FROZEN) / 1e9
+    return f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB, activations come on top"
+
+
+def parameter_count(path: Path) -> int | None:
+    """Parameters of a checkpoint, from its safetensors headers; None if it has none."""
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for key, value in header.items():
+            if key != "__metadata__":
+                size = 1
+                for axis in value["shape"]:
+                    size *= axis
+                total += size
+    return total or None

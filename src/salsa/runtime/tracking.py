@@ -1,0 +1,83 @@
+"""What a stage says while it works: `metrics.jsonl` always; a progress bar on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from salsa.artifacts import read_jsonl, write_atomic
+
+PLAIN_SECONDS = 5.0
+"""Least time between two plain lines of one stage."""
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Tracker:
+    """Logs one stage: a row a step into `metrics.jsonl`, a few of its figures onto the screen."""
+
+    def __init__(self, directory: Path, label: str, total: int, show: tuple[str, ...], progress: Progress | None) -> None:
+        self.file = directory / "metrics.jsonl"
+        self.label, self.total, self.show = label, total, show
+        self.progress = progress
+        self.task = progress.add_task(label, total=total, figures="") if progress else None
+        self.started = self.said = time.monotonic()
+        self.first_step = 0
+
+    def resume_at(self, step: int) -> None:
+        """Drop the rows after `step`: they belong to work that a kill undid."""
+        rows = [row for row in read_jsonl(self.file) if row["step"] <= step]
+        write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.first_step = step
+        if step:
+            say(f"{self.label}: going on from step {step} of {self.total}")
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=step)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Record the figures of `step` (counted from 1)."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{k: round_figure(v) for k, v in figures.items()}}) + "\n")
+        self.advance(step, figures)
+
+    def advance(self, step: int, figures: Mapping[str, float] | None = None) -> None:
+        """Move the bar to `step`, with the figures that are worth showing."""
+        text = "  ".join(f"{name} {figures[name]:.4g}" for name in self.show if name in figures) if figures else None
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=step, **({"figures": text} if text else {}))
+            return
+        now = time.monotonic()
+        if text and (now - self.said >= PLAIN_SECONDS or step == self.total):
+            left = (now - self.started) / max(step - self.first_step, 1) * (self.total - step)
+            say(f"{self.label}: {step}/{self.total}  {text}  {left:.0f} s left")
+            self.said = now
+
+
+@contextmanager
+def tracker(directory: Path, label: str, total: int, show: tuple[str, ...]) -> Iterator[Tracker]:
+    """A tracker whose progress bar lives as long as the block."""
+    if not console.is_terminal:
+        yield Tracker(directory, label, total, show, None)
+        return
+    columns = (
+        TextColumn("{task.description:<14}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield Tracker(directory, label, total, show, progress)
+
+
+def say(text: str) -> None:
+    """One plain line for the person who watches."""
+    console.print(text, markup=False)
+    sys.stderr.flush()
+
+
+def round_figure(value: float) -> float:
+    """Seven significant digits: enough to compare runs, short enough to read."""
+    return float(f"{value:.7g}")

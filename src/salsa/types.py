@@ -1,0 +1,119 @@
+"""Every tensor object that crosses a function. B episodes, P prompt tokens, R response tokens.
+
+One row of a batch, with a prompt of 3 tokens, a reply "hi there" and its end-of-sequence token E:
+
+    prompt         .  .  p0 p1 p2                     left-padded, prompt_mask 0 0 1 1 1
+    response                       hi there E  .  .   right-padded
+    response_mask                  1  1     1  0  0   1 on every token that the policy chose, EOS included
+    logprobs       log π(hi|p)  log π(there|p,hi)  log π(E|…)  0  0
+    values         V(p)         V(p,hi)            V(…)        0  0    before the token is chosen
+    rewards        kl           kl                 kl + score  0  0    the score sits on the mask's last 1
+
+A response that hits the length limit has no EOS and a full mask. Masks come from lengths, never from token identity,
+so that pad may equal EOS. Logprobs are in nats, under the sampling temperature.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+    """Every token that ends a response."""
+    pad_id: int
+    precision: str
+    """`auto`, `fp32` or `bf16`."""
+
+
+class _Rows:
+    """Row selection, shared by the batches below: every tensor field has B as its first axis."""
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The batch with only the rows of `index`."""
+        chosen = {
+            f.name: value[index] if isinstance(value := getattr(self, f.name), Tensor) else value.rows(index)
+            for f in fields(self)  # type: ignore[arg-type]
+        }
+        return replace(self, **chosen)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class PromptBatch(_Rows):
+    """Prompts to reply to, left-padded."""
+
+    prompt: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Rollout(_Rows):
+    """Prompts with the policy's responses."""
+
+    prompt: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    response: Int[Tensor, "B R"]
+    response_mask: Bool[Tensor, "B R"]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def tokens(self) -> Int[Tensor, "B P+R"]:
+        """Prompt and response side by side."""
+        return torch.cat([self.prompt, self.response], dim=1)
+
+    @property
+    def mask(self) -> Bool[Tensor, "B P+R"]:
+        """Real tokens of prompt and response."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Response lengths in tokens, EOS included."""
+        return self.response_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Experience(_Rows):
+    """A rollout with all that an update needs. Every per-token field is 0 where `response_mask` is 0."""
+
+    rollout: Rollout
+    logprobs: Float[Tensor, "B R"]
+    ref_logprobs: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+    scores: Float[Tensor, " B"]
+    """The reward model's verdict on each response, before the KL penalty."""
+    rewards: Float[Tensor, "B R"]
+    """Per token, after the KL penalty."""
+    advantages: Float[Tensor, "B R"]
+    """Whitened over the batch's real tokens."""
+    returns: Float[Tensor, "B R"]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Means over the optimizer steps of one update (docs/metrics.md)."""
+
+    policy_loss: float
+    value_loss: float
+    clip_fraction: float
+    value_clip_fraction: float
+    approx_kl: float
+    ratio: float
+    grad_norm: float
+    critic_grad_norm: float
