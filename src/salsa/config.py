@@ -158,8 +158,10 @@ class PreferencesConfig(Strict):
     """Prompts to reply to."""
     labeller: RewardFunction
     """The score that preferences follow (its weight counts)."""
-    temperature: Positive = 0.2
-    """Noise: reply a is preferred with probability sigmoid((score_a - score_b) / temperature)."""
+    noise: Positive = 0.2
+    """Reply a is preferred with probability sigmoid((score_a - score_b) / noise), in units of the score."""
+    temperature: Positive = 1.0
+    """Sampling temperature of the replies."""
     seed: int = 0
     """Seed of replies and labels."""
     max_new_tokens: Count = 32

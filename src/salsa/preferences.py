@@ -1,16 +1,17 @@
 """Synthetic preferences: replies of the SFT models in pairs, labelled by a noisy scorer.
 
-The labels follow Bradley and Terry: a is chosen with probability σ((score_a − score_b) / temperature). They say what
+The labels follow Bradley and Terry: a is chosen with probability σ((score_a − score_b) / noise). They say what
 the labeller likes, not what people like, and the report says so.
 """
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy.special import expit
 
 from salsa import models
 from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
@@ -58,7 +59,7 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
                 checkpoint.path,
                 tokenizer,
                 max_new_tokens=job.config.max_new_tokens,
-                temperature=1.0,
+                temperature=job.config.temperature,
                 precision=job.precision,
             )
             generator = seed_everything(job.config.seed, number)
@@ -84,7 +85,7 @@ def read_pairs(directory: Path) -> list[Row]:
 def label_pairs(
     prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], config: PreferencesConfig
 ) -> list[Row]:
-    """Noisy Bradley-Terry labels: a is chosen with probability σ((score_a − score_b) / temperature).
+    """Noisy Bradley-Terry labels: a is chosen with probability σ((score_a − score_b) / noise).
 
     Pairs of equal replies teach nothing and are dropped.
     """
@@ -95,7 +96,7 @@ def label_pairs(
     for prompt, a, b, score_a, score_b in scored:
         if a.strip() == b.strip():
             continue
-        prefer_a = rng.random() < 1 / (1 + math.exp((score_b - score_a) / config.temperature))
+        prefer_a = rng.random() < expit((score_a - score_b) / config.noise)
         chosen, rejected = (a, b) if prefer_a else (b, a)
         agrees = (score_a >= score_b) == prefer_a
         value: Any = list(prompt.messages) if prompt.messages else prompt.text

@@ -28,7 +28,7 @@ from salsa.runtime.checkpoint import load_state, save_state
 from salsa.runtime.generation import generate
 from salsa.runtime.local import autocast, device, seed_everything
 from salsa.runtime.tracking import tracker
-from salsa.types import Experience, Rollout, Sampling, UpdateStats
+from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
 
 SHOWN = ("score", "kl", "length", "tokens_per_second")
 
@@ -177,7 +177,7 @@ def update_models(
     for _ in range(config.num_epochs):
         order = torch.randperm(len(experience)).to(experience.scores.device)
         for mb_index in order.split(config.minibatch):
-            steps.append(_optimizer_step(actors, experience.rows(mb_index), config, precision))
+            steps.append(_optimizer_step(actors, rows_of(experience, mb_index), config, precision))
     return UpdateStats(*(sum(column) / len(steps) for column in zip(*steps, strict=True)))
 
 
@@ -186,7 +186,7 @@ def _optimizer_step(actors: Actors, minibatch: Experience, config: RLConfig, pre
     total_tokens = minibatch.rollout.response_mask.sum()
     sums = torch.zeros(6)
     for start in range(0, len(minibatch), config.microbatch):
-        micro = minibatch.rows(slice(start, start + config.microbatch))
+        micro = rows_of(minibatch, slice(start, start + config.microbatch))
         mask = micro.rollout.response_mask
         share = mask.sum() / total_tokens
         with autocast(precision):
@@ -231,7 +231,7 @@ def _forward(
     """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
     parts = []
     for start in range(0, len(rollout), config.microbatch):
-        micro = rollout.rows(slice(start, start + config.microbatch))
+        micro = rows_of(rollout, slice(start, start + config.microbatch))
         with autocast(precision):
             own = models.response_stats(actors.policy, micro, temperature=config.temperature)
             ref = models.response_stats(actors.reference, micro, temperature=config.temperature)

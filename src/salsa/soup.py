@@ -115,17 +115,16 @@ def write_soup(
         raise ConfigError(f"soup: weights sum to {sum(weights):g}, not to 1. Scale them.")
     if len({c.digest for c in ingredients}) < len(ingredients):
         raise CheckpointError("soup: the same checkpoint is given twice. Give different ones, or change its weight.")
-    pairs = sorted(zip(ingredients, weights, strict=True), key=lambda pair: pair[0].digest)
-    ordered, weights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    tensors = [tensors_of(checkpoint.path) for checkpoint in ordered]
-    _check_alike(ordered, tensors)
+    tensors = [tensors_of(checkpoint.path) for checkpoint in ingredients]
+    _check_alike(ingredients, tensors)
     stored = _output_dtypes(tensors, dtype)
-    _write_weights(directory, tensors, weights, stored)
-    _copy_companions(ordered[0].path, directory, None if dtype == "auto" else dtype)
+    order = sorted(range(len(ingredients)), key=lambda i: ingredients[i].digest)
+    _write_weights(directory, [tensors[i] for i in order], [weights[i] for i in order], stored)
+    _copy_companions(ingredients[0].path, directory, None if dtype == "auto" else dtype)
     provenance = {
         "method": "linear",
         "ingredients": [
-            {"path": str(c.path), "digest": c.digest, "weight": w} for c, w in zip(ordered, weights, strict=True)
+            {"path": str(c.path), "digest": c.digest, "weight": w} for c, w in zip(ingredients, weights, strict=True)
         ],
         "dtype": dtype,
         "versions": versions(),

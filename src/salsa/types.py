@@ -14,7 +14,7 @@ so that pad may equal EOS. Logprobs are in nats, under the sampling temperature.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,20 +34,8 @@ class Sampling:
     """`auto`, `fp32` or `bf16`."""
 
 
-class _Rows:
-    """Row selection, shared by the batches below: every tensor field has B as its first axis."""
-
-    def rows(self, index: Tensor | slice) -> Self:
-        """The batch with only the rows of `index`."""
-        chosen = {
-            f.name: value[index] if isinstance(value := getattr(self, f.name), Tensor) else value.rows(index)
-            for f in fields(self)  # type: ignore[arg-type]
-        }
-        return replace(self, **chosen)  # type: ignore[type-var]
-
-
 @dataclass(frozen=True)
-class PromptBatch(_Rows):
+class PromptBatch:
     """Prompts to reply to, left-padded."""
 
     prompt: Int[Tensor, "B P"]
@@ -58,7 +46,7 @@ class PromptBatch(_Rows):
 
 
 @dataclass(frozen=True)
-class Rollout(_Rows):
+class Rollout:
     """Prompts with the policy's responses."""
 
     prompt: Int[Tensor, "B P"]
@@ -70,12 +58,12 @@ class Rollout(_Rows):
         return len(self.prompt)
 
     @property
-    def tokens(self) -> Int[Tensor, "B P+R"]:
-        """Prompt and response side by side."""
+    def tokens(self) -> Int[Tensor, "B T"]:
+        """Prompt and response side by side; T = P + R."""
         return torch.cat([self.prompt, self.response], dim=1)
 
     @property
-    def mask(self) -> Bool[Tensor, "B P+R"]:
+    def mask(self) -> Bool[Tensor, "B T"]:
         """Real tokens of prompt and response."""
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
@@ -86,7 +74,7 @@ class Rollout(_Rows):
 
 
 @dataclass(frozen=True)
-class Experience(_Rows):
+class Experience:
     """A rollout with all that an update needs. Every per-token field is 0 where `response_mask` is 0."""
 
     rollout: Rollout
@@ -117,3 +105,14 @@ class UpdateStats:
     ratio: float
     grad_norm: float
     critic_grad_norm: float
+
+
+Batch = TypeVar("Batch", PromptBatch, Rollout, Experience)
+
+
+def rows_of(batch: Batch, index: Tensor | slice) -> Batch:
+    """The batch with only the rows of `index`; every tensor field has B as its first axis."""
+    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    return replace(
+        batch, **{name: value[index] if isinstance(value, Tensor) else rows_of(value, index) for name, value in values}
+    )

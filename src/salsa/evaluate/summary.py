@@ -68,7 +68,7 @@ def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
     return (
         f"The preferences are synthetic. Two replies per prompt were sampled from the {num_models} SFT models and scored by "
         f"{preferences.labeller.call}; reply a was labelled better with probability "
-        f"sigmoid((score a − score b) / {preferences.temperature:g}). No person compared them."
+        f"sigmoid((score a − score b) / {preferences.noise:g}). No person compared them."
     )
 
 

@@ -13,6 +13,7 @@ from salsa.artifacts import RunDirectory, Stage, read_jsonl, write_atomic
 from salsa.config import Recipe
 from salsa.evaluate.summary import summarise
 from salsa.report import figures
+from salsa.stages import rl_label
 
 COMPLETIONS = 24
 """Prompts shown side by side, drawn at random with a fixed seed."""
@@ -107,7 +108,7 @@ def learning_curves(recipe: Recipe, run: RunDirectory) -> dict[str, list[list[di
     """Arm → seed → metrics of its RL stage."""
     stages = {stage.label: stage for stage in run.finished}
     return {
-        name: [stages[f"rl {name} seed {seed}"].metrics for seed in recipe.rl.seeds] for name in recipe.rl.arms
+        name: [stages[rl_label(name, seed)].metrics for seed in recipe.rl.seeds] for name in recipe.rl.arms
     }
 
 

@@ -78,6 +78,16 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and load reports off the screen; errors still show."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def round_figure(value: float) -> float:
     """Seven significant digits: enough to compare runs, short enough to read."""
     return float(f"{value:.7g}")

@@ -1,0 +1,209 @@
+"""The stages of a run: which function does the work, and what its digest covers."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from salsa import models
+from salsa.anchors import Anchors
+from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve
+from salsa.config import DataSource, Recipe
+from salsa.data import Prompt, describe, fingerprint, import_callable, load_prompts, load_rows
+from salsa.evaluate.scores import EvalJob, evaluate_policy
+from salsa.preferences import PairsJob, read_pairs, sample_pairs
+from salsa.reward import Reward, RewardJob, function_scorer, model_scorer, train_reward
+from salsa.rl import RLJob, train_rl
+from salsa.runtime.tracking import say
+from salsa.sft import SFTJob, train_sft
+
+
+def rl_label(arm: str, seed: int) -> str:
+    """Name of an RL stage; the report finds its learning curves by it."""
+    return f"rl {arm} seed {seed}"
+
+
+class Stages:
+    """The stages of one recipe in one run directory: what each is made of, and so its digest."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
+        self.recipe, self.run = recipe, run
+        self.precision = recipe.model.precision
+        self._loaded: dict[DataSource, list[Prompt]] = {}
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The model that SFT starts from; made into an ordinary checkpoint first if it is GGUF or lacks a template."""
+        config = self.recipe.model
+        source = Checkpoint.of(resolve(config.path, revision=config.revision))
+        if config.gguf_file is None and config.chat_template is None:
+            return source
+        template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+        return self._stage(
+            "base",
+            {"gguf_file": config.gguf_file, "chat_template": template},
+            {"source": source.digest},
+            lambda directory: models.prepare_base(config, source.path, directory),
+        ).checkpoint
+
+    def check_inputs(self) -> None:
+        """Touch every data set and callable first: a typo must not surface after an hour of SFT."""
+        recipe = self.recipe
+        if recipe.sft.dataset is not None:
+            load_rows(recipe.sft.dataset, [("messages",), ("prompt", "completion")])
+        if recipe.reward.dataset is not None:
+            load_rows(recipe.reward.dataset, [("chosen", "rejected")])
+        if recipe.reward.preferences is not None:
+            self._prompts(recipe.reward.preferences.prompts)
+            import_callable(recipe.reward.preferences.labeller.call)
+        for function in (*recipe.reward.functions, *recipe.eval.scores.values()):
+            import_callable(function.call)
+        self._prompts(recipe.rl.prompts)
+        self._prompts(recipe.eval.prompts)
+
+    def sft(self, index: int) -> Checkpoint:
+        """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
+        config = self.recipe.sft
+        if config.dataset is None:
+            return Checkpoint.of(resolve(config.checkpoints[index]))
+        seed = config.seeds[index]
+        job = SFTJob(f"sft[{index}]", self.base, config, seed, self.precision)
+        return self._stage(
+            job.label,
+            config.model_dump(mode="json", exclude={"seeds", "dataset"}) | {"seed": seed},
+            {"base": self.base.digest, "data": fingerprint(config.dataset)},
+            lambda directory: train_sft(job, directory),
+        ).checkpoint
+
+    def reward(self, anchors: Anchors, sft: list[Checkpoint]) -> Reward:
+        """The reward that RL maximises: callables, a finished model, or one trained here on preferences."""
+        config = self.recipe.reward
+        if config.functions:
+            digests = [fingerprint(DataSource(call=f.call)) + str(f.weight) for f in config.functions]
+            return Reward(function_scorer(config.functions), None, " ".join(digests))
+        if config.path is not None:
+            checkpoint = Checkpoint.of(resolve(config.path))
+        else:
+            checkpoint = self._train_reward(anchors, sft)
+        return Reward(model_scorer(checkpoint.path, self.precision), checkpoint, checkpoint.digest)
+
+    def rl(self, arm: str, seed: int, anchors: Anchors, reward: Reward) -> Checkpoint:
+        """The policy of one arm and seed."""
+        section = self.recipe.rl
+        init, reference = anchors[section.arms[arm].init], anchors[section.arms[arm].reference]
+        monitors = {name: function_scorer([f]) for name, f in self.recipe.eval.scores.items()}
+        job = RLJob(
+            label=rl_label(arm, seed),
+            init=init,
+            reference=reference,
+            critic_init=self._critic_init(reward, init),
+            config=section.config,
+            prompts=self._prompts(section.prompts),
+            reward=reward.score,
+            seed=seed,
+            precision=self.precision,
+            monitors=monitors,
+        )
+        return self._stage(
+            job.label,
+            section.config.model_dump(mode="json") | {"seed": seed},
+            {
+                "init": init.digest,
+                "reference": reference.digest,
+                "critic": job.critic_init.digest,
+                "reward": reward.digest,
+                "prompts": fingerprint(section.prompts),
+            }
+            | self._score_digests(),
+            lambda directory: train_rl(job, directory),
+        ).checkpoint
+
+    def evaluate(self, arm: str, number: int, policy: Checkpoint, anchors: Anchors, reward: Reward) -> Stage:
+        """Samples of one policy, the `number`-th seed of its arm, on the held-out prompts."""
+        config, section = self.recipe.eval, self.recipe.rl
+        anchor = anchors[config.anchor]
+        reference = anchors[section.arms[arm].reference] if arm in section.arms else anchor
+        scorers = {"proxy": reward.score} | {n: function_scorer([f]) for n, f in config.scores.items()}
+        job = EvalJob(
+            label=f"eval {arm} seed {section.seeds[number]}",
+            policy=policy,
+            kl_to={"anchor": anchor, "reference": reference},
+            prompts=self._prompts(config.prompts),
+            scorers=scorers,
+            max_new_tokens=config.max_new_tokens or section.max_new_tokens,
+            temperature=section.temperature,
+            batch_size=config.batch_size,
+            seed=config.seed + number,
+            precision=self.precision,
+        )
+        return self._stage(
+            job.label,
+            {
+                "max_new_tokens": job.max_new_tokens,
+                "temperature": job.temperature,
+                "batch_size": job.batch_size,
+                "seed": job.seed,
+                "max_prompt_tokens": section.max_prompt_tokens,
+            },
+            {
+                "policy": policy.digest,
+                "reference": reference.digest,
+                "anchor": anchor.digest,
+                "reward": reward.digest,
+                "prompts": fingerprint(config.prompts),
+            }
+            | self._score_digests(),
+            lambda directory: evaluate_policy(job, directory),
+        )
+
+    def _train_reward(self, anchors: Anchors, sft: list[Checkpoint]) -> Checkpoint:
+        config = self.recipe.reward
+        init = anchors[config.init]
+        if config.preferences is not None:
+            prompts = self._prompts(config.preferences.prompts)
+            job = PairsJob("preferences", sft, config.preferences, prompts, self.precision)
+            pairs = self._stage(
+                job.label,
+                config.preferences.model_dump(mode="json"),
+                {f"sft[{i}]": c.digest for i, c in enumerate(sft)}
+                | {
+                    "prompts": fingerprint(config.preferences.prompts),
+                    "labeller": fingerprint(DataSource(call=config.preferences.labeller.call)),
+                },
+                lambda d: sample_pairs(job, d),
+            )
+            rows, where, data = read_pairs(pairs.path), str(pairs.path), pairs.checkpoint.digest
+        else:
+            assert config.dataset is not None  # the schema: one of the four sources
+            rows = load_rows(config.dataset, [("chosen", "rejected")])
+            where, data = describe(config.dataset), fingerprint(config.dataset)
+        reward_job = RewardJob("reward", init, rows, where, config, self.precision)
+        return self._stage(
+            "reward",
+            config.model_dump(mode="json", exclude={"dataset", "preferences", "path", "functions", "init"}),
+            {"init": init.digest, "data": data},
+            lambda d: train_reward(reward_job, d),
+        ).checkpoint
+
+    def _critic_init(self, reward: Reward, init: Checkpoint) -> Checkpoint:
+        """The reward model where it speaks the policy's tokens, else the policy's own start with a new head."""
+        if reward.checkpoint is None:
+            return init
+        vocabularies = [models.load_tokenizer(c.path).get_vocab() for c in (reward.checkpoint, init)]
+        return reward.checkpoint if vocabularies[0] == vocabularies[1] else init
+
+    def _prompts(self, source: DataSource) -> list[Prompt]:
+        if source not in self._loaded:
+            tokenizer = models.load_tokenizer(self.base.path)
+            self._loaded[source] = load_prompts(source, tokenizer, max_tokens=self.recipe.rl.max_prompt_tokens)
+        return self._loaded[source]
+
+    def _score_digests(self) -> dict[str, str]:
+        return {f"score {n}": fingerprint(DataSource(call=f.call)) for n, f in self.recipe.eval.scores.items()}
+
+    def _stage(
+        self, label: str, config: dict[str, Any], inputs: dict[str, str], work: Callable[[Path], None]
+    ) -> Stage:
+        stage = self.run.stage(label, config=config | {"precision": self.precision}, inputs=inputs, work=work)
+        say(f"{label}: {'reused' if stage.reused else 'done in %.0f s' % stage.record['seconds']}")
+        return stage

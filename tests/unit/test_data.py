@@ -1,0 +1,122 @@
+"""TRL's formats in, prompts out; and a clear word about everything else."""
+
+import gzip
+import json
+
+import pytest
+
+from salsa import data
+from salsa.config import DataSource
+from salsa.errors import ConfigError, DataError
+from tests.conftest import tiny_tokenizer
+
+USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSource(path=str(path))
+
+
+def test_local_files_of_every_kind_hold_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    write(tmp_path / "x.jsonl", rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "x.jsonl").read_text())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    for name in ("x.jsonl", "x.json", "x.jsonl.gz", "x.parquet"):
+        assert data.load_rows(DataSource(path=str(tmp_path / name)), [("prompt",)]) == rows
+
+
+def test_limit_takes_a_seeded_sample(tmp_path):
+    source = write(tmp_path / "x.jsonl", [{"prompt": str(i)} for i in range(50)])
+    take = lambda seed: data.load_rows(source.model_copy(update={"limit": 5, "shuffle_seed": seed}), [("prompt",)])  # noqa: E731
+    assert take(0) == take(0) != take(1)
+    assert len({row["prompt"] for row in take(0)}) == 5
+
+
+def test_prompt_forms(tokenizer):
+    conversation = data.as_prompt({"prompt": [USER, REPLY, USER]}, tokenizer)
+    assert tokenizer.decode(conversation.ids) == "<|bos|><|user|>hi<|end|><|assistant|>hello<|end|><|user|>hi<|end|><|assistant|>"
+    assert conversation.text == "user: hi\nassistant: hello\nuser: hi"
+    string = data.as_prompt({"prompt": "hi"}, tokenizer)
+    assert string == data.as_prompt({"prompt": [USER]}, tokenizer) == data.as_prompt({"messages": [USER, REPLY]}, tokenizer)
+    assert string.text == "hi"
+    bare = data.as_prompt({"prompt": "hi"}, tiny_tokenizer(template=None))
+    assert (bare.messages, bare.text, len(bare.ids)) == (None, "hi", 2)
+
+
+def test_sft_rows_one_per_reply(tokenizer):
+    rows = data.sft_rows([{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "hi", "completion": "hello"}], tokenizer, "x")
+    assert rows == [
+        {"prompt": [USER], "completion": [REPLY]},
+        {"prompt": [USER, REPLY, USER], "completion": [REPLY]},
+        {"prompt": [USER], "completion": [REPLY]},
+    ]
+
+
+def test_preference_rows(tokenizer):
+    other = {"role": "assistant", "content": "go away"}
+    expected = [{"prompt": [USER], "chosen": [REPLY], "rejected": [other]}]
+    assert data.preference_rows([{"prompt": "hi", "chosen": "hello", "rejected": "go away"}], tokenizer, "x") == expected
+    assert data.preference_rows([{"chosen": [USER, REPLY], "rejected": [USER, other]}], tokenizer, "x") == expected
+
+
+def test_collate_pads_left_by_length_even_where_pad_is_a_real_token():
+    prompts = [data.Prompt((2, 5, 2), None, ""), data.Prompt((2,), None, "")]
+    batch = data.collate(prompts, pad_id=2)
+    assert batch.prompt.tolist() == [[2, 5, 2], [2, 2, 2]]
+    assert batch.prompt_mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def load(path_or_rows, tmp_path, columns=(("prompt",),)):
+    source = path_or_rows
+    if isinstance(source, list):
+        source = write(tmp_path / "x.jsonl", source)
+    return data.load_rows(source, columns)
+
+
+def test_messages(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(DataError, match="x.jsonl: no rows"):
+        load([], tmp_path)
+    with pytest.raises(DataError, match="row 2 has columns text; wanted prompt. Rename"):
+        load([{"prompt": "a"}, {"text": "b"}], tmp_path)
+    with pytest.raises(DataError, match=r"wanted messages or prompt \+ completion"):
+        load([{"prompt": "a"}], tmp_path, [("messages",), ("prompt", "completion")])
+    with pytest.raises(DataError, match="gone.jsonl: no such file"):
+        load(DataSource(path="gone.jsonl"), tmp_path)
+    with pytest.raises(DataError, match="is a directory"):
+        load(DataSource(path=str(tmp_path)), tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{oops\n')
+    with pytest.raises(DataError, match="bad.jsonl: line 2 is not JSON"):
+        load(DataSource(path=str(tmp_path / "bad.jsonl")), tmp_path)
+    (tmp_path / "bad.parquet").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="not a parquet file"):
+        load(DataSource(path=str(tmp_path / "bad.parquet")), tmp_path)
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"x.csv: unknown kind of file. Use one of .jsonl"):
+        load(DataSource(path=str(tmp_path / "x.csv")), tmp_path)
+    with pytest.raises(DataError, match="nobody/nothing: neither a file here nor a data set"):
+        load(DataSource(path="nobody/nothing"), tmp_path)
+    with pytest.raises(ConfigError, match="cannot import no_such_module"):
+        load(DataSource(call="no_such_module:rows"), tmp_path)
+    with pytest.raises(ConfigError, match="salsa.demo has no function 'rows'"):
+        load(DataSource(call="salsa.demo:rows"), tmp_path)
+    with pytest.raises(DataError, match="the model has no chat template. Set model.chat_template"):
+        data.as_prompt({"prompt": [USER]}, tiny_tokenizer(template=None))
+    with pytest.raises(DataError, match="none of 1 prompts has at most 2 tokens"):
+        data.load_prompts(write(tmp_path / "x.jsonl", [{"prompt": "long"}]), tokenizer, max_tokens=2)
+    with pytest.raises(DataError, match="a conversation is a list of"):
+        data.as_prompt({"prompt": [{"text": "x"}]}, tokenizer)
+    refusing = tiny_tokenizer(template="{{ raise_exception('only users') }}")
+    with pytest.raises(DataError, match="template refuses a conversation: only users"):
+        data.as_prompt({"prompt": "hi"}, refusing)

@@ -1,0 +1,201 @@
+"""Every formula against plain float64 loops that share no code with it, and against cases known in closed form."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from salsa import objectives as o
+
+B, R = 5, 7
+
+
+def ragged(seed: int = 0):
+    """Masks of every length from 1 to R, and full rows of numbers, garbage after the mask included."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, 3, R, 2, 5]
+    mask = torch.tensor([[t < n for t in range(R)] for n in lengths])
+    numbers = [torch.randn(B, R, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return lengths, mask, numbers
+
+
+def close(a, b):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def real(x, lengths):
+    return [x[b, t].item() for b in range(B) for t in range(lengths[b])]
+
+
+def test_masked_mean_is_over_tokens_not_over_sequences():
+    lengths, mask, (x, *_) = ragged()
+    values = real(x, lengths)
+    close(o.masked_mean(x, mask), sum(values) / len(values))
+    assert o.masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def test_masked_mean_ignores_nan_outside_the_mask():
+    lengths, mask, (x, *_) = ragged()
+    poisoned = torch.where(mask, x, torch.nan)
+    close(o.masked_mean(poisoned, mask), o.masked_mean(x, mask))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whiten(shift_mean):
+    lengths, mask, (x, *_) = ragged()
+    x = x * 3 + 5
+    values = real(x, lengths)
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    expected = torch.zeros(B, R, dtype=torch.float64)
+    for b in range(B):
+        for t in range(lengths[b]):
+            expected[b, t] = (x[b, t] - mean) / std + (0 if shift_mean else mean)
+    torch.testing.assert_close(o.whiten(x, mask, shift_mean=shift_mean), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_kl_estimates_by_hand():
+    p, q = math.log(0.5), math.log(0.2)
+    one = lambda kind: o.kl_estimate(torch.tensor([p], dtype=torch.float64), torch.tensor([q], dtype=torch.float64), kind)  # noqa: E731
+    close(one("k1"), [math.log(2.5)])
+    close(one("k2"), [math.log(2.5) ** 2 / 2])
+    close(one("k3"), [0.4 - 1 + math.log(2.5)])
+    with pytest.raises((ValueError, TypeError), match="k1"):
+        one("k4")
+
+
+def test_kl_estimates_have_the_true_kl_as_expectation():
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    true = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    for kind in ("k1", "k3"):
+        close((p * o.kl_estimate(p.log(), q.log(), kind)).sum(), true)
+    close(o.categorical_kl(p.log()[None] + 7, q.log()[None] - 3)[0], true)
+    assert true > 0.1  # so that a flipped sign cannot pass
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_token_rewards(kind):
+    lengths, mask, (logprobs, ref, *_) = ragged()
+    scores = torch.tensor([1.0, -2.0, 3.0, 0.5, -0.25], dtype=torch.float64)
+    beta = 0.3
+    expected = torch.zeros(B, R, dtype=torch.float64)
+    for b in range(B):
+        for t in range(lengths[b]):
+            d = (logprobs[b, t] - ref[b, t]).item()
+            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[kind]
+            expected[b, t] = -beta * kl + (scores[b].item() if t == lengths[b] - 1 else 0.0)
+    close(o.token_rewards(scores, logprobs, ref, mask, kl_coef=beta, kl_kind=kind), expected)
+
+
+def test_token_rewards_without_penalty_sum_to_the_score():
+    _, mask, (logprobs, ref, *_) = ragged()
+    scores = torch.arange(B, dtype=torch.float64)
+    close(o.token_rewards(scores, logprobs, ref, mask, kl_coef=0.0).sum(1), scores)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_is_the_weighted_sum_of_deltas(gamma, lam):
+    lengths, mask, (rewards, values, *_) = ragged()
+    expected = torch.zeros(B, R, dtype=torch.float64)
+    for b in range(B):
+        n = lengths[b]
+        r = [rewards[b, t].item() for t in range(n)]
+        v = [values[b, t].item() for t in range(n)] + [0.0]
+        for t in range(n):
+            expected[b, t] = sum((gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, n))
+    advantages, returns = o.gae(rewards, values, mask, gamma=gamma, gae_lambda=lam)
+    close(advantages, expected)
+    close(returns, torch.where(mask, expected + values, 0))
+
+
+def test_gae_at_lambda_one_is_the_discounted_return_minus_the_value():
+    lengths, mask, (rewards, values, *_) = ragged()
+    _, returns = o.gae(rewards, values, mask, gamma=0.9, gae_lambda=1.0)
+    for b in range(B):
+        monte_carlo = sum(0.9**t * rewards[b, t].item() for t in range(lengths[b]))
+        assert returns[b, 0].item() == pytest.approx(monte_carlo)
+
+
+def test_group_advantages():
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], dtype=torch.float64)
+    close(o.rloo_advantages(scores, 3), [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3])
+    std = math.sqrt((4 + 1 + 9) / 2)
+    close(o.grpo_advantages(scores, 3)[:3], [-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4)])
+    with pytest.raises(ValueError, match="group_size=4 does not fit 6"):
+        o.rloo_advantages(scores, 4)
+
+
+def test_policy_loss_against_a_loop():
+    lengths, mask, (new, old, advantages, _) = ragged()
+    old = new + 0.3 * old
+    terms, clipped, kl = [], 0, []
+    for b in range(B):
+        for t in range(lengths[b]):
+            log_ratio = (new[b, t] - old[b, t]).item()
+            ratio, a = math.exp(log_ratio), advantages[b, t].item()
+            limited = min(max(ratio, 0.8), 1.2)
+            terms.append(min(ratio * a, limited * a))
+            clipped += limited * a < ratio * a
+            kl.append(ratio - 1 - log_ratio)
+    result = o.policy_loss(new, old, advantages, mask, clip_range=0.2)
+    close(result.loss, -sum(terms) / len(terms))
+    close(result.clip_fraction, clipped / len(terms))
+    close(result.approx_kl, sum(kl) / len(kl))
+    assert 0 < clipped < len(terms)
+
+
+def test_policy_gradient_points_towards_good_tokens():
+    """At ratio 1 the gradient of the loss is −A/n: descending raises the logprob of what was good."""
+    lengths, mask, (logprobs, _, advantages, _) = ragged()
+    leaf = logprobs.clone().requires_grad_()
+    o.policy_loss(leaf, logprobs, advantages, mask, clip_range=0.2).loss.backward()
+    close(leaf.grad, torch.where(mask, -advantages / mask.sum(), 0))
+
+
+def test_policy_gradient_stops_where_clipped():
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for advantage, log_ratio, flows in [(1.0, 0.5, False), (1.0, -0.5, True), (-1.0, -0.5, False), (-1.0, 0.5, True)]:
+        leaf = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
+        o.policy_loss(leaf, torch.zeros_like(leaf), torch.full_like(leaf, advantage), mask, clip_range=0.2).loss.backward()
+        assert (leaf.grad.item() != 0) is flows
+
+
+def test_value_loss_against_a_loop():
+    lengths, mask, (new, old, returns, _) = ragged()
+    terms, clipped = [], 0
+    for b in range(B):
+        for t in range(lengths[b]):
+            v, v_old, g = (x[b, t].item() for x in (new, old, returns))
+            limited = v_old + min(max(v - v_old, -0.2), 0.2)
+            terms.append(max((v - g) ** 2, (limited - g) ** 2))
+            clipped += (limited - g) ** 2 > (v - g) ** 2
+    result = o.value_loss(new, old, returns, mask, value_clip_range=0.2)
+    close(result.loss, 0.5 * sum(terms) / len(terms))
+    close(result.clip_fraction, clipped / len(terms))
+
+
+def test_bradley_terry():
+    chosen, rejected = torch.tensor([2.0, 0.0]).double(), torch.tensor([0.5, 1.0]).double()
+    probability = lambda d: 1 / (1 + math.exp(-d))  # noqa: E731
+    close(o.bradley_terry_loss(chosen, rejected), -(math.log(probability(1.5)) + math.log(probability(-1))) / 2)
+    margin = torch.tensor([1.0, 0.0]).double()
+    expected = -(math.log(probability(0.5)) + math.log(probability(-1))) / 2
+    close(o.bradley_terry_loss(chosen, rejected, margin), expected)
+
+
+def test_nothing_outside_the_mask_matters():
+    """Replace everything outside the mask by large numbers: no result may move."""
+    _, mask, (a, b, c, d) = ragged()
+    noise = torch.tensor([[random.Random(1).uniform(50, 60)] * R] * B, dtype=torch.float64)
+    dirty = [torch.where(mask, x, noise) for x in (a, b, c, d)]
+    scores = torch.ones(B, dtype=torch.float64)
+    for clean, soiled in [
+        (o.token_rewards(scores, a, b, mask, kl_coef=0.1), o.token_rewards(scores, *dirty[:2], mask, kl_coef=0.1)),
+        (o.gae(a, b, mask, gamma=1.0, gae_lambda=0.9)[0], o.gae(*dirty[:2], mask, gamma=1.0, gae_lambda=0.9)[0]),
+        (o.whiten(a, mask), o.whiten(dirty[0], mask)),
+        (o.policy_loss(a, b, c, mask, clip_range=0.2).loss, o.policy_loss(*dirty[:3], mask, clip_range=0.2).loss),
+        (o.value_loss(a, b, c, mask, value_clip_range=1.0).loss, o.value_loss(*dirty[:3], mask, value_clip_range=1.0).loss),
+    ]:
+        close(soiled, clean)
