@@ -56,7 +56,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def pack(conversations: list[list[list[int]]], length: int, ids: dict, rng: random.Random) -> np.ndarray:
+def pack(
+    conversations: list[list[list[int]]], length: int, ids: dict, rng: random.Random
+) -> np.ndarray:
     """One epoch as rows of `length` tokens: conversations cut into excerpts of random turns, then concatenated."""
     stream: list[list[int]] = []
     for turns in conversations:
@@ -89,13 +91,17 @@ def loss_of(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy, nats per token."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=rows).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten()
+    )
 
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int) -> float:
     """Mean loss over whole batches of the validation conversations."""
-    losses = [loss_of(model, rows[i : i + batch]).item() for i in range(0, len(rows) - batch + 1, batch)]
+    losses = [
+        loss_of(model, rows[i : i + batch]).item() for i in range(0, len(rows) - batch + 1, batch)
+    ]
     return sum(losses) / len(losses)
 
 
@@ -123,7 +129,10 @@ def main() -> None:
     train, valid = encode(train_texts), encode(valid_texts)
     valid_rows = torch.from_numpy(pack(valid, args.length, ids, random.Random(0)))
     train_tokens = sum(len(turn) + 2 for turns in train for turn in turns)
-    print(f"{len(train)} conversations, {train_tokens} tokens; held out {valid_rows.numel()} tokens", flush=True)
+    print(
+        f"{len(train)} conversations, {train_tokens} tokens; held out {valid_rows.numel()} tokens",
+        flush=True,
+    )
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -185,41 +194,30 @@ def main() -> None:
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
 
+    record = json.loads((args.work / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(args.out, ignore_errors=True)
     model.generation_config.max_length = None
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    for file in args.out.iterdir():
+        file.chmod(0o644)
     write_card(args, record, model, len(train), train_tokens)
 
 
-def write_card(args: argparse.Namespace, record: dict, model, conversations: int, tokens: int) -> None:
+def write_card(
+    args: argparse.Namespace, record: dict, model: LlamaForCausalLM, conversations: int, tokens: int
+) -> None:
     """The model card: what it is, what it was made of, how to make it again."""
-    seen = args.steps * args.batch * args.length
-    (args.out / "README.md").write_text(f"""---
-license: apache-2.0
-language: en
-library_name: transformers
-datasets: [chitchat-dataset]
----
-# The quickstart's base model
-
-A {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M-parameter Llama-style chat model, bf16, context 512, made by salsa-rlhf so that the
-quickstart needs no download. It chats in English about nothing much; it knows nothing and must not be used for
-anything but trying out salsa-rlhf.
-
-| | |
-|---|---|
-| data | package `chitchat-dataset` 0.9.0 (MIT), human conversations of BYU students; role `base` of `salsa.demo` |
-| size | {conversations} conversations, {tokens} tokens; links, e-mail addresses and telephone numbers dropped |
-| held out | SFT, preference, RL, evaluation and validation conversations, split by conversation |
-| training | {args.steps} steps of {args.batch} x {args.length} tokens ({seen / tokens:.1f} epochs), Muon + AdamW, bf16 autocast, seed 0 |
-| held-out loss | {record["held_out_loss"]} nats per token, on whole conversations it never saw |
-| tokenizer | byte-level BPE, {args.vocab_size} tokens; template `<\\|user\\|>…<\\|end\\|><\\|assistant\\|>…<\\|end\\|>` |
-| command | `make base-model` (`python scripts/make_base_model.py --steps {args.steps}`) |
-| licence | Apache-2.0 (weights); the conversations keep theirs |
-
-Real people wrote the conversations and the model can repeat their opinions, rudeness and first names.
-""")
+    values = {
+        "millions": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+        "epochs": f"{args.steps * args.batch * args.length / tokens:.1f}",
+        "conversations": conversations,
+        "tokens": tokens,
+        "loss": record["held_out_loss"],
+        **vars(args),
+    }
+    card = Path(__file__).with_name("base_model_card.md").read_text(encoding="utf-8")
+    (args.out / "README.md").write_text(card.format(**values), encoding="utf-8")
 
 
 if __name__ == "__main__":

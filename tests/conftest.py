@@ -21,6 +21,8 @@ from transformers import (
 
 from salsa.artifacts import Checkpoint
 
+pytest_plugins = ["tests.whole_run"]  # its fixtures: a run of the tiny recipe, shared by e2e/ and browser/
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -32,7 +34,9 @@ FAMILIES = {
 }
 
 
-def tiny_tokenizer(*, pad_is_eos: bool = False, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    *, pad_is_eos: bool = False, template: str | None = TEMPLATE
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: 256 bytes and five special tokens."""
     special = ["<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

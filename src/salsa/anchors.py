@@ -20,7 +20,9 @@ from salsa.soup import write_soup
 class Anchors:
     """The checkpoints that a recipe's expressions stand for."""
 
-    def __init__(self, run: RunDirectory, base: Checkpoint, sft: Sequence[Checkpoint], soup: SoupConfig) -> None:
+    def __init__(
+        self, run: RunDirectory, base: Checkpoint, sft: Sequence[Checkpoint], soup: SoupConfig
+    ) -> None:
         self._run, self._base, self._sft, self._soup = run, base, sft, soup
         self._made: dict[str, Checkpoint] = {}
 
@@ -42,8 +44,12 @@ class Anchors:
         weights = None if uniform else [float(w) for w in self._soup.weights]
         return self._cook(expression, [self._sft[i] for i in indices], weights)
 
-    def _cook(self, label: str, ingredients: Sequence[Checkpoint], weights: Sequence[float] | None) -> Checkpoint:
-        work: Callable[[Path], None] = lambda directory: write_soup(ingredients, directory, weights=weights)  # noqa: E731
+    def _cook(
+        self, label: str, ingredients: Sequence[Checkpoint], weights: Sequence[float] | None
+    ) -> Checkpoint:
+        work: Callable[[Path], None] = lambda directory: write_soup(
+            ingredients, directory, weights=weights
+        )
         stage = self._run.stage(
             label,
             config={"weights": weights},

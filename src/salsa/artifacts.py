@@ -78,14 +78,22 @@ def resolve(path: str, *, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such directory. Give a model directory, a hub name (org/name) or 'embedded'.")
+        raise CheckpointError(
+            f"{path}: no such directory. Give a model directory, a hub name (org/name) or 'embedded'."
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.onnx"]
+            )
+        )
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: neither a directory here nor a model that the hub gives out ({reason}).") from error
+        raise CheckpointError(
+            f"{path}: neither a directory here nor a model that the hub gives out ({reason})."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:
@@ -120,7 +128,7 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file; none if there is no file."""
     if not path.exists():
         return []
@@ -167,7 +175,7 @@ class Stage:
         return Checkpoint(self.path, self.record["output"])
 
     @property
-    def metrics(self) -> list[dict]:
+    def metrics(self) -> list[dict[str, Any]]:
         """What the stage logged, a row a step."""
         return read_jsonl(self.path / "metrics.jsonl")
 
@@ -187,7 +195,9 @@ class RunDirectory:
             ConfigError: another process holds it, or it belongs to another recipe and `force` is off.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path}: is a file. Choose another output directory with --out.")
+            raise ConfigError(
+                f"{self.path}: is a file. Choose another output directory with --out."
+            )
         stranger = self.path.exists() and any(self.path.iterdir())
         if stranger and not (self.path / "stages").is_dir() and not (self.path / ".lock").exists():
             raise ConfigError(
@@ -235,7 +245,9 @@ class RunDirectory:
         self.finished.append(stage)
         return stage
 
-    def _do(self, label: str, final: Path, identity: dict, work: Callable[[Path], None]) -> Stage:
+    def _do(
+        self, label: str, final: Path, identity: dict[str, Any], work: Callable[[Path], None]
+    ) -> Stage:
         partial = final.with_name(final.name + ".partial")
         partial.mkdir(exist_ok=True)
         started, clock = time.time(), time.monotonic()

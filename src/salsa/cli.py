@@ -6,7 +6,7 @@ Exit codes: 0 ok, 1 the work failed, 2 bad input, 130 stopped with Ctrl-C.
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,15 +18,29 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, e.g. recipes/quickstart.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. rl.kl_coef=0.1")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="run directory; runs/<name> if not given")]
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file, e.g. recipes/quickstart.yaml")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. rl.kl_coef=0.1")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="run directory; runs/<name> if not given")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 @app.command()
-def run(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
     """Run the whole recipe; run it again to go on where it stopped."""
     _run(recipe, overrides, out, force, "report")
 
@@ -41,43 +55,77 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 
 
 @app.command()
-def sft(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False) -> None:
+def sft(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
     """Run the recipe's SFT, once per seed."""
     _run(recipe, overrides, out, force, "sft")
 
 
 @app.command()
-def reward(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False) -> None:
+def reward(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
     """Train the recipe's reward model (and what it needs)."""
     _run(recipe, overrides, out, force, "reward")
 
 
 @app.command()
-def rl(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False) -> None:
+def rl(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
     """Run RL for every arm and seed (and what it needs)."""
     _run(recipe, overrides, out, force, "rl")
 
 
 @app.command("eval")
 def evaluate(
-    recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
 ) -> None:
     """Evaluate every arm on held-out prompts (and what it needs)."""
     _run(recipe, overrides, out, force, "eval")
 
 
 @app.command()
-def report(recipe: RecipeFile, overrides: Overrides = None, out: Out = None, force: Force = False, debug: Debug = False) -> None:
+def report(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
     """Write report.html and report.json (and what they need)."""
     _run(recipe, overrides, out, force, "report")
 
 
 @app.command()
 def soup(
-    ingredients: Annotated[list[str], typer.Argument(metavar="A B [C…]", help="model directories or hub names")],
+    ingredients: Annotated[
+        list[str], typer.Argument(metavar="A B [C…]", help="model directories or hub names")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="directory to make")],
-    weights: Annotated[str | None, typer.Option(help="one an ingredient, e.g. 0.7,0.3; uniform if not given")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="one an ingredient, e.g. 0.7,0.3; uniform if not given")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16 or float64")
+    ] = "auto",
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -88,15 +136,15 @@ def soup(
     try:
         factors = [float(w) for w in weights.split(",")] if weights else None
     except ValueError:
-        raise ConfigError(f"--weights {weights!r}: write numbers with commas, e.g. 0.7,0.3") from None
+        raise ConfigError(
+            f"--weights {weights!r}: write numbers with commas, e.g. 0.7,0.3"
+        ) from None
     made = make_soup(ingredients, weights=factors, out=out, dtype=dtype, force=force)
     typer.echo(f"{made.path}  sha256 {made.digest[:12]}")
 
 
 def main() -> None:
     """Entry point: one line for an error, the traceback with --debug."""
-    import click
-
     from salsa.errors import SalsaError, WorkFailed
 
     debug = "--debug" in sys.argv
@@ -106,19 +154,22 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 1 if isinstance(error, WorkFailed) else 2)
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         _stopped()
-    except KeyboardInterrupt:
-        _stopped()
-    except click.ClickException as error:
+    except _UsageError as error:
         _fail(f"{error.format_message()} See salsa --help.", 2)
     except Exception as error:
         if debug:
             raise
-        _fail(f"{type(error).__name__}: {error} (a defect or a broken machine: --debug shows where)", 1)
+        _fail(
+            f"{type(error).__name__}: {error} (a defect or a broken machine: --debug shows where)",
+            1,
+        )
 
 
-def _run(recipe: Path, overrides: list[str] | None, out: Path | None, force: bool, until: str) -> None:
+def _run(
+    recipe: Path, overrides: list[str] | None, out: Path | None, force: bool, until: Any
+) -> None:
     from salsa.config import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())

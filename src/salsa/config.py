@@ -122,7 +122,9 @@ class SFTConfig(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.dataset is None) == (not self.checkpoints):
-            raise ValueError("give exactly one of dataset (to train) and checkpoints (trained before)")
+            raise ValueError(
+                "give exactly one of dataset (to train) and checkpoints (trained before)"
+            )
         _check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
         return self
 
@@ -145,7 +147,9 @@ class SoupConfig(Strict):
         if self.weights == "uniform":
             return self
         if len(self.weights) != len(self.ingredients):
-            raise ValueError(f"has {len(self.weights)} weights for {len(self.ingredients)} ingredients; give one each")
+            raise ValueError(
+                f"has {len(self.weights)} weights for {len(self.ingredients)} ingredients; give one each"
+            )
         if abs(sum(self.weights) - 1) > 1e-6:
             raise ValueError(f"weights sum to {sum(self.weights):g}, not to 1; scale them")
         return self
@@ -299,7 +303,9 @@ class RLSection(RLConfig):
     def _names(cls, arms: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
         for name in arms:
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "sft":
-                raise ValueError(f"cannot have an arm named {name!r}; use letters, digits, . _ - (and not 'sft')")
+                raise ValueError(
+                    f"cannot have an arm named {name!r}; use letters, digits, . _ - (and not 'sft')"
+                )
         return arms
 
     @property
@@ -357,7 +363,9 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _references_exist(self) -> Self:
         if self.eval.baseline not in self.rl.arms:
-            raise ValueError(f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}")
+            raise ValueError(
+                f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}"
+            )
         for where, expression in self.expressions():
             for index in ingredients_of(expression, self.soup):
                 if index >= self.sft.count:
@@ -385,14 +393,20 @@ class Recipe(Strict):
         """
         path = Path(path)
         if not path.is_file():
-            near = _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+            near = (
+                _nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+                if path.parent.is_dir()
+                else ""
+            )
             raise ConfigError(f"{path}: no such recipe. {near or 'Give the path of a YAML file.'}")
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(values).__name__}.")
+            raise ConfigError(
+                f"{path}: a recipe is a mapping of sections, got {type(values).__name__}."
+            )
         for override in overrides:
             _apply_override(values, override)
         try:
@@ -418,7 +432,9 @@ def ingredients_of(expression: str, soup: SoupConfig) -> tuple[int, ...]:
 def _check_expression(value: str) -> str:
     if _MODEL_EXPRESSION.fullmatch(value) or "/" in value:
         return value
-    raise ValueError(f"{value!r} names no model. Use sft[0], soup, soup[0,1], base, or a path that contains a /.")
+    raise ValueError(
+        f"{value!r} names no model. Use sft[0], soup, soup[0,1], base, or a path that contains a /."
+    )
 
 
 def _check_call(value: str) -> str:
@@ -430,7 +446,9 @@ def _check_call(value: str) -> str:
 def _check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
     if part is not None and whole % part:
         divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
-        choice = ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+        choice = (
+            ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+        )
         raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
 
 
@@ -439,7 +457,7 @@ def _nearest(word: str, words: Any) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
 
 
-def _apply_override(values: dict, override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")

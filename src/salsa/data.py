@@ -56,7 +56,9 @@ def import_callable(call: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"{call}: cannot import {module_name} ({error}). Install it, or run from its directory.") from error
+        raise ConfigError(
+            f"{call}: cannot import {module_name} ({error}). Install it, or run from its directory."
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"{call}: {module_name} has no function {function_name!r}.")
@@ -71,8 +73,8 @@ def describe(source: DataSource) -> str:
 def fingerprint(source: DataSource) -> str:
     """Digest of a source: a file's bytes, a callable's module, a hub data set's name."""
     if source.call is not None:
-        module = sys.modules[import_callable(source.call).__module__]
-        content = sha256_file(Path(module.__file__)) if getattr(module, "__file__", None) else source.call
+        file = getattr(sys.modules[import_callable(source.call).__module__], "__file__", None)
+        content = sha256_file(Path(file)) if file else source.call
     elif (path := Path(str(source.path))).is_file():
         content = sha256_file(path)
     else:
@@ -95,10 +97,14 @@ def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]
     if not rows:
         raise DataError(f"{where}: no rows. Give a source with at least one.")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not any(all(row.get(c) is not None for c in wanted) for wanted in columns):
+        if not isinstance(row, dict) or not any(
+            all(row.get(c) is not None for c in wanted) for wanted in columns
+        ):
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             wanted = " or ".join(" + ".join(names) for names in columns)
-            raise DataError(f"{where}: row {number} has columns {found or 'none'}; wanted {wanted}. Rename them.")
+            raise DataError(
+                f"{where}: row {number} has columns {found or 'none'}; wanted {wanted}. Rename them."
+            )
     if source.limit is not None and source.limit < len(rows):
         rows = random.Random(source.shuffle_seed).sample(rows, source.limit)
     return rows
@@ -115,14 +121,17 @@ def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int) -> list
     fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= max_tokens]
     if not fitting:
         raise DataError(
-            f"{describe(source)}: none of {len(prompts)} prompts has at most {max_tokens} tokens. Raise max_prompt_tokens."
+            f"{describe(source)}: none of {len(prompts)} prompts has at most {max_tokens} tokens. "
+            "Raise rl.max_prompt_tokens."
         )
     return fitting
 
 
 def as_prompt(row: Row, tokenizer: Any, where: str = "prompt") -> Prompt:
     """A row's prompt, tokenized through the chat template (bare text if the model has none)."""
-    value = row["prompt"] if row.get("prompt") is not None else _without_reply(row["messages"])
+    value: Any = row.get("prompt")
+    if value is None:
+        value = _without_reply(row["messages"])
     messages = as_messages(value, tokenizer, where)
     if messages is None:
         return Prompt(tuple(tokenizer(value)["input_ids"]), None, value)
@@ -140,12 +149,18 @@ def as_messages(value: Any, tokenizer: Any, where: str) -> list[Message] | None:
             f"{where}: rows are conversations and the model has no chat template. "
             "Set model.chat_template to a Jinja file, or use plain prompt/completion strings."
         )
-    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-        raise DataError(f"{where}: a conversation is a list of {{role, content}}, got {str(value)[:60]!r}.")
+    if not isinstance(value, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    ):
+        raise DataError(
+            f"{where}: a conversation is a list of {{role, content}}, got {str(value)[:60]!r}."
+        )
     return value
 
 
-def render(messages: Sequence[Message], tokenizer: Any, where: str, *, add_generation_prompt: bool = False) -> str:
+def render(
+    messages: Sequence[Message], tokenizer: Any, where: str, *, add_generation_prompt: bool = False
+) -> str:
     """Chat template applied; template errors become DataError."""
     from jinja2.exceptions import TemplateError
 
@@ -154,7 +169,9 @@ def render(messages: Sequence[Message], tokenizer: Any, where: str, *, add_gener
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as error:
-        raise DataError(f"{where}: the model's chat template refuses a conversation: {error}") from error
+        raise DataError(
+            f"{where}: the model's chat template refuses a conversation: {error}"
+        ) from error
 
 
 def plain_text(messages: Sequence[Message]) -> str:
@@ -191,9 +208,16 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
                 shared += 1
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if prompt is None:
-            raise DataError(f"{where}: rows without a prompt must be conversations. Split the prompt off into its own column.")
-        one, other = _pair(prompt, chosen, tokenizer, where), _pair(prompt, rejected, tokenizer, where)
-        result.append({"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]})
+            raise DataError(
+                f"{where}: rows without a prompt must be conversations. Split the prompt off into its own column."
+            )
+        one, other = (
+            _pair(prompt, chosen, tokenizer, where),
+            _pair(prompt, rejected, tokenizer, where),
+        )
+        result.append(
+            {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+        )
     return result
 
 
@@ -213,9 +237,15 @@ def _pair(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Row:
     messages = as_messages(prompt, tokenizer, where)
     if messages is None:
         if not isinstance(completion, str):
-            raise DataError(f"{where}: the prompt is a string and the reply is not. Make both strings.")
+            raise DataError(
+                f"{where}: the prompt is a string and the reply is not. Make both strings."
+            )
         return {"prompt": prompt, "completion": completion}
-    reply = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    reply = (
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str)
+        else completion
+    )
     return {"prompt": messages, "completion": as_messages(reply, tokenizer, where)}
 
 

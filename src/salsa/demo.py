@@ -88,16 +88,23 @@ def gold(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 
 
 def _prompts(role: str) -> list[dict]:
-    return [{"prompt": prompt} for turns, _ in conversations(role) for prompt, _ in _exchanges(turns)]
+    return [
+        {"prompt": prompt} for turns, _ in conversations(role) for prompt, _ in _exchanges(turns)
+    ]
 
 
 def _exchanges(turns: list[str]) -> Iterator[tuple[list[dict], str]]:
     """Every (last few turns, the reply to them); the speaker who replies is the assistant."""
     for reply in range(1, len(turns)):
         count = min(CONTEXT_TURNS, reply)
-        count -= (count + 1) % 2  # an odd number of turns: the context starts and ends with the user
+        count -= (
+            count + 1
+        ) % 2  # an odd number of turns: the context starts and ends with the user
         context = turns[reply - count : reply]
-        if PROMPT_CHARACTERS[0] <= len(context[-1]) and sum(map(len, context)) <= PROMPT_CHARACTERS[1]:
+        if (
+            PROMPT_CHARACTERS[0] <= len(context[-1])
+            and sum(map(len, context)) <= PROMPT_CHARACTERS[1]
+        ):
             yield (
                 [
                     {"role": "assistant" if i % 2 else "user", "content": text}
@@ -130,7 +137,7 @@ def _dataset() -> dict:
 
 
 @lru_cache(maxsize=1)
-def _analyzer():  # noqa: ANN202 - vaderSentiment ships no types
+def _analyzer():
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
@@ -139,6 +146,8 @@ def _analyzer():  # noqa: ANN202 - vaderSentiment ships no types
 
 
 def _missing(package: str) -> Exception:
-    from salsa.artifacts import DataError
+    from salsa.errors import DataError
 
-    return DataError(f"the quickstart needs the package {package}. Install it: pip install 'salsa-rlhf[demo]'")
+    return DataError(
+        f"the quickstart needs the package {package}. Install it: pip install 'salsa-rlhf[demo]'"
+    )

@@ -21,6 +21,7 @@ from transformers import (
 
 from salsa.config import ModelConfig
 from salsa.errors import CheckpointError
+from salsa.runtime.local import device
 from salsa.types import Rollout, Sampling
 
 
@@ -54,16 +55,20 @@ def load_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: no tokenizer can be loaded ({str(error).splitlines()[0]}).") from error
+        raise CheckpointError(
+            f"{path}: no tokenizer can be loaded ({str(error).splitlines()[0]})."
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{path}: the tokenizer has no EOS token, so no reply could end. Set eos_token.")
+        raise CheckpointError(
+            f"{path}: the tokenizer has no EOS token, so no reply could end. Set eos_token."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_policy(path: Path) -> PreTrainedModel:
-    """A causal language model in fp32."""
+    """A causal language model in fp32, on the device, without dropout."""
     return _load(AutoModelForCausalLM, path)
 
 
@@ -76,14 +81,18 @@ def load_scorer(path: Path, *, pad_id: int, new_head_seed: int | None = None) ->
     config = json.loads((path / "config.json").read_text())
     has_head = any("SequenceClassification" in name for name in config.get("architectures") or [])
     if not has_head and new_head_seed is None:
-        raise CheckpointError(f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier.")
+        raise CheckpointError(
+            f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
+        )
     if has_head:
         model = _load(AutoModelForSequenceClassification, path)
     else:
         torch.manual_seed(new_head_seed or 0)
         model = _load(AutoModelForSequenceClassification, path, num_labels=1)
     if model.config.num_labels != 1:
-        raise CheckpointError(f"{path}: the reward model has {model.config.num_labels} labels. Give one with num_labels=1.")
+        raise CheckpointError(
+            f"{path}: the reward model has {model.config.num_labels} labels. Give one with num_labels=1."
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id
     return model
@@ -96,7 +105,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) 
 
 
 def sampling(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float, precision: str
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    precision: str,
 ) -> Sampling:
     """How to sample from the model at `path`; a reply ends at the tokenizer's EOS or the generation config's."""
     ends = {tokenizer.eos_token_id}
@@ -104,22 +118,27 @@ def sampling(
     if file.exists():
         found = json.loads(file.read_text()).get("eos_token_id")
         ends |= set(found if isinstance(found, list) else [found]) - {None}
-    return Sampling(max_new_tokens, temperature, tuple(sorted(ends)), int(tokenizer.pad_token_id), precision)
+    return Sampling(
+        max_new_tokens, temperature, tuple(sorted(ends)), int(tokenizer.pad_token_id), precision
+    )
 
 
 def response_stats(model: nn.Module, rollout: Rollout, *, temperature: float) -> TokenStats:
-    """log π(y_t | x, y_<t) and the entropy of π(· | x, y_<t), both under `temperature`, in nats."""
+    """Log π(y_t | x, y_<t) and the entropy of π(· | x, y_<t), both under `temperature`, in nats."""
     logits = response_logits(model, rollout, temperature=temperature)
     logprobs = logits.log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
     chosen = logprobs.gather(-1, rollout.response[..., None]).squeeze(-1)
     return TokenStats(
-        torch.where(rollout.response_mask, chosen, 0), torch.where(rollout.response_mask, entropy, 0)
+        torch.where(rollout.response_mask, chosen, 0),
+        torch.where(rollout.response_mask, entropy, 0),
     )
 
 
-def response_logits(model: nn.Module, rollout: Rollout, *, temperature: float) -> Float[Tensor, "B R V"]:
+def response_logits(
+    model: nn.Module, rollout: Rollout, *, temperature: float
+) -> Float[Tensor, "B R V"]:
     """fp32 logits that chose each response token: those of the position before it."""
     num_response = rollout.response.shape[1]
     output = model(
@@ -142,12 +161,14 @@ def response_values(critic: PreTrainedModel, rollout: Rollout) -> Float[Tensor, 
         position_ids=position_ids(rollout.mask),
         use_cache=False,
     ).last_hidden_state[:, -num_response - 1 : -1]
-    values = critic.score(hidden).squeeze(-1).float()
+    values = critic.get_submodule("score")(hidden).squeeze(-1).float()
     return torch.where(rollout.response_mask, values, 0)
 
 
 @torch.no_grad()
-def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+def sequence_scores(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int
+) -> list[float]:
     """The classifier's score of each token sequence, batched by length so that little is padded.
 
     Pooling is the model's own (the last token that is not its padding token), as it was trained.
@@ -162,7 +183,9 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
         for row, i in enumerate(chunk):
             tokens[row, : len(sequences[i])] = torch.tensor(sequences[i])
         mask = (torch.arange(width) < lengths[:, None]).long()
-        logits = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).logits
+        logits = model(
+            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
+        ).logits
         for i, score in zip(chunk, logits.squeeze(-1).float().tolist(), strict=True):
             scores[i] = score
     return scores
@@ -176,13 +199,15 @@ def position_ids(mask: Tensor) -> Tensor:
 def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
-        return factory.from_pretrained(path, dtype=torch.float32, **kwargs)
+        return factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: no model can be loaded ({str(error).splitlines()[0]}).") from error
+        raise CheckpointError(
+            f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _unquantized(config: Any) -> Any:
-    """transformers refuses to save a de-quantized GGUF while its config still says quantized."""
+    """Transformers refuses to save a de-quantized GGUF while its config still says quantized."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -20,7 +20,7 @@ from salsa.data import Prompt, Row
 from salsa.errors import DataError
 from salsa.reward import function_scorer
 from salsa.rl import collect_rollout, decode
-from salsa.runtime.local import device, seed_everything
+from salsa.runtime.local import seed_everything
 from salsa.runtime.tracking import tracker
 
 BATCH = 64
@@ -48,13 +48,15 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
     # each prompt's two (model, draw): different models where there are several, else two draws of one
     authors = [tuple(rng.sample(range(count), 2)) if count > 1 else (0, 0) for _ in job.prompts]
     replies: list[list[str]] = [["", ""] for _ in job.prompts]
-    tasks = [(author, row, side) for row, pair in enumerate(authors) for side, author in enumerate(pair)]
+    tasks = [
+        (author, row, side) for row, pair in enumerate(authors) for side, author in enumerate(pair)
+    ]
     total = sum(-(-sum(author == m for author, _, _ in tasks) // BATCH) for m in range(count))
     with tracker(directory, job.label, total, ()) as log:
         done = 0
         for number, checkpoint in enumerate(job.models):
             tokenizer = models.load_tokenizer(checkpoint.path)
-            policy = models.load_policy(checkpoint.path).to(device()).eval()
+            policy = models.load_policy(checkpoint.path).eval()
             sampling = models.sampling(
                 checkpoint.path,
                 tokenizer,
@@ -66,7 +68,9 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
             own = [(row, side) for author, row, side in tasks if author == number]
             for start in range(0, len(own), BATCH):
                 chunk = own[start : start + BATCH]
-                rollout = collect_rollout(policy, [job.prompts[row] for row, _ in chunk], sampling, generator)
+                rollout = collect_rollout(
+                    policy, [job.prompts[row] for row, _ in chunk], sampling, generator
+                )
                 for (row, side), text in zip(chunk, decode(rollout, tokenizer), strict=True):
                     replies[row][side] = text
                 done += 1
@@ -83,7 +87,10 @@ def read_pairs(directory: Path) -> list[Row]:
 
 
 def label_pairs(
-    prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str], config: PreferencesConfig
+    prompts: Sequence[Prompt],
+    first: Sequence[str],
+    second: Sequence[str],
+    config: PreferencesConfig,
 ) -> list[Row]:
     """Noisy Bradley-Terry labels: a is chosen with probability σ((score_a − score_b) / noise).
 
@@ -92,7 +99,9 @@ def label_pairs(
     scorer = function_scorer([config.labeller])
     rng = random.Random(config.seed)
     rows = []
-    scored = zip(prompts, first, second, scorer(prompts, first), scorer(prompts, second), strict=True)
+    scored = zip(
+        prompts, first, second, scorer(prompts, first), scorer(prompts, second), strict=True
+    )
     for prompt, a, b, score_a, score_b in scored:
         if a.strip() == b.strip():
             continue
@@ -100,5 +109,7 @@ def label_pairs(
         chosen, rejected = (a, b) if prefer_a else (b, a)
         agrees = (score_a >= score_b) == prefer_a
         value: Any = list(prompt.messages) if prompt.messages else prompt.text
-        rows.append({"prompt": value, "chosen": chosen, "rejected": rejected, "label_agrees": agrees})
+        rows.append(
+            {"prompt": value, "chosen": chosen, "rejected": rejected, "label_agrees": agrees}
+        )
     return rows

@@ -18,7 +18,7 @@ from salsa.data import Prompt, Row, import_callable, preference_rows, render
 from salsa.errors import DataError, WorkFailed
 from salsa.models import load_scorer, load_tokenizer, save, sequence_scores
 from salsa.runtime.hf_trainer import common_arguments, train
-from salsa.runtime.local import autocast, device
+from salsa.runtime.local import autocast
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
@@ -60,11 +60,16 @@ def train_reward(job: RewardJob, directory: Path) -> None:
     rows = preference_rows(job.rows, tokenizer, job.where)
     num_held_out = math.ceil(len(rows) * config.holdout) if config.holdout else 0
     if len(rows) - num_held_out < 1:
-        raise DataError(f"{job.where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back.")
+        raise DataError(
+            f"{job.where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back."
+        )
     random.Random(config.seed).shuffle(rows)
     arguments = trl.RewardConfig(
         **common_arguments(
-            directory, seed=config.seed, precision=job.precision, checkpoint_every=config.checkpoint_every
+            directory,
+            seed=config.seed,
+            precision=job.precision,
+            checkpoint_every=config.checkpoint_every,
         ),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -73,23 +78,26 @@ def train_reward(job: RewardJob, directory: Path) -> None:
         disable_dropout=True,
     )
     pad_id = tokenizer.pad_token_id
+    model = load_scorer(job.init.path, pad_id=pad_id, new_head_seed=config.seed)
     trainer = trl.RewardTrainer(
-        model=load_scorer(job.init.path, pad_id=pad_id, new_head_seed=config.seed),
+        model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
         processing_class=tokenizer,
     )
     train(trainer, directory, job.label, ("loss", "accuracy", "margin"))
-    save(trainer.model, tokenizer, directory)
+    save(model, tokenizer, directory)
     if num_held_out:
         accuracy = _accuracy(model_scorer(directory, job.precision), rows[:num_held_out])
-        write_atomic(directory / "accuracy.txt", f"{accuracy:.6f} on {num_held_out} held-out pairs\n")
+        write_atomic(
+            directory / "accuracy.txt", f"{accuracy:.6f} on {num_held_out} held-out pairs\n"
+        )
 
 
 def model_scorer(path: Path, precision: str) -> Scorer:
     """Score with a reward model; its own template and tokenizer."""
     tokenizer = load_tokenizer(path)
-    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id)).to(device()).eval()
+    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id)).eval()
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         sequences = [
@@ -113,14 +121,20 @@ def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         total = [0.0] * len(responses)
         for function, call in loaded:
-            scores = _checked(function.call, call, [prompt.text for prompt in prompts], list(responses))
-            total = [sum_ + function.weight * score for sum_, score in zip(total, scores, strict=True)]
+            scores = _checked(
+                function.call, call, [prompt.text for prompt in prompts], list(responses)
+            )
+            total = [
+                sum_ + function.weight * score for sum_, score in zip(total, scores, strict=True)
+            ]
         return total
 
     return score
 
 
-def _checked(name: str, call: Callable[..., Any], prompts: list[str], responses: list[str]) -> list[float]:
+def _checked(
+    name: str, call: Callable[..., Any], prompts: list[str], responses: list[str]
+) -> list[float]:
     try:
         scores = list(call(prompts, responses))
     except Exception as error:
@@ -128,11 +142,14 @@ def _checked(name: str, call: Callable[..., Any], prompts: list[str], responses:
             f"reward {name}: raised {type(error).__name__}: {error}. Finished work is kept; mend it and run again."
         ) from error
     if len(scores) != len(responses):
-        raise WorkFailed(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses. Return one each.")
+        raise WorkFailed(
+            f"reward {name}: returned {len(scores)} scores for {len(responses)} responses. Return one each."
+        )
     for number, score in enumerate(scores):
         if not isinstance(score, Real) or not math.isfinite(score):
             raise WorkFailed(
-                f"reward {name}: score {number} is {score!r} for response {responses[number][:40]!r}. Return finite numbers."
+                f"reward {name}: score {number} is {score!r} for response {responses[number][:40]!r}. "
+                "Return finite numbers."
             )
     return [float(score) for score in scores]
 
@@ -147,7 +164,11 @@ def _conversation_ids(prompt: Prompt, response: str, tokenizer: Any) -> list[int
 
 def _accuracy(score: Scorer, rows: Sequence[Row]) -> float:
     prompts = [
-        Prompt((), tuple(row["prompt"]) if isinstance(row["prompt"], list) else None, str(row["prompt"]))
+        Prompt(
+            (),
+            tuple(row["prompt"]) if isinstance(row["prompt"], list) else None,
+            str(row["prompt"]),
+        )
         for row in rows
     ]
 

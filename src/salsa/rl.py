@@ -106,7 +106,10 @@ def train_rl(job: RLJob, directory: Path) -> None:
 
 
 def collect_rollout(
-    policy: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
+    policy: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    generator: torch.Generator,
 ) -> Rollout:
     """Sample one response per prompt."""
     batch = collate(prompts, sampling.pad_id)
@@ -148,7 +151,14 @@ def compute_experience(
         rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
     )
     experience = Experience(
-        rollout, logprobs, ref_logprobs, values, scores, rewards, objectives.whiten(advantages, mask), returns
+        rollout,
+        logprobs,
+        ref_logprobs,
+        values,
+        scores,
+        rewards,
+        objectives.whiten(advantages, mask),
+        returns,
     )
     figures = {
         "score": raw_scores.mean().item(),
@@ -169,10 +179,12 @@ def compute_experience(
 def update_models(
     actors: Actors, experience: Experience, config: RLConfig, update: int, precision: str
 ) -> UpdateStats:
-    """`num_epochs` passes over the experience in shuffled minibatches; one optimizer step each for policy and critic."""
+    """`num_epochs` passes in shuffled minibatches; each steps policy and critic once."""
     decay = 1 - update / config.num_updates
     actors.policy_optimizer.param_groups[0]["lr"] = config.learning_rate * decay
-    actors.critic_optimizer.param_groups[0]["lr"] = (config.critic_learning_rate or config.learning_rate) * decay
+    actors.critic_optimizer.param_groups[0]["lr"] = (
+        config.critic_learning_rate or config.learning_rate
+    ) * decay
     steps = []
     for _ in range(config.num_epochs):
         order = torch.randperm(len(experience)).to(experience.scores.device)
@@ -181,7 +193,9 @@ def update_models(
     return UpdateStats(*(sum(column) / len(steps) for column in zip(*steps, strict=True)))
 
 
-def _optimizer_step(actors: Actors, minibatch: Experience, config: RLConfig, precision: str) -> list[float]:
+def _optimizer_step(
+    actors: Actors, minibatch: Experience, config: RLConfig, precision: str
+) -> list[float]:
     """Accumulate gradients over microbatches, weighted by their real tokens, and step both optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
     sums = torch.zeros(6)
@@ -190,7 +204,9 @@ def _optimizer_step(actors: Actors, minibatch: Experience, config: RLConfig, pre
         mask = micro.rollout.response_mask
         share = mask.sum() / total_tokens
         with autocast(precision):
-            logprobs = models.response_stats(actors.policy, micro.rollout, temperature=config.temperature).logprobs
+            logprobs = models.response_stats(
+                actors.policy, micro.rollout, temperature=config.temperature
+            ).logprobs
             values = models.response_values(actors.critic, micro.rollout)
         policy = objectives.policy_loss(
             logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
@@ -200,14 +216,23 @@ def _optimizer_step(actors: Actors, minibatch: Experience, config: RLConfig, pre
         )
         ((policy.loss + value.loss) * share).backward()
         ratio = objectives.masked_mean((logprobs - micro.logprobs).exp(), mask)
-        figures = (policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl, ratio)
+        figures = (
+            policy.loss,
+            value.loss,
+            policy.clip_fraction,
+            value.clip_fraction,
+            policy.approx_kl,
+            ratio,
+        )
         sums += torch.stack([figure.detach() for figure in figures]).cpu() * share.cpu()
     norms = []
     for model, optimizer in (
         (actors.policy, actors.policy_optimizer),
         (actors.critic, actors.critic_optimizer),
     ):
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item())
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        )
         optimizer.step()
         optimizer.zero_grad()
     return [*sums.tolist(), *norms]
@@ -215,7 +240,10 @@ def _optimizer_step(actors: Actors, minibatch: Experience, config: RLConfig, pre
 
 def decode(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Response texts without special tokens."""
-    ids = [row[keep].tolist() for row, keep in zip(rollout.response, rollout.response_mask, strict=True)]
+    ids = [
+        row[keep].tolist()
+        for row, keep in zip(rollout.response, rollout.response_mask, strict=True)
+    ]
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -235,22 +263,37 @@ def _forward(
         with autocast(precision):
             own = models.response_stats(actors.policy, micro, temperature=config.temperature)
             ref = models.response_stats(actors.reference, micro, temperature=config.temperature)
-            parts.append((own.logprobs, own.entropy, ref.logprobs, models.response_values(actors.critic, micro)))
+            parts.append(
+                (
+                    own.logprobs,
+                    own.entropy,
+                    ref.logprobs,
+                    models.response_values(actors.critic, micro),
+                )
+            )
     logprobs, entropy, ref_logprobs, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs, entropy, ref_logprobs, values
 
 
 def _load_actors(job: RLJob, pad_id: int) -> Actors:
     config = job.config
-    policy = models.load_policy(job.init.path).to(device())
-    critic = models.load_scorer(job.critic_init.path, pad_id=pad_id, new_head_seed=job.seed).to(device())
-    reference = models.load_policy(job.reference.path).to(device()).eval().requires_grad_(False)
+    policy = models.load_policy(job.init.path)
+    critic = models.load_scorer(job.critic_init.path, pad_id=pad_id, new_head_seed=job.seed)
+    reference = models.load_policy(job.reference.path).requires_grad_(False)
     critic_lr = config.critic_learning_rate or config.learning_rate
-    return Actors(policy, critic, reference, _optimizer(policy, config.learning_rate), _optimizer(critic, critic_lr))
+    return Actors(
+        policy,
+        critic,
+        reference,
+        _optimizer(policy, config.learning_rate),
+        _optimizer(critic, critic_lr),
+    )
 
 
 def _optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    return torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
 
 
 def _draw(prompts: Sequence[Prompt], count: int, seed: int, update: int) -> list[Prompt]:
@@ -291,11 +334,14 @@ _LEARNING = ("policy", "critic", "policy_optimizer", "critic_optimizer")
 
 def _require_same_vocabulary(job: RLJob) -> None:
     vocabularies = [
-        models.load_tokenizer(c.path).get_vocab() for c in (job.init, job.reference, job.critic_init)
+        models.load_tokenizer(c.path).get_vocab()
+        for c in (job.init, job.reference, job.critic_init)
     ]
     for name, vocabulary in zip(("reference", "critic"), vocabularies[1:], strict=True):
         if vocabulary != vocabularies[0]:
-            raise CheckpointError(f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family.")
+            raise CheckpointError(
+                f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
+            )
 
 
 def _require_finite(label: str, update: int, stats: UpdateStats) -> None:
@@ -316,6 +362,8 @@ def _explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
 def _timings(clock: Sequence[float], rollout: Rollout) -> dict[str, float]:
     phases = {
         f"seconds_{name}": stop - start
-        for name, start, stop in zip(("rollout", "experience", "update"), clock, clock[1:], strict=False)
+        for name, start, stop in zip(
+            ("rollout", "experience", "update"), clock, clock[1:], strict=False
+        )
     }
     return phases | {"tokens_per_second": int(rollout.lengths.sum()) / (clock[-1] - clock[0])}

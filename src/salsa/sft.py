@@ -38,7 +38,10 @@ def train_sft(job: SFTJob, directory: Path) -> None:
     microbatch = config.microbatch_size or config.batch_size
     arguments = trl.SFTConfig(
         **common_arguments(
-            directory, seed=job.seed, precision=job.precision, checkpoint_every=config.checkpoint_every
+            directory,
+            seed=job.seed,
+            precision=job.precision,
+            checkpoint_every=config.checkpoint_every,
         ),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
@@ -47,11 +50,12 @@ def train_sft(job: SFTJob, directory: Path) -> None:
         max_length=config.max_length,
         completion_only_loss=True,
     )
+    model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
-        model=load_policy(job.base.path),
+        model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(sft_rows(rows, tokenizer, where)),
         processing_class=tokenizer,
     )
     train(trainer, directory, job.label, ("loss", "mean_token_accuracy"))
-    save(trainer.model, tokenizer, directory)
+    save(model, tokenizer, directory)

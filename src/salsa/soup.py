@@ -28,7 +28,14 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_INTEGERS = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _CHUNK_ELEMENTS = 1 << 20
 _SHARD_BYTES = 5 * 10**9
@@ -102,7 +109,11 @@ def make_soup(
 
 
 def write_soup(
-    ingredients: Sequence[Checkpoint], directory: Path, *, weights: Sequence[float] | None = None, dtype: str = "auto"
+    ingredients: Sequence[Checkpoint],
+    directory: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Fill `directory` with the soup, its tokenizer and `soup.json` (see `make_soup`)."""
     if not ingredients:
@@ -110,11 +121,15 @@ def write_soup(
     if weights is None:
         weights = [1 / len(ingredients)] * len(ingredients)
     if len(weights) != len(ingredients):
-        raise ConfigError(f"soup: {len(weights)} weights for {len(ingredients)} ingredients. Give one each.")
+        raise ConfigError(
+            f"soup: {len(weights)} weights for {len(ingredients)} ingredients. Give one each."
+        )
     if not all(math.isfinite(w) for w in weights) or abs(sum(weights) - 1) > 1e-6:
         raise ConfigError(f"soup: weights sum to {sum(weights):g}, not to 1. Scale them.")
     if len({c.digest for c in ingredients}) < len(ingredients):
-        raise CheckpointError("soup: the same checkpoint is given twice. Give different ones, or change its weight.")
+        raise CheckpointError(
+            "soup: the same checkpoint is given twice. Give different ones, or change its weight."
+        )
     tensors = [tensors_of(checkpoint.path) for checkpoint in ingredients]
     _check_alike(ingredients, tensors)
     stored = _output_dtypes(tensors, dtype)
@@ -124,7 +139,8 @@ def write_soup(
     provenance = {
         "method": "linear",
         "ingredients": [
-            {"path": str(c.path), "digest": c.digest, "weight": w} for c, w in zip(ingredients, weights, strict=True)
+            {"path": str(c.path), "digest": c.digest, "weight": w}
+            for c, w in zip(ingredients, weights, strict=True)
         ],
         "dtype": dtype,
         "versions": versions(),
@@ -140,17 +156,23 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.exists() and index.exists():
-        raise CheckpointError(f"{path}: has both {single.name} and {index.name}. Delete the one that is stale.")
+        raise CheckpointError(
+            f"{path}: has both {single.name} and {index.name}. Delete the one that is stale."
+        )
     if index.exists():
         weight_map = json.loads(index.read_text())["weight_map"]
         for name in sorted(set(weight_map.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: names {name!r}, which is no plain .safetensors file beside it.")
+                raise CheckpointError(
+                    f"{index}: names {name!r}, which is no plain .safetensors file beside it."
+                )
         tensors: dict[str, Tensor] = {}
         for name in sorted(set(weight_map.values())):
             for key, tensor in _read_header(path / name).items():
                 if weight_map.get(key) != name or key in tensors:
-                    raise CheckpointError(f"{path / name}: holds {key}, which the index places elsewhere.")
+                    raise CheckpointError(
+                        f"{path / name}: holds {key}, which the index places elsewhere."
+                    )
                 tensors[key] = tensor
         if missing := sorted(weight_map.keys() - tensors.keys()):
             raise CheckpointError(f"{index}: names {missing[0]}, which no shard holds.")
@@ -158,8 +180,12 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if single.exists():
         return _read_header(single)
     if any(path.glob("*.bin")):
-        raise CheckpointError(f"{path}: has pickled weights only (.bin). Save it with safe_serialization=True first.")
-    raise CheckpointError(f"{path}: has no model.safetensors. Give a directory that save_pretrained wrote.")
+        raise CheckpointError(
+            f"{path}: has pickled weights only (.bin). Save it with safe_serialization=True first."
+        )
+    raise CheckpointError(
+        f"{path}: has no model.safetensors. Give a directory that save_pretrained wrote."
+    )
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
@@ -172,17 +198,41 @@ def _read_header(file: Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         start, size = 8 + length, file.stat().st_size
         tensors = {
-            key: Tensor(file, v["dtype"], tuple(v["shape"]), start + v["data_offsets"][0], v["data_offsets"][1] - v["data_offsets"][0])
+            key: Tensor(
+                file,
+                v["dtype"],
+                tuple(v["shape"]),
+                start + v["data_offsets"][0],
+                v["data_offsets"][1] - v["data_offsets"][0],
+            )
             for key, v in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
-        raise CheckpointError(f"{file}: not a sound safetensors file ({error}). Copy or save it again.") from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        struct.error,
+    ) as error:
+        raise CheckpointError(
+            f"{file}: not a sound safetensors file ({error}). Copy or save it again."
+        ) from error
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS and tensor.dtype not in _INTEGERS:
-            raise CheckpointError(f"{file}: {key} is {tensor.dtype}; a soup takes {', '.join(FLOATS)}. De-quantize it first.")
+            raise CheckpointError(
+                f"{file}: {key} is {tensor.dtype}; a soup takes {', '.join(FLOATS)}. De-quantize it first."
+            )
         kind = FLOATS.get(tensor.dtype) or np.dtype(_INTEGERS[tensor.dtype])
-        if tensor.size * kind.itemsize != tensor.num_bytes or tensor.offset < start or tensor.offset + tensor.num_bytes > size:
-            raise CheckpointError(f"{file}: {key} does not lie inside the file. Copy or save it again.")
+        if (
+            tensor.size * kind.itemsize != tensor.num_bytes
+            or tensor.offset < start
+            or tensor.offset + tensor.num_bytes > size
+        ):
+            raise CheckpointError(
+                f"{file}: {key} does not lie inside the file. Copy or save it again."
+            )
     return tensors
 
 
@@ -191,20 +241,30 @@ def _check_alike(ingredients: Sequence[Checkpoint], tensors: Sequence[dict[str, 
     first_config, first_vocabulary = _config(first), _vocabulary(first)
     for checkpoint, own in zip(ingredients[1:], tensors[1:], strict=True):
         here = checkpoint.path
-        missing, extra = sorted(tensors[0].keys() - own.keys()), sorted(own.keys() - tensors[0].keys())
+        missing, extra = (
+            sorted(tensors[0].keys() - own.keys()),
+            sorted(own.keys() - tensors[0].keys()),
+        )
         if missing or extra:
             raise CheckpointError(
-                f"{here}: not the tensors of {first} (lacks {missing[:3] or 'none'}, has besides {extra[:3] or 'none'})."
+                f"{here}: not the tensors of {first} "
+                f"(lacks {missing[:3] or 'none'}, has besides {extra[:3] or 'none'})."
             )
         for key, tensor in own.items():
             if tensor.shape != tensors[0][key].shape:
-                raise CheckpointError(f"{here}: {key} is {tensor.shape}, in {first} it is {tensors[0][key].shape}.")
+                raise CheckpointError(
+                    f"{here}: {key} is {tensor.shape}, in {first} it is {tensors[0][key].shape}."
+                )
         config = _config(here)
         for key in sorted(first_config.keys() | config.keys()):
             if first_config.get(key) != config.get(key):
-                raise CheckpointError(f"{here}: config {key} is {config.get(key)!r}, in {first} it is {first_config.get(key)!r}.")
+                raise CheckpointError(
+                    f"{here}: config {key} is {config.get(key)!r}, in {first} it is {first_config.get(key)!r}."
+                )
         if _vocabulary(here) != first_vocabulary:
-            raise CheckpointError(f"{here}: another tokenizer than {first}. The same row must mean the same token.")
+            raise CheckpointError(
+                f"{here}: another tokenizer than {first}. The same row must mean the same token."
+            )
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -232,7 +292,9 @@ def _output_dtypes(tensors: Sequence[dict[str, Tensor]], dtype: str) -> dict[str
         kinds = {own[key].dtype for own in tensors}
         if not kinds <= FLOATS.keys():
             if len(kinds) > 1:
-                raise CheckpointError(f"soup: {key} is {' and '.join(sorted(kinds))} in different ingredients.")
+                raise CheckpointError(
+                    f"soup: {key} is {' and '.join(sorted(kinds))} in different ingredients."
+                )
             stored[key] = kinds.pop()
         elif dtype != "auto":
             stored[key] = _NAMES[dtype]
@@ -243,7 +305,10 @@ def _output_dtypes(tensors: Sequence[dict[str, Tensor]], dtype: str) -> dict[str
 
 
 def _write_weights(
-    directory: Path, tensors: Sequence[dict[str, Tensor]], weights: Sequence[float], stored: dict[str, str]
+    directory: Path,
+    tensors: Sequence[dict[str, Tensor]],
+    weights: Sequence[float],
+    stored: dict[str, str],
 ) -> None:
     """Stream every tensor, sorted by name, into shards of at most 5 GB."""
     shards: list[list[str]] = [[]]
@@ -257,7 +322,11 @@ def _write_weights(
         filled += sizes[key]
     weight_map = {}
     for number, keys in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for key in keys:
@@ -280,7 +349,9 @@ def _write_weights(
         write_atomic(directory / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
-def _average(key: str, tensors: Sequence[Tensor], weights: Sequence[float], stored: str) -> Iterator[np.ndarray]:
+def _average(
+    key: str, tensors: Sequence[Tensor], weights: Sequence[float], stored: str
+) -> Iterator[np.ndarray]:
     """The weighted sum of one tensor, a chunk at a time; integers must be equal and are copied."""
     size = tensors[0].size
     for start in range(0, size, _CHUNK_ELEMENTS):
@@ -288,14 +359,19 @@ def _average(key: str, tensors: Sequence[Tensor], weights: Sequence[float], stor
         if stored not in FLOATS:
             chunks = [tensor.read(start, stop) for tensor in tensors]
             if any(not np.array_equal(chunks[0], chunk) for chunk in chunks[1:]):
-                raise CheckpointError(f"soup: {key} holds integers that differ between ingredients; they have no average.")
+                raise CheckpointError(
+                    f"soup: {key} holds integers that differ between ingredients; they have no average."
+                )
             yield chunks[0]
             continue
-        total = np.float64(-0.0)  # the neutral element of addition, so that a soup of one keeps its zeros' signs
+        # -0.0 is the neutral element of addition: a soup of one keeps its zeros' signs
+        total: Any = -0.0
         for tensor, weight in zip(tensors, weights, strict=True):
             chunk = tensor.read(start, stop).astype(np.float64)
             if not np.isfinite(chunk).all():
-                raise CheckpointError(f"{tensor.file}: {key} holds NaN or Inf. A soup needs sound ingredients.")
+                raise CheckpointError(
+                    f"{tensor.file}: {key} holds NaN or Inf. A soup needs sound ingredients."
+                )
             total = total + weight * chunk
         with np.errstate(over="ignore"):
             result = total.astype(FLOATS[stored])
@@ -311,10 +387,19 @@ def _itemsize(kind: str) -> int:
 def _copy_companions(source: Path, directory: Path, dtype: str | None) -> None:
     """Everything of the first ingredient that is not weights or provenance."""
     for file in sorted(source.iterdir()):
-        companion = file.suffix in {".json", ".jinja", ".model", ".txt"} and "safetensors.index" not in file.name
-        if file.is_file() and companion and file.name not in {"stage.json", "soup.json", "metrics.jsonl", "accuracy.txt"}:
+        companion = (
+            file.suffix in {".json", ".jinja", ".model", ".txt"}
+            and "safetensors.index" not in file.name
+        )
+        if (
+            file.is_file()
+            and companion
+            and file.name not in {"stage.json", "soup.json", "metrics.jsonl", "accuracy.txt"}
+        ):
             shutil.copyfile(file, directory / file.name)
     if dtype is not None:
         config = json.loads((directory / "config.json").read_text())
         config.pop("torch_dtype", None)
-        write_atomic(directory / "config.json", json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+        write_atomic(
+            directory / "config.json", json.dumps(config | {"dtype": dtype}, indent=2) + "\n"
+        )

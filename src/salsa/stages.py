@@ -38,7 +38,9 @@ class Stages:
         source = Checkpoint.of(resolve(config.path, revision=config.revision))
         if config.gguf_file is None and config.chat_template is None:
             return source
-        template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+        template = (
+            Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
+        )
         return self._stage(
             "base",
             {"gguf_file": config.gguf_file, "chat_template": template},
@@ -79,7 +81,9 @@ class Stages:
         """The reward that RL maximises: callables, a finished model, or one trained here on preferences."""
         config = self.recipe.reward
         if config.functions:
-            digests = [fingerprint(DataSource(call=f.call)) + str(f.weight) for f in config.functions]
+            digests = [
+                fingerprint(DataSource(call=f.call)) + str(f.weight) for f in config.functions
+            ]
             return Reward(function_scorer(config.functions), None, " ".join(digests))
         if config.path is not None:
             checkpoint = Checkpoint.of(resolve(config.path))
@@ -118,12 +122,16 @@ class Stages:
             lambda directory: train_rl(job, directory),
         ).checkpoint
 
-    def evaluate(self, arm: str, number: int, policy: Checkpoint, anchors: Anchors, reward: Reward) -> Stage:
+    def evaluate(
+        self, arm: str, number: int, policy: Checkpoint, anchors: Anchors, reward: Reward
+    ) -> Stage:
         """Samples of one policy, the `number`-th seed of its arm, on the held-out prompts."""
         config, section = self.recipe.eval, self.recipe.rl
         anchor = anchors[config.anchor]
         reference = anchors[section.arms[arm].reference] if arm in section.arms else anchor
-        scorers = {"proxy": reward.score} | {n: function_scorer([f]) for n, f in config.scores.items()}
+        scorers = {"proxy": reward.score} | {
+            n: function_scorer([f]) for n, f in config.scores.items()
+        }
         job = EvalJob(
             label=f"eval {arm} seed {section.seeds[number]}",
             policy=policy,
@@ -180,7 +188,9 @@ class Stages:
         reward_job = RewardJob("reward", init, rows, where, config, self.precision)
         return self._stage(
             "reward",
-            config.model_dump(mode="json", exclude={"dataset", "preferences", "path", "functions", "init"}),
+            config.model_dump(
+                mode="json", exclude={"dataset", "preferences", "path", "functions", "init"}
+            ),
             {"init": init.digest, "data": data},
             lambda d: train_reward(reward_job, d),
         ).checkpoint
@@ -189,21 +199,37 @@ class Stages:
         """The reward model where it speaks the policy's tokens, else the policy's own start with a new head."""
         if reward.checkpoint is None:
             return init
-        vocabularies = [models.load_tokenizer(c.path).get_vocab() for c in (reward.checkpoint, init)]
+        vocabularies = [
+            models.load_tokenizer(c.path).get_vocab() for c in (reward.checkpoint, init)
+        ]
         return reward.checkpoint if vocabularies[0] == vocabularies[1] else init
 
     def _prompts(self, source: DataSource) -> list[Prompt]:
         if source not in self._loaded:
             tokenizer = models.load_tokenizer(self.base.path)
-            self._loaded[source] = load_prompts(source, tokenizer, max_tokens=self.recipe.rl.max_prompt_tokens)
+            self._loaded[source] = load_prompts(
+                source, tokenizer, max_tokens=self.recipe.rl.max_prompt_tokens
+            )
         return self._loaded[source]
 
     def _score_digests(self) -> dict[str, str]:
-        return {f"score {n}": fingerprint(DataSource(call=f.call)) for n, f in self.recipe.eval.scores.items()}
+        return {
+            f"score {n}": fingerprint(DataSource(call=f.call))
+            for n, f in self.recipe.eval.scores.items()
+        }
 
     def _stage(
-        self, label: str, config: dict[str, Any], inputs: dict[str, str], work: Callable[[Path], None]
+        self,
+        label: str,
+        config: dict[str, Any],
+        inputs: dict[str, str],
+        work: Callable[[Path], None],
     ) -> Stage:
-        stage = self.run.stage(label, config=config | {"precision": self.precision}, inputs=inputs, work=work)
-        say(f"{label}: {'reused' if stage.reused else 'done in %.0f s' % stage.record['seconds']}")
+        stage = self.run.stage(
+            label, config=config | {"precision": self.precision}, inputs=inputs, work=work
+        )
+        say(
+            f"{label}: "
+            + ("reused" if stage.reused else f"done in {stage.record['seconds']:.0f} s")
+        )
         return stage

@@ -14,7 +14,7 @@ so that pad may equal EOS. Logprobs are in nats, under the sampling temperature.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,7 +112,8 @@ Batch = TypeVar("Batch", PromptBatch, Rollout, Experience)
 
 def rows_of(batch: Batch, index: Tensor | slice) -> Batch:
     """The batch with only the rows of `index`; every tensor field has B as its first axis."""
-    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
-    return replace(
-        batch, **{name: value[index] if isinstance(value, Tensor) else rows_of(value, index) for name, value in values}
-    )
+    chosen: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        chosen[field.name] = value[index] if isinstance(value, Tensor) else rows_of(value, index)
+    return replace(batch, **chosen)

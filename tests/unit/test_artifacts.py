@@ -57,7 +57,10 @@ def test_another_recipe_does_not_overwrite(tmp_path):
     run = RunDirectory(tmp_path / "run")
     with run.opened("beta: 1\n"):
         pass
-    with pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"), run.opened("beta: 2\n"):
+    with (
+        pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
+        run.opened("beta: 2\n"),
+    ):
         pass
     assert (run.path / "recipe.yaml").read_text() == "beta: 1\n"
     with run.opened("beta: 2\n", force=True):
@@ -66,23 +69,37 @@ def test_another_recipe_does_not_overwrite(tmp_path):
 
 def test_foreign_directories_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="files that are not a run's"), RunDirectory(tmp_path).opened("recipe"):
+    with (
+        pytest.raises(ConfigError, match="files that are not a run's"),
+        RunDirectory(tmp_path).opened("recipe"),
+    ):
         pass
-    with pytest.raises(ConfigError, match="is a file"), RunDirectory(tmp_path / "thesis.tex").opened("recipe"):
+    with (
+        pytest.raises(ConfigError, match="is a file"),
+        RunDirectory(tmp_path / "thesis.tex").opened("recipe"),
+    ):
         pass
 
 
 def test_a_directory_in_use_is_refused(tmp_path):
     run = RunDirectory(tmp_path / "run")
     code = (
-        "import sys; from pathlib import Path; from salsa.artifacts import RunDirectory; from salsa.errors import ConfigError\n"
+        "import sys; from pathlib import Path\n"
+        "from salsa.artifacts import RunDirectory; from salsa.errors import ConfigError\n"
         "try:\n    with RunDirectory(Path(sys.argv[1])).opened('recipe'): pass\n"
         "except ConfigError as error: print(error)"
     )
     with run.opened("recipe"):
-        said = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True
+        ).stdout
     assert "in use by another salsa process" in said
-    assert subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True).stdout == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True
+        ).stdout
+        == ""
+    )
 
 
 def test_checkpoints_notice_change(make_checkpoint, tmp_path):

@@ -49,7 +49,12 @@ def test_overrides(recipe_file):
 
 
 def test_derived_batch_sizes(recipe_file):
-    assert Recipe.load(recipe_file, ["rl.rollout_size=24", "rl.minibatch_size=12", "rl.microbatch_size=4"]).rl.microbatch == 4
+    assert (
+        Recipe.load(
+            recipe_file, ["rl.rollout_size=24", "rl.minibatch_size=12", "rl.microbatch_size=4"]
+        ).rl.microbatch
+        == 4
+    )
     assert Recipe.load(recipe_file, ["rl.rollout_size=24"]).rl.minibatch == 24
 
 

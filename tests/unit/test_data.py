@@ -39,24 +39,37 @@ def test_local_files_of_every_kind_hold_the_same_rows(tmp_path):
 
 def test_limit_takes_a_seeded_sample(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"prompt": str(i)} for i in range(50)])
-    take = lambda seed: data.load_rows(source.model_copy(update={"limit": 5, "shuffle_seed": seed}), [("prompt",)])  # noqa: E731
+    take = lambda seed: data.load_rows(
+        source.model_copy(update={"limit": 5, "shuffle_seed": seed}), [("prompt",)]
+    )
     assert take(0) == take(0) != take(1)
     assert len({row["prompt"] for row in take(0)}) == 5
 
 
 def test_prompt_forms(tokenizer):
     conversation = data.as_prompt({"prompt": [USER, REPLY, USER]}, tokenizer)
-    assert tokenizer.decode(conversation.ids) == "<|bos|><|user|>hi<|end|><|assistant|>hello<|end|><|user|>hi<|end|><|assistant|>"
+    assert (
+        tokenizer.decode(conversation.ids)
+        == "<|bos|><|user|>hi<|end|><|assistant|>hello<|end|><|user|>hi<|end|><|assistant|>"
+    )
     assert conversation.text == "user: hi\nassistant: hello\nuser: hi"
     string = data.as_prompt({"prompt": "hi"}, tokenizer)
-    assert string == data.as_prompt({"prompt": [USER]}, tokenizer) == data.as_prompt({"messages": [USER, REPLY]}, tokenizer)
+    assert (
+        string
+        == data.as_prompt({"prompt": [USER]}, tokenizer)
+        == data.as_prompt({"messages": [USER, REPLY]}, tokenizer)
+    )
     assert string.text == "hi"
     bare = data.as_prompt({"prompt": "hi"}, tiny_tokenizer(template=None))
     assert (bare.messages, bare.text, len(bare.ids)) == (None, "hi", 2)
 
 
 def test_sft_rows_one_per_reply(tokenizer):
-    rows = data.sft_rows([{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "hi", "completion": "hello"}], tokenizer, "x")
+    rows = data.sft_rows(
+        [{"messages": [USER, REPLY, USER, REPLY]}, {"prompt": "hi", "completion": "hello"}],
+        tokenizer,
+        "x",
+    )
     assert rows == [
         {"prompt": [USER], "completion": [REPLY]},
         {"prompt": [USER, REPLY, USER], "completion": [REPLY]},
@@ -67,8 +80,16 @@ def test_sft_rows_one_per_reply(tokenizer):
 def test_preference_rows(tokenizer):
     other = {"role": "assistant", "content": "go away"}
     expected = [{"prompt": [USER], "chosen": [REPLY], "rejected": [other]}]
-    assert data.preference_rows([{"prompt": "hi", "chosen": "hello", "rejected": "go away"}], tokenizer, "x") == expected
-    assert data.preference_rows([{"chosen": [USER, REPLY], "rejected": [USER, other]}], tokenizer, "x") == expected
+    assert (
+        data.preference_rows(
+            [{"prompt": "hi", "chosen": "hello", "rejected": "go away"}], tokenizer, "x"
+        )
+        == expected
+    )
+    assert (
+        data.preference_rows([{"chosen": [USER, REPLY], "rejected": [USER, other]}], tokenizer, "x")
+        == expected
+    )
 
 
 def test_collate_pads_left_by_length_even_where_pad_is_a_real_token():
@@ -114,7 +135,9 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(DataError, match="the model has no chat template. Set model.chat_template"):
         data.as_prompt({"prompt": [USER]}, tiny_tokenizer(template=None))
     with pytest.raises(DataError, match="none of 1 prompts has at most 2 tokens"):
-        data.load_prompts(write(tmp_path / "x.jsonl", [{"prompt": "long"}]), tokenizer, max_tokens=2)
+        data.load_prompts(
+            write(tmp_path / "x.jsonl", [{"prompt": "long"}]), tokenizer, max_tokens=2
+        )
     with pytest.raises(DataError, match="a conversation is a list of"):
         data.as_prompt({"prompt": [{"text": "x"}]}, tokenizer)
     refusing = tiny_tokenizer(template="{{ raise_exception('only users') }}")

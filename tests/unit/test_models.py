@@ -50,7 +50,9 @@ def test_values_are_read_before_the_token(make_checkpoint):
         ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])
         alone = critic.score(critic.model(ids).last_hidden_state)[0, :, 0]
         for t in range(length):
-            assert values[row, t].item() == pytest.approx(alone[len(prompt.ids) + t - 1].item(), abs=1e-4)
+            assert values[row, t].item() == pytest.approx(
+                alone[len(prompt.ids) + t - 1].item(), abs=1e-4
+            )
         assert (values[row, length:] == 0).all()
 
 
@@ -126,7 +128,11 @@ def test_sampling_follows_the_distribution():
 
     class Fixed(torch.nn.Module):
         def forward(self, input_ids, **kwargs):
-            return type("Output", (), {"logits": logits.expand(len(input_ids), 1, 4), "past_key_values": None})
+            return type(
+                "Output",
+                (),
+                {"logits": logits.expand(len(input_ids), 1, 4), "past_key_values": None},
+            )
 
     count = 20_000
     response, _ = generate(

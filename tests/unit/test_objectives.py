@@ -36,7 +36,7 @@ def test_masked_mean_is_over_tokens_not_over_sequences():
 
 
 def test_masked_mean_ignores_nan_outside_the_mask():
-    lengths, mask, (x, *_) = ragged()
+    _, mask, (x, *_) = ragged()
     poisoned = torch.where(mask, x, torch.nan)
     close(o.masked_mean(poisoned, mask), o.masked_mean(x, mask))
 
@@ -52,12 +52,16 @@ def test_whiten(shift_mean):
     for b in range(B):
         for t in range(lengths[b]):
             expected[b, t] = (x[b, t] - mean) / std + (0 if shift_mean else mean)
-    torch.testing.assert_close(o.whiten(x, mask, shift_mean=shift_mean), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        o.whiten(x, mask, shift_mean=shift_mean), expected, rtol=1e-7, atol=1e-7
+    )
 
 
 def test_kl_estimates_by_hand():
     p, q = math.log(0.5), math.log(0.2)
-    one = lambda kind: o.kl_estimate(torch.tensor([p], dtype=torch.float64), torch.tensor([q], dtype=torch.float64), kind)  # noqa: E731
+    one = lambda kind: o.kl_estimate(
+        torch.tensor([p], dtype=torch.float64), torch.tensor([q], dtype=torch.float64), kind
+    )
     close(one("k1"), [math.log(2.5)])
     close(one("k2"), [math.log(2.5) ** 2 / 2])
     close(one("k3"), [0.4 - 1 + math.log(2.5)])
@@ -104,7 +108,9 @@ def test_gae_is_the_weighted_sum_of_deltas(gamma, lam):
         r = [rewards[b, t].item() for t in range(n)]
         v = [values[b, t].item() for t in range(n)] + [0.0]
         for t in range(n):
-            expected[b, t] = sum((gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, n))
+            expected[b, t] = sum(
+                (gamma * lam) ** (k - t) * (r[k] + gamma * v[k + 1] - v[k]) for k in range(t, n)
+            )
     advantages, returns = o.gae(rewards, values, mask, gamma=gamma, gae_lambda=lam)
     close(advantages, expected)
     close(returns, torch.where(mask, expected + values, 0))
@@ -122,7 +128,9 @@ def test_group_advantages():
     scores = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0], dtype=torch.float64)
     close(o.rloo_advantages(scores, 3), [1 - 4, 2 - 3.5, 6 - 1.5, -1.5, -1.5, 3])
     std = math.sqrt((4 + 1 + 9) / 2)
-    close(o.grpo_advantages(scores, 3)[:3], [-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4)])
+    close(
+        o.grpo_advantages(scores, 3)[:3], [-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4)]
+    )
     with pytest.raises(ValueError, match="group_size=4 does not fit 6"):
         o.rloo_advantages(scores, 4)
 
@@ -148,7 +156,7 @@ def test_policy_loss_against_a_loop():
 
 def test_policy_gradient_points_towards_good_tokens():
     """At ratio 1 the gradient of the loss is −A/n: descending raises the logprob of what was good."""
-    lengths, mask, (logprobs, _, advantages, _) = ragged()
+    _, mask, (logprobs, _, advantages, _) = ragged()
     leaf = logprobs.clone().requires_grad_()
     o.policy_loss(leaf, logprobs, advantages, mask, clip_range=0.2).loss.backward()
     close(leaf.grad, torch.where(mask, -advantages / mask.sum(), 0))
@@ -156,9 +164,16 @@ def test_policy_gradient_points_towards_good_tokens():
 
 def test_policy_gradient_stops_where_clipped():
     mask = torch.ones(1, 1, dtype=torch.bool)
-    for advantage, log_ratio, flows in [(1.0, 0.5, False), (1.0, -0.5, True), (-1.0, -0.5, False), (-1.0, 0.5, True)]:
+    for advantage, log_ratio, flows in [
+        (1.0, 0.5, False),
+        (1.0, -0.5, True),
+        (-1.0, -0.5, False),
+        (-1.0, 0.5, True),
+    ]:
         leaf = torch.tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
-        o.policy_loss(leaf, torch.zeros_like(leaf), torch.full_like(leaf, advantage), mask, clip_range=0.2).loss.backward()
+        o.policy_loss(
+            leaf, torch.zeros_like(leaf), torch.full_like(leaf, advantage), mask, clip_range=0.2
+        ).loss.backward()
         assert (leaf.grad.item() != 0) is flows
 
 
@@ -178,8 +193,11 @@ def test_value_loss_against_a_loop():
 
 def test_bradley_terry():
     chosen, rejected = torch.tensor([2.0, 0.0]).double(), torch.tensor([0.5, 1.0]).double()
-    probability = lambda d: 1 / (1 + math.exp(-d))  # noqa: E731
-    close(o.bradley_terry_loss(chosen, rejected), -(math.log(probability(1.5)) + math.log(probability(-1))) / 2)
+    probability = lambda d: 1 / (1 + math.exp(-d))
+    close(
+        o.bradley_terry_loss(chosen, rejected),
+        -(math.log(probability(1.5)) + math.log(probability(-1))) / 2,
+    )
     margin = torch.tensor([1.0, 0.0]).double()
     expected = -(math.log(probability(0.5)) + math.log(probability(-1))) / 2
     close(o.bradley_terry_loss(chosen, rejected, margin), expected)
@@ -192,10 +210,22 @@ def test_nothing_outside_the_mask_matters():
     dirty = [torch.where(mask, x, noise) for x in (a, b, c, d)]
     scores = torch.ones(B, dtype=torch.float64)
     for clean, soiled in [
-        (o.token_rewards(scores, a, b, mask, kl_coef=0.1), o.token_rewards(scores, *dirty[:2], mask, kl_coef=0.1)),
-        (o.gae(a, b, mask, gamma=1.0, gae_lambda=0.9)[0], o.gae(*dirty[:2], mask, gamma=1.0, gae_lambda=0.9)[0]),
+        (
+            o.token_rewards(scores, a, b, mask, kl_coef=0.1),
+            o.token_rewards(scores, *dirty[:2], mask, kl_coef=0.1),
+        ),
+        (
+            o.gae(a, b, mask, gamma=1.0, gae_lambda=0.9)[0],
+            o.gae(*dirty[:2], mask, gamma=1.0, gae_lambda=0.9)[0],
+        ),
         (o.whiten(a, mask), o.whiten(dirty[0], mask)),
-        (o.policy_loss(a, b, c, mask, clip_range=0.2).loss, o.policy_loss(*dirty[:3], mask, clip_range=0.2).loss),
-        (o.value_loss(a, b, c, mask, value_clip_range=1.0).loss, o.value_loss(*dirty[:3], mask, value_clip_range=1.0).loss),
+        (
+            o.policy_loss(a, b, c, mask, clip_range=0.2).loss,
+            o.policy_loss(*dirty[:3], mask, clip_range=0.2).loss,
+        ),
+        (
+            o.value_loss(a, b, c, mask, value_clip_range=1.0).loss,
+            o.value_loss(*dirty[:3], mask, value_clip_range=1.0).loss,
+        ),
     ]:
         close(soiled, clean)

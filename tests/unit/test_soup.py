@@ -30,7 +30,9 @@ def test_average_is_the_float64_mean_rounded_once(three, tmp_path, weights):
     soup = make_soup(three, weights=weights, out=tmp_path / "soup")
     ingredients, own = [weights_of(p) for p in three], weights or [1 / 3] * 3
     for key, value in weights_of(soup.path).items():
-        exact = sum(np.float64(w) * i[key].astype(np.float64) for w, i in zip(own, ingredients, strict=True))
+        exact = sum(
+            np.float64(w) * i[key].astype(np.float64) for w, i in zip(own, ingredients, strict=True)
+        )
         np.testing.assert_allclose(value, exact, rtol=2e-7)
         assert value.dtype == np.float32
 
@@ -54,7 +56,9 @@ def test_negative_zero_survives(tmp_path, make_checkpoint):
 def test_order_of_ingredients_does_not_matter(three, tmp_path):
     one = make_soup(three, weights=[0.5, 0.3, 0.2], out=tmp_path / "one")
     other = make_soup(three[::-1], weights=[0.2, 0.3, 0.5], out=tmp_path / "other")
-    assert (one.path / "model.safetensors").read_bytes() == (other.path / "model.safetensors").read_bytes()
+    assert (one.path / "model.safetensors").read_bytes() == (
+        other.path / "model.safetensors"
+    ).read_bytes()
 
 
 def test_two_model_soup_lies_in_the_middle(three, tmp_path):
@@ -69,7 +73,9 @@ def test_bf16_output_is_rounded_to_nearest_even(three, tmp_path):
     soup = make_soup(three[:2], out=tmp_path / "soup", dtype="bfloat16")
     a, b = weights_of(three[0]), weights_of(three[1])
     key = "model.embed_tokens.weight"
-    expected = ((a[key].astype(np.float64) + b[key]) / 2).astype(np.float32).astype(ml_dtypes.bfloat16)
+    expected = (
+        ((a[key].astype(np.float64) + b[key]) / 2).astype(np.float32).astype(ml_dtypes.bfloat16)
+    )
     assert np.array_equal(bits(weights_of(soup.path)[key]), bits(expected))
     assert json.loads((soup.path / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -121,19 +127,32 @@ def edit_json(path, change):
 BROKEN = {
     "lacks": lambda p: edit_tensors(p, lambda t: t.pop("model.norm.weight")),
     "holds NaN": lambda p: edit_tensors(p, lambda t: t["model.norm.weight"].fill(np.nan)),
-    r"norm.weight is \(8,\)": lambda p: edit_tensors(p, lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)})),
-    "config hidden_act is 'gelu'": lambda p: edit_json(p / "config.json", lambda c: c.update(hidden_act="gelu")),
-    "is quantized": lambda p: edit_json(p / "config.json", lambda c: c.update(quantization_config={"bits": 4})),
+    r"norm.weight is \(8,\)": lambda p: edit_tensors(
+        p, lambda t: t.update({"model.norm.weight": np.ones(8, np.float32)})
+    ),
+    "config hidden_act is 'gelu'": lambda p: edit_json(
+        p / "config.json", lambda c: c.update(hidden_act="gelu")
+    ),
+    "is quantized": lambda p: edit_json(
+        p / "config.json", lambda c: c.update(quantization_config={"bits": 4})
+    ),
     "another tokenizer": lambda p: edit_json(
-        p / "tokenizer.json", lambda t: t["model"]["vocab"].update(a=t["model"]["vocab"]["b"], b=t["model"]["vocab"]["a"])
+        p / "tokenizer.json",
+        lambda t: t["model"]["vocab"].update(
+            a=t["model"]["vocab"]["b"], b=t["model"]["vocab"]["a"]
+        ),
     ),
     "has both": lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
     "no plain .safetensors file": lambda p: (
         (p / "model.safetensors").unlink(),
-        (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        (p / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../x.safetensors"}}'
+        ),
     ),
     "not a sound safetensors file": lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 64),
-    "does not lie inside": lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]),
+    "does not lie inside": lambda p: (p / "model.safetensors").write_bytes(
+        (p / "model.safetensors").read_bytes()[:-9]
+    ),
     "pickled weights": lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"),
 }
 

@@ -17,7 +17,7 @@ from salsa.artifacts import Checkpoint, write_atomic
 from salsa.data import Prompt
 from salsa.reward import Scorer
 from salsa.rl import collect_rollout, decode, has_ended
-from salsa.runtime.local import autocast, device, seed_everything
+from salsa.runtime.local import autocast, seed_everything
 from salsa.runtime.tracking import round_figure, tracker
 from salsa.types import Sampling
 
@@ -45,9 +45,9 @@ class EvalJob:
 def evaluate_policy(job: EvalJob, directory: Path) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
     tokenizer = models.load_tokenizer(job.policy.path)
-    policy = models.load_policy(job.policy.path).to(device()).eval()
+    policy = models.load_policy(job.policy.path).eval()
     others = {
-        name: models.load_policy(c.path).to(device()).eval() for name, c in job.kl_to.items() if c != job.policy
+        name: models.load_policy(c.path).eval() for name, c in job.kl_to.items() if c != job.policy
     }
     sampling = models.sampling(
         job.policy.path,
@@ -101,4 +101,3 @@ def _evaluate_batch(
         }
         for i, prompt in enumerate(prompts)
     ]
-

@@ -32,11 +32,16 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
         "pairs": [
             _pair(score, candidate, baseline, tables)
             for score in scores
-            for baseline, candidate in combinations(_baseline_first(tables, recipe.eval.baseline), 2)
+            for baseline, candidate in combinations(
+                _baseline_first(tables, recipe.eval.baseline), 2
+            )
         ],
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
-        "stages": [{"stage": s.label, "digest": s.digest, "output": s.record["output"]} for s in run.finished],
+        "stages": [
+            {"stage": s.label, "digest": s.digest, "output": s.record["output"]}
+            for s in run.finished
+        ],
         "times": {s.label: s.record["seconds"] for s in run.finished},
     }
 
@@ -48,26 +53,30 @@ def notes(recipe: Recipe) -> list[str]:
         found.append(_synthetic(preferences, recipe.sft.count))
     num_seeds = len(recipe.rl.seeds)
     if num_seeds == 1:
-        found.append("One RL seed: the intervals cover prompts only and say nothing about another seed.")
+        found.append(
+            "One RL seed: the intervals cover prompts only and say nothing about another seed."
+        )
     elif num_seeds < 4:
         found.append(
-            f"{num_seeds} RL seeds: the intervals resample seeds too, but so few show only part of the spread between seeds."
+            f"{num_seeds} RL seeds: the intervals resample seeds too, but so few show only part of "
+            "the spread between seeds."
         )
     found.append(
-        f"Every arm used the same β = {recipe.rl.kl_coef:g}. The same β is another constraint once the reference moves, so "
-        f"compare arms at equal KL to {recipe.eval.anchor} (the reward–KL plot), not by reward alone."
+        f"Every arm used the same β = {recipe.rl.kl_coef:g}. The same β is another constraint once the "
+        f"reference moves, so compare arms at equal KL to {recipe.eval.anchor} (the reward–KL plot), "
+        "not by reward alone."
     )
     found.append(
-        "The proxy is what the policies were trained to raise. A proxy that rises while a held-out score does not is "
-        "reward hacking, not improvement."
+        "The proxy is what the policies were trained to raise. A proxy that rises while a held-out "
+        "score does not is reward hacking, not improvement."
     )
     return found
 
 
 def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
     return (
-        f"The preferences are synthetic. Two replies per prompt were sampled from the {num_models} SFT models and scored by "
-        f"{preferences.labeller.call}; reply a was labelled better with probability "
+        f"The preferences are synthetic. Two replies per prompt were sampled from the {num_models} SFT "
+        f"models and scored by {preferences.labeller.call}; reply a was labelled better with probability "
         f"sigmoid((score a − score b) / {preferences.noise:g}). No person compared them."
     )
 
@@ -75,10 +84,14 @@ def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
 def _tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
     """Figure → array [seeds, prompts]."""
     rows = [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
-    return {name: np.array([[float(row[name]) for row in seed] for seed in rows]) for name in measured}
+    return {
+        name: np.array([[float(row[name]) for row in seed] for seed in rows]) for name in measured
+    }
 
 
-def _arm(recipe: Recipe, name: str, stages: Sequence[Stage], table: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _arm(
+    recipe: Recipe, name: str, stages: Sequence[Stage], table: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     arm = recipe.rl.arms.get(name)
     public = {"ended": "eos_rate"}
     return {
@@ -87,14 +100,21 @@ def _arm(recipe: Recipe, name: str, stages: Sequence[Stage], table: Mapping[str,
         "trained": arm is not None,
         "seeds": [
             {"seed": seed, "policy": stages[row].record["inputs"]["policy"]}
-            | {public.get(key, key): round_figure(values[row].mean()) for key, values in table.items()}
+            | {
+                public.get(key, key): round_figure(values[row].mean())
+                for key, values in table.items()
+            }
             for row, seed in enumerate(recipe.rl.seeds)
         ],
-        "mean": {public.get(key, key): _rounded(two_level_mean(values)) for key, values in table.items()},
+        "mean": {
+            public.get(key, key): _rounded(two_level_mean(values)) for key, values in table.items()
+        },
     }
 
 
-def _pair(score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+def _pair(
+    score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
     result = two_level_win_rate(tables[candidate][score], tables[baseline][score])
     difference = two_level_mean(tables[candidate][score] - tables[baseline][score])
     return {
@@ -113,4 +133,7 @@ def _baseline_first(names: Mapping[str, Any], baseline: str) -> list[str]:
 
 
 def _rounded(estimate: Any) -> dict[str, Any]:
-    return {key: round_figure(value) if isinstance(value, float) else value for key, value in asdict(estimate).items()}
+    return {
+        key: round_figure(value) if isinstance(value, float) else value
+        for key, value in asdict(estimate).items()
+    }

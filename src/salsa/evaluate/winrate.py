@@ -74,9 +74,13 @@ def win_rate(
     keep = [i for i, p in enumerate(given) if not math.isnan(p)]
     values = np.array([given[i] for i in keep])
     if not len(values):
-        raise ValueError("win_rate: no preference holds a verdict. Give at least one number in [1, 2].")
+        raise ValueError(
+            "win_rate: no preference holds a verdict. Give at least one number in [1, 2]."
+        )
     if values.min() < 1 or values.max() > 2:
-        raise ValueError(f"win_rate: preferences lie in [1, 2], got {values.min()} to {values.max()}.")
+        raise ValueError(
+            f"win_rate: preferences lie in [1, 2], got {values.min()} to {values.max()}."
+        )
     groups = [clusters[i] for i in keep] if clusters is not None else list(keep)
     estimate = clustered_mean(values - 1, groups, confidence=confidence)
     wins, losses = int((values > 1.5).sum()), int((values < 1.5).sum())
@@ -107,7 +111,9 @@ def paired_difference(
         ValueError: the sequences differ in length or are empty.
     """
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"paired_difference: {len(a)} and {len(b)} values. Give as many of one as of the other.")
+        raise ValueError(
+            f"paired_difference: {len(a)} and {len(b)} values. Give as many of one as of the other."
+        )
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     groups = clusters if clusters is not None else range(len(differences))
     estimate = clustered_mean(differences, list(groups))

@@ -1,6 +1,6 @@
 """Plotly figures as plain dictionaries; colours are slots that the page fills for light and dark."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ CURVES = {
 }
 
 
-def all_figures(summary: Mapping[str, Any], rows: Mapping[str, Any], curves: Mapping[str, Any]) -> dict[str, Figure]:
+def all_figures(
+    summary: Mapping[str, Any], rows: Mapping[str, Any], curves: Mapping[str, Any]
+) -> dict[str, Figure]:
     """Element id → figure."""
     arms = list(summary["arms"])
     held_out = summary["scores"][1:]
@@ -35,7 +37,9 @@ def colour(arm: str, arms: Sequence[str]) -> str:
     return f"slot-{arms.index(arm)}"
 
 
-def _curve(name: str, title: str, curves: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]) -> Figure:
+def _curve(
+    name: str, title: str, curves: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]
+) -> Figure:
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():
@@ -74,12 +78,19 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
                 "marker": {"color": colour(arm, arms), "size": 7, "symbol": "circle-open"},
             }
         )
-    return {"data": data, "layout": _layout(score, f"KL to {summary['anchor']} (nats per response)", score)}
+    return {
+        "data": data,
+        "layout": _layout(score, f"KL to {summary['anchor']} (nats per response)", score),
+    }
 
 
-def _histogram(score: str, rows: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]) -> Figure:
+def _histogram(
+    score: str, rows: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]
+) -> Figure:
     """Shares per bin as outlines, so that arms can be told apart where they overlap."""
-    values = {arm: np.array([row[score] for seed in seeds for row in seed]) for arm, seeds in rows.items()}
+    values = {
+        arm: np.array([row[score] for seed in seeds for row in seed]) for arm, seeds in rows.items()
+    }
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=24)
     data = []
     for arm, own in values.items():
@@ -90,7 +101,15 @@ def _histogram(score: str, rows: Mapping[str, Sequence[Sequence[Mapping]]], arms
     return {"data": data, "layout": _layout(score, score, "share of replies")}
 
 
-def _line(x: Sequence, y: Sequence, slot: str, *, width: float, name: str = "", opacity: float = 1.0) -> dict[str, Any]:
+def _line(
+    x: Iterable[float],
+    y: Iterable[float],
+    slot: str,
+    *,
+    width: float,
+    name: str = "",
+    opacity: float = 1.0,
+) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
@@ -115,4 +134,8 @@ def _error(estimate: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _layout(title: str, x: str, y: str) -> dict[str, Any]:
-    return {"title": {"text": title}, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    return {
+        "title": {"text": title},
+        "xaxis": {"title": {"text": x}},
+        "yaxis": {"title": {"text": y}},
+    }

@@ -22,7 +22,10 @@ COMPLETIONS = 24
 def write_report(recipe: Recipe, run: RunDirectory, samples: Mapping[str, Sequence[Stage]]) -> None:
     """Write `report.json` and `report.html` into the run directory."""
     summary = summarise(recipe, run, samples)
-    rows = {name: [read_jsonl(stage.path / "samples.jsonl") for stage in stages] for name, stages in samples.items()}
+    rows = {
+        name: [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
+        for name, stages in samples.items()
+    }
     curves = learning_curves(recipe, run)
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(run.path / "report.html", render(summary, rows, curves, recipe.to_yaml()))
@@ -108,7 +111,8 @@ def learning_curves(recipe: Recipe, run: RunDirectory) -> dict[str, list[list[di
     """Arm → seed → metrics of its RL stage."""
     stages = {stage.label: stage for stage in run.finished}
     return {
-        name: [stages[rl_label(name, seed)].metrics for seed in recipe.rl.seeds] for name in recipe.rl.arms
+        name: [stages[rl_label(name, seed)].metrics for seed in recipe.rl.seeds]
+        for name in recipe.rl.arms
     }
 
 
@@ -135,4 +139,9 @@ def _swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 def _script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return (
+        json.dumps(value)
+        .replace("<", "\\u003c")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )

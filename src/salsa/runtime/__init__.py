@@ -1,0 +1,1 @@
+"""Where it runs; knows nothing of PPO."""

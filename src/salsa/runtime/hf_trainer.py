@@ -14,7 +14,9 @@ _LOGS_PER_CHECKPOINT = 5
 _COMPLETE = "complete"
 
 
-def common_arguments(directory: Path, *, seed: int, precision: str, checkpoint_every: int) -> dict[str, Any]:
+def common_arguments(
+    directory: Path, *, seed: int, precision: str, checkpoint_every: int
+) -> dict[str, Any]:
     """TrainingArguments that every stage shares."""
     return {
         "output_dir": str(directory / "resume"),
@@ -53,9 +55,13 @@ class _Report(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tracker.advance(state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs:
-            figures = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            figures = {
+                name: value for name, value in logs.items() if isinstance(value, int | float)
+            }
             self.tracker.log(state.global_step, figures)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

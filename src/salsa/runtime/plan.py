@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from salsa.artifacts import resolve
+from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import Recipe
-from salsa.errors import CheckpointError
 
 _BYTES_TRAINED = 16
 """fp32 weight, gradient and two Adam moments."""
@@ -20,11 +19,16 @@ def plan(recipe: Recipe) -> str:
         f"{recipe.name}: sound",
         _sft_line(recipe),
         _reward_line(recipe),
-        f"rl       {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates of {rl.rollout_size} episodes "
-        f"({rl.num_updates * rl.rollout_size} in all), {steps} optimizer steps of {rl.minibatch} episodes, "
-        f"{rl.minibatch // rl.microbatch} forward passes a step",
-        *(f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}, beta {rl.kl_coef:g}" for name, arm in rl.arms.items()),
-        f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against {recipe.eval.baseline}, KL to {recipe.eval.anchor}",
+        f"rl       {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates "
+        f"of {rl.rollout_size} episodes ({rl.num_updates * rl.rollout_size} in all), "
+        f"{steps} optimizer steps of {rl.minibatch} episodes, each in {rl.minibatch // rl.microbatch} "
+        "forward passes",
+        *(
+            f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}, beta {rl.kl_coef:g}"
+            for name, arm in rl.arms.items()
+        ),
+        f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
+        f"{recipe.eval.baseline}, KL to {recipe.eval.anchor}",
         _memory_line(recipe),
     ]
     return "\n".join(line for line in lines if line)
@@ -34,7 +38,10 @@ def _sft_line(recipe: Recipe) -> str:
     sft = recipe.sft
     if sft.checkpoints:
         return f"sft      {sft.count} finished checkpoints"
-    return f"sft      {sft.count} seeds x {sft.epochs:g} epochs, {sft.batch_size} sequences a step; soup of {list(recipe.soup.ingredients)}"
+    return (
+        f"sft      {sft.count} seeds x {sft.epochs:g} epochs, {sft.batch_size} sequences a step; "
+        f"soup of {list(recipe.soup.ingredients)}"
+    )
 
 
 def _reward_line(recipe: Recipe) -> str:
@@ -49,15 +56,17 @@ def _reward_line(recipe: Recipe) -> str:
 
 def _memory_line(recipe: Recipe) -> str:
     """Policy and critic learn, reference and reward model stand still; activations come on top."""
-    try:
-        count = parameter_count(resolve(recipe.model.path)) if "/" not in recipe.model.path or Path(recipe.model.path).is_dir() else None
-    except CheckpointError:
-        count = None
+    path = recipe.model.path
+    here = path == EMBEDDED or Path(path).is_dir()
+    count = parameter_count(resolve(path)) if here else None
     if count is None:
-        return f"memory   unknown until {recipe.model.path} is here"
+        return f"memory   unknown until {path} is here"
     frozen = 1 + (not recipe.reward.functions)
     gigabytes = count * (2 * _BYTES_TRAINED + frozen * _BYTES_FROZEN) / 1e9
-    return f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB, activations come on top"
+    return (
+        f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB, "
+        "activations come on top"
+    )
 
 
 def parameter_count(path: Path) -> int | None:

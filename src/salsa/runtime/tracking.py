@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from salsa.artifacts import read_jsonl, write_atomic
 
@@ -21,7 +28,14 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 class Tracker:
     """Logs one stage: a row a step into `metrics.jsonl`, a few of its figures onto the screen."""
 
-    def __init__(self, directory: Path, label: str, total: int, show: tuple[str, ...], progress: Progress | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        label: str,
+        total: int,
+        show: tuple[str, ...],
+        progress: Progress | None,
+    ) -> None:
         self.file = directory / "metrics.jsonl"
         self.label, self.total, self.show = label, total, show
         self.progress = progress
@@ -42,14 +56,20 @@ class Tracker:
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Record the figures of `step` (counted from 1)."""
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: round_figure(v) for k, v in figures.items()}}) + "\n")
+            file.write(
+                json.dumps({"step": step, **{k: round_figure(v) for k, v in figures.items()}})
+                + "\n"
+            )
         self.advance(step, figures)
 
     def advance(self, step: int, figures: Mapping[str, float] | None = None) -> None:
         """Move the bar to `step`, with the figures that are worth showing."""
-        text = "  ".join(f"{name} {figures[name]:.4g}" for name in self.show if name in figures) if figures else None
+        known = figures or {}
+        text = "  ".join(f"{name} {known[name]:.4g}" for name in self.show if name in known)
         if self.progress and self.task is not None:
-            self.progress.update(self.task, completed=step, **({"figures": text} if text else {}))
+            self.progress.update(self.task, completed=step)
+            if text:
+                self.progress.update(self.task, figures=text)
             return
         now = time.monotonic()
         if text and (now - self.said >= PLAIN_SECONDS or step == self.total):

@@ -1,0 +1,36 @@
+# Everything happens in $(VENV); the first target that needs it makes it.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test fast check lint types base-model clean
+
+demo: $(VENV)/installed        ## the quickstart, from SFT to report
+	$(BIN)/salsa run recipes/quickstart.yaml
+
+test: $(VENV)/installed        ## every test
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/installed        ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint types test         ## what CI runs
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+base-model: $(VENV)/installed  ## train the embedded base model again (about an hour)
+	$(BIN)/python scripts/make_base_model.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("salsa-rlhf needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

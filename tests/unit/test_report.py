@@ -1,0 +1,90 @@
+"""The page: model text is text, an unresolved interval says so, arms are compared the right way round."""
+
+import json
+import re
+
+import pytest
+
+from salsa.report.page import against_baseline, headline, render
+
+ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
+
+
+def estimate(mean, half=0.1):
+    return {"mean": mean, "stderr": half / 2, "low": mean - half, "high": mean + half}
+
+
+def pair(candidate, baseline, rate, half, score="proxy"):
+    low, high = rate - half, rate + half
+    verdict = "better" if low > 0.5 else "worse" if high < 0.5 else "not resolved"
+    return {
+        "score": score, "candidate": candidate, "baseline": baseline, "rate": rate, "stderr": half / 2, "low": low,
+        "high": high, "wins": 6, "losses": 4, "ties": 0, "n": 10, "dropped": 0, "verdict": verdict,
+        "difference": estimate(rate - 0.5),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def summary():
+    names = ("proxy", "kl_anchor", "kl_reference", "length", "eos_rate")
+    arm = lambda trained: {
+        "init": "sft[0]", "reference": "soup", "trained": trained,
+        "seeds": [{"seed": 0, "policy": "abc"} | dict.fromkeys(names, 0.5)],
+        "mean": {n: estimate(0.5) for n in names},
+    }  # fmt: skip
+    return {
+        "name": "test", "method": "SALSA", "notes": ["a <b>note</b>"], "scores": ["proxy"], "baseline": "ppo",
+        "anchor": "sft[0]", "num_prompts": 2, "arms": {"sft": arm(False), "ppo": arm(True), "salsa": arm(True)},
+        "pairs": [pair("ppo", "sft", 0.8, 0.1), pair("salsa", "ppo", 0.52, 0.1), pair("salsa", "sft", 0.8, 0.1)],
+        "recipe": {"rl": {"seeds": [0], "kl_coef": 0.05}}, "versions": {"salsa-rlhf": "0.1.0"},
+        "stages": [{"stage": "sft[0]", "digest": "d" * 64, "output": "e" * 64}], "times": {"sft[0]": 1.5},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def page(summary):
+    sample = {"prompt": ATTACK, "response": ATTACK, "proxy": 0.1}
+    other = {"prompt": "hello", "response": "", "proxy": 0.4}
+    rows = {name: [[sample, other]] for name in summary["arms"]}
+    curves = {
+        name: [[{"step": 1, "score": 0.1, "kl": 0.0, "length": 3.0, "entropy": 1.0}]]
+        for name in ("ppo", "salsa")
+    }
+    return render(summary, rows, curves, f"name: {ATTACK}")
+
+
+def test_model_text_is_escaped_everywhere(page):
+    assert ATTACK not in page
+    assert "&lt;script&gt;alert(&#39;owned&#39;)" in page
+    assert "<img src=x" not in page
+    assert page.count("<script>") == 2 and page.count("</script>") == 2
+
+
+def test_page_loads_nothing_from_a_network(page):
+    own = page[: page.index("<script>")]  # what follows is plotly.js and its figures
+    assert "http" not in own and not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", own)
+
+
+def test_an_interval_with_one_half_is_not_resolved(page, summary):
+    assert "not resolved" in page
+    assert headline(summary) == [
+        "salsa against ppo is not resolved on proxy: win rate 52.0% [42.0%, 62.0%]."
+    ]
+
+
+def test_pairs_are_turned_towards_the_baseline(summary):
+    found = against_baseline(summary)
+    assert found["sft", "proxy"]["rate"] == pytest.approx(0.2)
+    assert found["sft", "proxy"]["verdict"] == "worse"
+    assert (found["sft", "proxy"]["low"], found["sft", "proxy"]["high"]) == pytest.approx(
+        (0.1, 0.3)
+    )
+    assert found["salsa", "proxy"]["rate"] == 0.52
+
+
+def test_figures_are_plain_json(page):
+    start = page.index("const figures = ") + len("const figures = ")
+    figures = json.loads(page[start : page.index(";\n", start)])
+    assert {"curve-score", "curve-kl", "frontier-proxy", "histogram-proxy"} <= figures.keys()
+    names = [trace.get("name") for trace in figures["frontier-proxy"]["data"]]
+    assert names[::2] == ["sft", "ppo", "salsa"]
