@@ -29,8 +29,8 @@ ROLES = {
 UPBEAT_RATING = 8
 """SFT learns from conversations that a partner rated at least this upbeat (1 to 10)."""
 
-REPLY_CHARACTERS = (8, 140)
-PROMPT_CHARACTERS = (3, 160)
+REPLY_CHARACTERS = (8, 90)
+PROMPT_CHARACTERS = (3, 120)
 CONTEXT_TURNS = 3
 
 _PRIVATE = re.compile(r"https?://|www\.|\S@\S+\.\S|\+?\d[\d\-\s().]{7,}\d")

@@ -105,9 +105,9 @@ def label_pairs(
     for prompt, a, b, score_a, score_b in scored:
         if a.strip() == b.strip():
             continue
-        prefer_a = rng.random() < expit((score_a - score_b) / config.noise)
+        prefer_a = bool(rng.random() < expit((score_a - score_b) / config.noise))
         chosen, rejected = (a, b) if prefer_a else (b, a)
-        agrees = (score_a >= score_b) == prefer_a
+        agrees = bool((score_a >= score_b) == prefer_a)
         value: Any = list(prompt.messages) if prompt.messages else prompt.text
         rows.append(
             {"prompt": value, "chosen": chosen, "rejected": rejected, "label_agrees": agrees}

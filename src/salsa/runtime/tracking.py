@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,8 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # TRL still sets the name that transformers is leaving behind
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def round_figure(value: float) -> float:
