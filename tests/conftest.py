@@ -21,7 +21,9 @@ from transformers import (
 
 from salsa.artifacts import Checkpoint
 
-pytest_plugins = ["tests.whole_run"]  # its fixtures: a run of the tiny recipe, shared by e2e/ and browser/
+pytest_plugins = [
+    "tests.whole_run"
+]  # its fixtures: a run of the tiny recipe, shared by e2e/ and browser/
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"

@@ -6,8 +6,13 @@ import subprocess
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --virtual-time-budget=10000"
@@ -43,5 +48,10 @@ def test_plots_draw_and_nothing_runs_over_the_edge(page, width, tmp_path):
 
 def test_a_screenshot_is_not_blank(page, tmp_path):
     picture = tmp_path / "page.png"
-    chromium(f"--screenshot={picture}", "--window-size=1280,2400", page.as_uri(), profile=tmp_path / "profile")
+    chromium(
+        f"--screenshot={picture}",
+        "--window-size=1280,2400",
+        page.as_uri(),
+        profile=tmp_path / "profile",
+    )
     assert picture.stat().st_size > 50_000

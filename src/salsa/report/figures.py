@@ -20,7 +20,7 @@ def all_figures(
     """Element id → figure."""
     arms = list(summary["arms"])
     held_out = summary["scores"][1:]
-    panels = {"score": CURVES["score"]} | {s: f"{s} (held out)" for s in held_out} | CURVES
+    panels = {"score": CURVES["score"]} | {s: f"{s} (not trained on)" for s in held_out} | CURVES
     figures = {
         f"curve-{name}": _curve(name, title, curves, arms)
         for name, title in panels.items()

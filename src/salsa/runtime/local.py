@@ -53,7 +53,9 @@ def prepare_process(threads: int | None) -> None:
     """Once per process, before the first stage."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if device().type == "cuda":  # the CPU's kernels are deterministic as they are (the tests compare bits)
+    if (
+        device().type == "cuda"
+    ):  # the CPU's kernels are deterministic as they are (the tests compare bits)
         torch.use_deterministic_algorithms(True, warn_only=True)
     reuse_freed_memory()
 
