@@ -1,0 +1,33 @@
+"""README: the paths of its map exist, every module is on it, its two commands are the Makefile's and CI's."""
+
+import re
+
+
+def test_map_lists_every_module_and_only_what_exists(repository):
+    text = (repository / "README.md").read_text()
+    listed = set(re.findall(r"`((?:src|recipes|scripts|docs)/[\w./-]*)`", text))
+    for path in listed:
+        assert (repository / path).exists(), path
+    for file in (repository / "src" / "salsa").rglob("*.py"):
+        if file.name.startswith("__"):
+            continue
+        relative = file.relative_to(repository).as_posix()
+        inside_runtime = "runtime" in file.parts and file.name in text
+        assert relative in listed or inside_runtime, relative
+
+
+def test_the_two_commands(repository):
+    readme, makefile = (repository / "README.md").read_text(), (repository / "Makefile").read_text()
+    commands = re.findall(r"^(make \w+) +#", readme, flags=re.M)
+    assert commands == ["make demo", "make test"]
+    assert "demo:" in makefile and "test:" in makefile
+    assert re.search(r"^make test$", (repository / ".ci" / "run").read_text(), flags=re.M)
+
+
+def test_recipe_in_the_readme_is_sound(repository, tmp_path):
+    from salsa.config import Recipe
+
+    text = (repository / "README.md").read_text()
+    (tmp_path / "readme.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, flags=re.S)[1])
+    recipe = Recipe.load(tmp_path / "readme.yaml")
+    assert recipe.rl.arms["deep"].init == "soup"
