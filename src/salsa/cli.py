@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's
 
 RecipeFile = Annotated[
@@ -149,7 +150,10 @@ def main() -> None:
 
     debug = "--debug" in sys.argv
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns Ctrl-C into an exit code
+            _stopped()
+        sys.exit(code)
     except SalsaError as error:
         if debug:
             raise
@@ -180,10 +184,10 @@ def _run(
 
 def _stopped() -> None:
     command = " ".join(["salsa", *map(shlex.quote, sys.argv[1:])])
-    _fail(f"stopped; finished work is kept. Go on with: {command}", 130)
+    _fail(f"stopped; finished work is kept. Go on with: {command}", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:
-    text = message if code == 130 else f"error: {message}"
+    text = message if code == _INTERRUPTED else f"error: {message}"
     print(" ".join(text.split()), file=sys.stderr)
     sys.exit(code)
