@@ -7,7 +7,6 @@ speakers, which is the only augmentation. Interrupted, it goes on from `--work` 
 
 import argparse
 import json
-import os
 import random
 import shutil
 import time
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from salsa import demo
+from salsa.runtime.checkpoint import load_state, save_state
 from salsa.runtime.local import reuse_freed_memory
 
 BOS, PAD, END, USER, ASSISTANT = "<|bos|>", "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
@@ -77,6 +77,27 @@ def pack(
     return flat[: rows * length].reshape(rows, length)
 
 
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A 3 M-parameter Llama from seed 0."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            num_hidden_layers=5,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            intermediate_size=512,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for embeddings and gains."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -103,6 +124,19 @@ def held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int) -> fl
         loss_of(model, rows[i : i + batch]).item() for i in range(0, len(rows) - batch + 1, batch)
     ]
     return sum(losses) / len(losses)
+
+
+def restore(
+    state_file: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]
+) -> int:
+    """Put the last state back; the number of steps behind it."""
+    state = load_state(state_file)
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
 
 def main() -> None:
@@ -134,33 +168,11 @@ def main() -> None:
         flush=True,
     )
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            num_hidden_layers=5,
-            num_attention_heads=3,
-            num_key_value_heads=3,
-            intermediate_size=512,
-            max_position_embeddings=512,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True,
-            bos_token_id=ids[BOS],
-            eos_token_id=ids[END],
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = build_model(tokenizer)
     optimizers = make_optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     state_file = args.work / "state.pt"
-    first = 0
-    if state_file.exists():
-        state = torch.load(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first = state["step"]
+    first = restore(state_file, model, optimizers)
     compiled_loss = torch.compile(loss_of)
 
     epoch, rows, started = -1, None, time.time()
@@ -191,8 +203,7 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
             state = {"model": model.state_dict(), "step": step + 1}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+            save_state(state_file, state)
 
     record = json.loads((args.work / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(args.out, ignore_errors=True)

@@ -6,6 +6,7 @@ the labeller likes, not what people like, and the report says so.
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from salsa.errors import DataError
 from salsa.reward import function_scorer
 from salsa.rl import collect_rollout, decode
 from salsa.runtime.local import seed_everything
-from salsa.runtime.tracking import tracker
+from salsa.runtime.tracking import Tracker, tracker
 
 BATCH = 64
 
@@ -43,42 +44,58 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
     Raises:
         DataError: no prompt got two different replies.
     """
-    rng = random.Random(job.config.seed)
-    count = len(job.models)
-    # each prompt's two (model, draw): different models where there are several, else two draws of one
-    authors = [tuple(rng.sample(range(count), 2)) if count > 1 else (0, 0) for _ in job.prompts]
+    authors = _authors(len(job.models), len(job.prompts), job.config.seed)
     replies: list[list[str]] = [["", ""] for _ in job.prompts]
-    tasks = [
-        (author, row, side) for row, pair in enumerate(authors) for side, author in enumerate(pair)
-    ]
-    total = sum(-(-sum(author == m for author, _, _ in tasks) // BATCH) for m in range(count))
-    with tracker(directory, job.label, total, ()) as log:
-        done = 0
-        for number, checkpoint in enumerate(job.models):
-            tokenizer = models.load_tokenizer(checkpoint.path)
-            policy = models.load_policy(checkpoint.path).eval()
-            sampling = models.sampling(
-                checkpoint.path,
-                tokenizer,
-                max_new_tokens=job.config.max_new_tokens,
-                temperature=job.config.temperature,
-                precision=job.precision,
-            )
-            generator = seed_everything(job.config.seed, number)
-            own = [(row, side) for author, row, side in tasks if author == number]
-            for start in range(0, len(own), BATCH):
-                chunk = own[start : start + BATCH]
-                rollout = collect_rollout(
-                    policy, [job.prompts[row] for row, _ in chunk], sampling, generator
-                )
-                for (row, side), text in zip(chunk, decode(rollout, tokenizer), strict=True):
-                    replies[row][side] = text
-                done += 1
-                log.advance(done)
+    with tracker(directory, job.label, _num_batches(authors), ("length",)) as log:
+        log.resume_at(0)
+        for number in range(len(job.models)):
+            own = [
+                (row, side)
+                for row, pair in enumerate(authors)
+                for side in (0, 1)
+                if pair[side] == number
+            ]
+            texts = _replies(job, number, [job.prompts[row] for row, _ in own], log)
+            for (row, side), text in zip(own, texts, strict=True):
+                replies[row][side] = text
     rows = label_pairs(job.prompts, [r[0] for r in replies], [r[1] for r in replies], job.config)
     if not rows:
         raise DataError("preferences: no prompt got two different replies. Give more prompts.")
     write_atomic(directory / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _authors(num_models: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:
+    """Who writes each prompt's two replies: different models where there are several, else one model twice."""
+    rng = random.Random(seed)
+    if num_models == 1:
+        return [(0, 0)] * num_prompts
+    pairs = (rng.sample(range(num_models), 2) for _ in range(num_prompts))
+    return [(first, second) for first, second in pairs]
+
+
+def _num_batches(authors: Sequence[tuple[int, int]]) -> int:
+    counts = Counter(author for pair in authors for author in pair)
+    return sum(-(-count // BATCH) for count in counts.values())
+
+
+def _replies(job: PairsJob, number: int, prompts: Sequence[Prompt], log: Tracker) -> list[str]:
+    """One model's replies, a row of metrics a batch."""
+    path = job.models[number].path
+    tokenizer, policy = models.load_tokenizer(path), models.load_policy(path)
+    sampling = models.sampling(
+        path,
+        tokenizer,
+        max_new_tokens=job.config.max_new_tokens,
+        temperature=job.config.temperature,
+        precision=job.precision,
+    )
+    generator = seed_everything(job.config.seed, number)
+    texts: list[str] = []
+    for start in range(0, len(prompts), BATCH):
+        rollout = collect_rollout(policy, prompts[start : start + BATCH], sampling, generator)
+        texts += decode(rollout, tokenizer)
+        log.log(log.step + 1, {"length": rollout.lengths.float().mean().item()})
+    return texts
 
 
 def read_pairs(directory: Path) -> list[Row]:

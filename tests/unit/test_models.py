@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from salsa import models
 from salsa.data import Prompt, collate
@@ -66,28 +67,44 @@ def test_sequence_scores_do_not_depend_on_the_batch(make_checkpoint):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_agrees_with_transformers_at_low_temperature(family):
-    """Sampling at a vanishing temperature is greedy decoding, left padding included."""
-    model, batch = tiny_model(family), collate(PROMPTS, 0)
+    """A vanishing temperature is greedy decoding: left padding and dropped rows must change nothing.
+
+    EOS is made of tokens that the rows say at different steps, so that they end one by one.
+    """
+    model, batch, steps = tiny_model(family), collate(PROMPTS, 0), 8
+    free = [_greedy(model, prompt, steps) for prompt in PROMPTS]
+    ends = (free[0][1], free[1][4])
     response, mask = generate(
         model,
         batch.prompt,
         batch.prompt_mask,
-        max_new_tokens=6,
+        max_new_tokens=steps,
         temperature=1e-4,
-        eos_ids=(2,),
+        eos_ids=ends,
         pad_id=0,
         generator=torch.Generator().manual_seed(0),
     )
-    for row, prompt in enumerate(PROMPTS):
-        greedy = model.generate(
-            torch.tensor([prompt.ids]),
-            attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=2,
-            pad_token_id=0,
-        )[0, len(prompt.ids) :]
-        assert response[row][mask[row]].tolist() == greedy[: int(mask[row].sum())].tolist()
+    lengths = set()
+    for row, said in enumerate(free):
+        stop = next((t + 1 for t, token in enumerate(said) if token in ends), steps)
+        assert response[row][mask[row]].tolist() == said[:stop]
+        assert (response[row, stop:] == 0).all() and not mask[row, stop:].any()
+        lengths.add(stop)
+    assert len(lengths) > 1
+
+
+def _greedy(model, prompt, steps) -> list[int]:
+    """What transformers says to one prompt alone, never ending."""
+    ids = torch.tensor([prompt.ids])
+    said = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return said[0, ids.shape[1] :].tolist()
 
 
 def test_generation_stops_at_eos_and_masks_what_follows():
@@ -104,7 +121,7 @@ def test_generation_stops_at_eos_and_masks_what_follows():
             if self.step == 1:
                 logits[0, 0, 7], logits[0, 0, 2] = -1e9, 0
             self.step += 1
-            return type("Output", (), {"logits": logits, "past_key_values": None})
+            return type("Output", (), {"logits": logits, "past_key_values": DynamicCache()})
 
     response, mask = generate(
         Scripted(),

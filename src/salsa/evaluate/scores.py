@@ -45,10 +45,8 @@ class EvalJob:
 def evaluate_policy(job: EvalJob, directory: Path) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
     tokenizer = models.load_tokenizer(job.policy.path)
-    policy = models.load_policy(job.policy.path).eval()
-    others = {
-        name: models.load_policy(c.path).eval() for name, c in job.kl_to.items() if c != job.policy
-    }
+    policy = models.load_policy(job.policy.path)
+    others = {name: models.load_policy(c.path) for name, c in job.kl_to.items() if c != job.policy}
     sampling = models.sampling(
         job.policy.path,
         tokenizer,
@@ -59,12 +57,13 @@ def evaluate_policy(job: EvalJob, directory: Path) -> None:
     generator = seed_everything(job.seed)
     rows: list[dict] = []
     with tracker(directory, job.label, -(-len(job.prompts) // job.batch_size), SHOWN) as log:
+        log.resume_at(0)
         for start in range(0, len(job.prompts), job.batch_size):
             prompts = job.prompts[start : start + job.batch_size]
             batch = _evaluate_batch(job, policy, others, prompts, tokenizer, sampling, generator)
             rows += batch
             figures = {name: sum(row[name] for row in batch) / len(batch) for name in SHOWN}
-            log.advance(start // job.batch_size + 1, figures)
+            log.log(start // job.batch_size + 1, figures)
     write_atomic(directory / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,4 +1,7 @@
-"""Sample responses: one prefill, then a token at a time with the cache; fp32 logits; masks from lengths."""
+"""Sample responses: one prefill, then a token at a time with the cache; rows that have ended are dropped.
+
+Logits are fp32, masks come from lengths.
+"""
 
 from collections.abc import Sequence
 
@@ -25,12 +28,13 @@ def generate(
         Response tokens, `pad_id` after the end, and the mask of real ones, EOS included. R is the longest response.
     """
     ends = torch.tensor(list(eos_ids), device=prompt.device)
+    responses = torch.full((len(prompt), max_new_tokens), pad_id, device=prompt.device)
+    lengths = torch.zeros(len(prompt), dtype=torch.long, device=prompt.device)
+    rows = torch.arange(len(prompt), device=prompt.device)  # those that still speak
     mask = prompt_mask.long()
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    alive = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
-    tokens, masks = [], []
     inputs, cache = prompt, None
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         output = model(
             input_ids=inputs,
             attention_mask=mask,
@@ -39,15 +43,18 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
         probabilities = (output.logits[:, -1].float() / temperature).softmax(dim=-1)
-        token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        tokens.append(torch.where(alive, token, pad_id))
-        masks.append(alive)
-        alive = alive & ~torch.isin(token, ends)
-        if not alive.any():
+        token = torch.multinomial(probabilities, 1, generator=generator)
+        responses[rows, step] = token.squeeze(1)
+        lengths[rows] += 1
+        speaking = ~torch.isin(token.squeeze(1), ends)
+        if not speaking.any():
             break
-        inputs = tokens[-1][:, None]
+        cache, inputs, position = output.past_key_values, token, position[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        position = position[:, -1:] + 1
-    return torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+        if not speaking.all():
+            cache.batch_select_indices(speaking.nonzero().squeeze(1))
+            rows, inputs = rows[speaking], inputs[speaking]
+            position, mask = position[speaking], mask[speaking]
+    responses = responses[:, : int(lengths.max())]
+    return responses, torch.arange(responses.shape[1], device=prompt.device) < lengths[:, None]

@@ -42,13 +42,13 @@ class Tracker:
         self.progress = progress
         self.task = progress.add_task(label, total=total, figures="") if progress else None
         self.started = self.said = time.monotonic()
-        self.first_step = 0
+        self.first_step = self.step = 0
 
     def resume_at(self, step: int) -> None:
         """Drop the rows after `step`: they belong to work that a kill undid."""
         rows = [row for row in read_jsonl(self.file) if row["step"] <= step]
         write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
-        self.first_step = step
+        self.first_step = self.step = step
         if step:
             say(f"{self.label}: going on from step {step} of {self.total}")
         if self.progress and self.task is not None:
@@ -65,6 +65,7 @@ class Tracker:
 
     def advance(self, step: int, figures: Mapping[str, float] | None = None) -> None:
         """Move the bar to `step`, with the figures that are worth showing."""
+        self.step = step
         known = figures or {}
         text = "  ".join(f"{name} {known[name]:.4g}" for name in self.show if name in known)
         if self.progress and self.task is not None:
