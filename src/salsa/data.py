@@ -24,7 +24,11 @@ import torch
 from salsa.artifacts import digest_of, sha256_file
 from salsa.config import DataSource
 from salsa.errors import ConfigError, DataError
+from salsa.runtime.tracking import say
 from salsa.types import PromptBatch
+
+SFT_COLUMNS = [("messages",), ("prompt", "completion")]
+PREFERENCE_COLUMNS = [("chosen", "rejected")]
 
 _LOCAL = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
@@ -123,6 +127,10 @@ def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int) -> list
         raise DataError(
             f"{describe(source)}: none of {len(prompts)} prompts has at most {max_tokens} tokens. "
             "Raise rl.max_prompt_tokens."
+        )
+    if dropped := len(prompts) - len(fitting):
+        say(
+            f"{describe(source)}: {dropped} of {len(prompts)} prompts dropped, over {max_tokens} tokens"
         )
     return fitting
 

@@ -54,7 +54,7 @@ def load_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{path}: no tokenizer can be loaded ({str(error).splitlines()[0]})."
         ) from error
@@ -200,7 +200,7 @@ def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
         return factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
         ) from error

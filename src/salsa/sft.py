@@ -5,7 +5,7 @@ from pathlib import Path
 
 from salsa.artifacts import Checkpoint
 from salsa.config import SFTConfig
-from salsa.data import describe, load_rows, sft_rows
+from salsa.data import SFT_COLUMNS, describe, load_rows, sft_rows
 from salsa.models import load_policy, load_tokenizer, save
 from salsa.runtime.hf_trainer import common_arguments, train
 
@@ -34,7 +34,7 @@ def train_sft(job: SFTJob, directory: Path) -> None:
     assert config.dataset is not None  # the schema: either dataset or checkpoints
     tokenizer = load_tokenizer(job.base.path)
     where = describe(config.dataset)
-    rows = load_rows(config.dataset, [("messages",), ("prompt", "completion")])
+    rows = load_rows(config.dataset, SFT_COLUMNS)
     microbatch = config.microbatch_size or config.batch_size
     arguments = trl.SFTConfig(
         **common_arguments(

@@ -9,7 +9,18 @@ from salsa import models
 from salsa.anchors import Anchors
 from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve
 from salsa.config import DataSource, Recipe
-from salsa.data import Prompt, describe, fingerprint, import_callable, load_prompts, load_rows
+from salsa.data import (
+    PREFERENCE_COLUMNS,
+    SFT_COLUMNS,
+    Prompt,
+    describe,
+    fingerprint,
+    import_callable,
+    load_prompts,
+    load_rows,
+    preference_rows,
+    sft_rows,
+)
 from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.preferences import PairsJob, read_pairs, sample_pairs
 from salsa.reward import Reward, RewardJob, function_scorer, model_scorer, train_reward
@@ -51,10 +62,11 @@ class Stages:
     def check_inputs(self) -> None:
         """Touch every data set and callable first: a typo must not surface after an hour of SFT."""
         recipe = self.recipe
-        if recipe.sft.dataset is not None:
-            load_rows(recipe.sft.dataset, [("messages",), ("prompt", "completion")])
-        if recipe.reward.dataset is not None:
-            load_rows(recipe.reward.dataset, [("chosen", "rejected")])
+        tokenizer = models.load_tokenizer(self.base.path)
+        if (source := recipe.sft.dataset) is not None:
+            sft_rows(load_rows(source, SFT_COLUMNS), tokenizer, describe(source))
+        if (source := recipe.reward.dataset) is not None:
+            preference_rows(load_rows(source, PREFERENCE_COLUMNS), tokenizer, describe(source))
         if recipe.reward.preferences is not None:
             self._prompts(recipe.reward.preferences.prompts)
             import_callable(recipe.reward.preferences.labeller.call)
@@ -183,7 +195,7 @@ class Stages:
             rows, where, data = read_pairs(pairs.path), str(pairs.path), pairs.checkpoint.digest
         else:
             assert config.dataset is not None  # the schema: one of the four sources
-            rows = load_rows(config.dataset, [("chosen", "rejected")])
+            rows = load_rows(config.dataset, PREFERENCE_COLUMNS)
             where, data = describe(config.dataset), fingerprint(config.dataset)
         reward_job = RewardJob("reward", init, rows, where, config, self.precision)
         return self._stage(

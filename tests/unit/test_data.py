@@ -143,3 +143,34 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
     refusing = tiny_tokenizer(template="{{ raise_exception('only users') }}")
     with pytest.raises(DataError, match="template refuses a conversation: only users"):
         data.as_prompt({"prompt": "hi"}, refusing)
+
+
+def test_hub_names_go_to_the_hub_clients(monkeypatch, tmp_path):
+    """No network here: what the clients are asked for is checked, what they answer is made up."""
+    import datasets
+    import huggingface_hub
+
+    from salsa.artifacts import resolve
+
+    asked = {}
+
+    def load_dataset(path, name, split):
+        asked["data"] = (path, name, split)
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    def snapshot_download(path, revision, ignore_patterns):
+        asked["model"] = (path, revision, "*.bin" in ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    rows = data.load_rows(DataSource(path="org/data", name="main", split="test"), [("prompt",)])
+    assert rows == [{"prompt": "a"}]
+    assert resolve("org/model", revision="abc") == tmp_path
+    assert asked == {"data": ("org/data", "main", "test"), "model": ("org/model", "abc", True)}
+
+
+def test_long_prompts_are_dropped_and_counted(tmp_path, tokenizer, capsys):
+    source = write(tmp_path / "x.jsonl", [{"prompt": "hi"}, {"prompt": "x" * 50}])
+    assert len(data.load_prompts(source, tokenizer, max_tokens=20)) == 1
+    assert "1 of 2 prompts dropped, over 20 tokens" in capsys.readouterr().err
