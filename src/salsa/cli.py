@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 the work failed, 2 bad input, 130 stopped with Ctrl-C.
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,16 +35,36 @@ Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
-@app.command()
-def run(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Run the whole recipe; run it again to go on where it stopped."""
-    _run(recipe, overrides, out, force, "report")
+def _stage_command(until: str) -> Callable[..., None]:
+    """A command that runs the pipeline up to a stage."""
+
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        out: Out = None,
+        force: Force = False,
+        debug: Debug = False,
+    ) -> None:
+        from salsa.config import Recipe
+
+        loaded = Recipe.load(recipe, overrides or ())
+        from salsa.pipeline import run_recipe
+
+        run_recipe(loaded, out=out, until=until, force=force)  # type: ignore[arg-type]
+
+    return command
+
+
+_STAGE_COMMANDS = {
+    "run": ("report", "Run the whole recipe; run it again to go on where it stopped."),
+    "sft": ("sft", "Run the recipe's SFT, once per seed."),
+    "reward": ("reward", "Train the recipe's reward model (and what it needs)."),
+    "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
+    "eval": ("eval", "Evaluate every arm on held-out prompts (and what it needs)."),
+    "report": ("report", "Write report.html and report.json (and what they need)."),
+}
+for _name, (_until, _help) in _STAGE_COMMANDS.items():
+    app.command(_name, help=_help)(_stage_command(_until))
 
 
 @app.command()
@@ -53,66 +74,6 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
     from salsa.runtime.plan import plan
 
     typer.echo(plan(Recipe.load(recipe, overrides or ())))
-
-
-@app.command()
-def sft(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Run the recipe's SFT, once per seed."""
-    _run(recipe, overrides, out, force, "sft")
-
-
-@app.command()
-def reward(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Train the recipe's reward model (and what it needs)."""
-    _run(recipe, overrides, out, force, "reward")
-
-
-@app.command()
-def rl(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Run RL for every arm and seed (and what it needs)."""
-    _run(recipe, overrides, out, force, "rl")
-
-
-@app.command("eval")
-def evaluate(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Evaluate every arm on held-out prompts (and what it needs)."""
-    _run(recipe, overrides, out, force, "eval")
-
-
-@app.command()
-def report(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    out: Out = None,
-    force: Force = False,
-    debug: Debug = False,
-) -> None:
-    """Write report.html and report.json (and what they need)."""
-    _run(recipe, overrides, out, force, "report")
 
 
 @app.command()
@@ -169,17 +130,6 @@ def main() -> None:
             f"{type(error).__name__}: {error} (a defect or a broken machine: --debug shows where)",
             1,
         )
-
-
-def _run(
-    recipe: Path, overrides: list[str] | None, out: Path | None, force: bool, until: Any
-) -> None:
-    from salsa.config import Recipe
-
-    loaded = Recipe.load(recipe, overrides or ())
-    from salsa.pipeline import run_recipe
-
-    run_recipe(loaded, out=out, until=until, force=force)
 
 
 def _stopped() -> None:
