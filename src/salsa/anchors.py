@@ -9,8 +9,7 @@
 Soups are made once per run and shared by the arms that use them.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from salsa.artifacts import Checkpoint, RunDirectory, resolve
 from salsa.config import SoupConfig, ingredients_of
@@ -47,13 +46,10 @@ class Anchors:
     def _cook(
         self, label: str, ingredients: Sequence[Checkpoint], weights: Sequence[float] | None
     ) -> Checkpoint:
-        work: Callable[[Path], None] = lambda directory: write_soup(
-            ingredients, directory, weights=weights
-        )
         stage = self._run.stage(
             label,
             config={"weights": weights},
             inputs={f"ingredient {i}": c.digest for i, c in enumerate(ingredients)},
-            work=work,
+            work=lambda directory: write_soup(ingredients, directory, weights=weights),
         )
         return stage.checkpoint

@@ -67,6 +67,11 @@ def load_tokenizer(path: Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two models' tokenizers map the same tokens to the same rows."""
+    return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+
+
 def load_policy(path: Path) -> PreTrainedModel:
     """A causal language model in fp32, on the device, without dropout."""
     return _load(AutoModelForCausalLM, path)

@@ -4,7 +4,6 @@ The labels follow Bradley and Terry: a is chosen with probability Ïƒ((score_a âˆ
 the labeller likes, not what people like, and the report says so.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from scipy.special import expit
 
 from salsa import models
-from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
+from salsa.artifacts import Checkpoint, read_jsonl, write_jsonl
 from salsa.config import PreferencesConfig
 from salsa.data import Prompt, Row
 from salsa.errors import DataError
@@ -61,7 +60,7 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
     rows = label_pairs(job.prompts, [r[0] for r in replies], [r[1] for r in replies], job.config)
     if not rows:
         raise DataError("preferences: no prompt got two different replies. Give more prompts.")
-    write_atomic(directory / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(directory / "pairs.jsonl", rows)
 
 
 def _authors(num_models: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """What PPO maximises: TRL's RewardTrainer, and scorers that put a number on (prompt, response).
 
-A scorer takes prompts and response texts and returns one float each. The reward model's decodes nothing and knows no
+A scorer takes prompts and response texts and returns one float each. The reward model knows no
 policy token: it applies its own chat template and tokenizer, so it may differ from the policy in both.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from salsa.artifacts import Checkpoint, write_atomic
-from salsa.config import RewardConfig, RewardFunction
-from salsa.data import Prompt, Row, import_callable, preference_rows, render
+from salsa.config import DataSource, RewardConfig, RewardFunction
+from salsa.data import Prompt, Row, fingerprint, import_callable, preference_rows, render
 from salsa.errors import DataError, WorkFailed
 from salsa.models import load_scorer, load_tokenizer, save, sequence_scores
 from salsa.runtime.hf_trainer import common_arguments, train
@@ -97,7 +97,7 @@ def train_reward(job: RewardJob, directory: Path) -> None:
 def model_scorer(path: Path, precision: str) -> Scorer:
     """Score with a reward model; its own template and tokenizer."""
     tokenizer = load_tokenizer(path)
-    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id)).eval()
+    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id))
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         sequences = [
@@ -130,6 +130,11 @@ def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
         return total
 
     return score
+
+
+def function_digest(function: RewardFunction) -> str:
+    """Digest of a callable and its weight: all that decides what its scorer returns."""
+    return fingerprint(DataSource(call=function.call)) + str(function.weight)
 
 
 def _checked(

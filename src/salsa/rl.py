@@ -333,12 +333,8 @@ _LEARNING = ("policy", "critic", "policy_optimizer", "critic_optimizer")
 
 
 def _require_same_vocabulary(job: RLJob) -> None:
-    vocabularies = [
-        models.load_tokenizer(c.path).get_vocab()
-        for c in (job.init, job.reference, job.critic_init)
-    ]
-    for name, vocabulary in zip(("reference", "critic"), vocabularies[1:], strict=True):
-        if vocabulary != vocabularies[0]:
+    for name, checkpoint in (("reference", job.reference), ("critic", job.critic_init)):
+        if not models.same_vocabulary(job.init.path, checkpoint.path):
             raise CheckpointError(
                 f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
             )

@@ -23,7 +23,14 @@ from salsa.data import (
 )
 from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.preferences import PairsJob, read_pairs, sample_pairs
-from salsa.reward import Reward, RewardJob, function_scorer, model_scorer, train_reward
+from salsa.reward import (
+    Reward,
+    RewardJob,
+    function_digest,
+    function_scorer,
+    model_scorer,
+    train_reward,
+)
 from salsa.rl import RLJob, train_rl
 from salsa.runtime.tracking import say
 from salsa.sft import SFTJob, train_sft
@@ -93,10 +100,8 @@ class Stages:
         """The reward that RL maximises: callables, a finished model, or one trained here on preferences."""
         config = self.recipe.reward
         if config.functions:
-            digests = [
-                fingerprint(DataSource(call=f.call)) + str(f.weight) for f in config.functions
-            ]
-            return Reward(function_scorer(config.functions), None, " ".join(digests))
+            digest = " ".join(function_digest(f) for f in config.functions)
+            return Reward(function_scorer(config.functions), None, digest)
         if config.path is not None:
             checkpoint = Checkpoint.of(resolve(config.path))
         else:
@@ -184,11 +189,12 @@ class Stages:
             job = PairsJob("preferences", sft, config.preferences, prompts, self.precision)
             pairs = self._stage(
                 job.label,
-                config.preferences.model_dump(mode="json"),
+                config.preferences.model_dump(mode="json")
+                | {"max_prompt_tokens": self.recipe.rl.max_prompt_tokens},
                 {f"sft[{i}]": c.digest for i, c in enumerate(sft)}
                 | {
                     "prompts": fingerprint(config.preferences.prompts),
-                    "labeller": fingerprint(DataSource(call=config.preferences.labeller.call)),
+                    "labeller": function_digest(config.preferences.labeller),
                 },
                 lambda d: sample_pairs(job, d),
             )
@@ -211,10 +217,8 @@ class Stages:
         """The reward model where it speaks the policy's tokens, else the policy's own start with a new head."""
         if reward.checkpoint is None:
             return init
-        vocabularies = [
-            models.load_tokenizer(c.path).get_vocab() for c in (reward.checkpoint, init)
-        ]
-        return reward.checkpoint if vocabularies[0] == vocabularies[1] else init
+        shared = models.same_vocabulary(reward.checkpoint.path, init.path)
+        return reward.checkpoint if shared else init
 
     def _prompts(self, source: DataSource) -> list[Prompt]:
         if source not in self._loaded:
@@ -226,8 +230,8 @@ class Stages:
 
     def _score_digests(self) -> dict[str, str]:
         return {
-            f"score {n}": fingerprint(DataSource(call=f.call))
-            for n, f in self.recipe.eval.scores.items()
+            f"score {name}": function_digest(function)
+            for name, function in self.recipe.eval.scores.items()
         }
 
     def _stage(

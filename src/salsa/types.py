@@ -41,9 +41,6 @@ class PromptBatch:
     prompt: Int[Tensor, "B P"]
     prompt_mask: Bool[Tensor, "B P"]
 
-    def __len__(self) -> int:
-        return len(self.prompt)
-
 
 @dataclass(frozen=True)
 class Rollout:

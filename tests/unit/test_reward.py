@@ -90,3 +90,11 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
     scores = model_scorer(tmp_path, "fp32")([prompt, prompt], ["yo", "something longer"])
     assert scores[0] == pytest.approx(expected, abs=1e-5)
     assert scores[1] != pytest.approx(scores[0], abs=1e-3)
+
+
+def test_digest_of_a_function_covers_its_weight():
+    """Else a stage made with another weight would be reused."""
+    from salsa.reward import function_digest
+
+    one, two = (RewardFunction(call="my_rewards:lengths", weight=w) for w in (1.0, 2.0))
+    assert function_digest(one) == function_digest(one) != function_digest(two)

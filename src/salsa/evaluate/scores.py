@@ -4,7 +4,6 @@ KL is the sum over a response's tokens of the exact KL between next-token distri
 in nats per response, averaged over responses that the policy sampled.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa import models, objectives
-from salsa.artifacts import Checkpoint, write_atomic
+from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.data import Prompt
 from salsa.reward import Scorer
 from salsa.rl import collect_rollout, decode, has_ended
@@ -64,7 +63,7 @@ def evaluate_policy(job: EvalJob, directory: Path) -> None:
             rows += batch
             figures = {name: sum(row[name] for row in batch) / len(batch) for name in SHOWN}
             log.log(start // job.batch_size + 1, figures)
-    write_atomic(directory / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(directory / "samples.jsonl", rows)
 
 
 @torch.no_grad()

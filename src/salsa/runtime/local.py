@@ -63,7 +63,7 @@ def prepare_process(threads: int | None) -> None:
 def reuse_freed_memory() -> None:
     """Tell glibc to keep freed memory: PyTorch on a CPU else maps and faults in its activations at every step.
 
-    Measured on 2 cores: 1.1 to 1.6 x faster training steps of a 3 M-parameter model (docs/log.md). No effect
+    Seen on 2 cores: 1.1 to 1.6 x faster training steps of a 3 M-parameter model (docs/log.md). No effect
     on other C libraries.
     """
     if not sys.platform.startswith("linux"):

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from salsa.artifacts import read_jsonl, write_atomic
+from salsa.artifacts import read_jsonl, write_jsonl
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one stage."""
@@ -46,8 +46,7 @@ class Tracker:
 
     def resume_at(self, step: int) -> None:
         """Drop the rows after `step`: they belong to work that a kill undid."""
-        rows = [row for row in read_jsonl(self.file) if row["step"] <= step]
-        write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(self.file, [row for row in read_jsonl(self.file) if row["step"] <= step])
         self.first_step = self.step = step
         if step:
             say(f"{self.label}: going on from step {step} of {self.total}")
