@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def resolve(path: str, *, revision: str | None = None) -> Path:
-    """Directory of a model: the embedded one, a local directory, or a hub snapshot.
+    """Directory of a model: the embedded one, a local directory, or a hub snapshot (`org/name` or `org/name@revision`).
 
     Raises:
         CheckpointError: it is none of them.
@@ -77,6 +77,8 @@ def resolve(path: str, *, revision: str | None = None) -> Path:
         return EMBEDDED_PATH
     if Path(path).is_dir():
         return Path(path)
+    if revision is None and "@" in path:
+        path, _, revision = path.partition("@")
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{path}: no such directory. Give a model directory, a hub name (org/name) or 'embedded'."
@@ -102,14 +104,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tree(path: Path) -> str:
-    """Hex sha256 over the names and bytes of a directory's models and data; provenance and cards do not count."""
+def sha256_tree(path: Path, *, known: Mapping[str, str] | None = None) -> str:
+    """Hex sha256 over the names and bytes of a directory's models and data; provenance and cards do not count.
+
+    Args:
+        path: the directory.
+        known: file name → its sha256, of files that need not be read again.
+    """
     files = sorted(
         p
         for p in path.iterdir()
         if p.is_file() and p.suffix in _CONTENT_SUFFIXES and p.name not in _NOT_CONTENT
     )
-    return digest_of({file.name: sha256_file(file) for file in files})
+    known = known or {}
+    return digest_of({file.name: known.get(file.name) or sha256_file(file) for file in files})
 
 
 def digest_of(value: Any) -> str:
@@ -144,9 +152,64 @@ def finish_directory(partial: Path, final: Path) -> None:
     """Flush every file of `partial` to disk, then rename it into place."""
     for root, _, names in os.walk(partial):
         for name in names:
-            with open(os.path.join(root, name), "rb") as file:
-                os.fsync(file.fileno())
+            _flush(Path(root, name))
     os.replace(partial, final)
+    if os.name == "posix":
+        _flush(final.parent)
+
+
+@contextmanager
+def new_directory(final: Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory to fill, renamed to `final` at the end; nothing stays of it if that end is not reached.
+
+    Args:
+        final: where it shall be.
+        force: replace a model directory that is there; it is kept until the new one is complete.
+
+    Raises:
+        ConfigError: `final` exists, or another process is making it.
+    """
+    partial, old = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    try:
+        with _locked(partial):
+            if old.exists() and not final.exists():  # killed between the two renames below
+                os.replace(old, final)
+            shutil.rmtree(old, ignore_errors=True)
+            _check_free(final, force)
+            for stale in partial.iterdir():
+                if stale.name != ".lock":
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            yield partial
+            if final.exists():
+                os.replace(final, old)
+            (partial / ".lock").unlink()
+            finish_directory(partial, final)
+            shutil.rmtree(old, ignore_errors=True)
+    except _InUseError:
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_free(final: Path, force: bool) -> None:
+    if not os.path.lexists(final):
+        return
+    if not force:
+        raise ConfigError(f"{final}: exists. Give another directory, or --force to replace it.")
+    marks = ("soup.json", "config.json", "adapter_config.json")
+    if final.is_symlink() or not any((final / mark).is_file() for mark in marks):
+        raise ConfigError(f"{final}: is no model directory, so --force does not replace it.")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:
@@ -228,7 +291,7 @@ class RunDirectory:
         *,
         config: Mapping[str, Any],
         inputs: Mapping[str, str],
-        work: Callable[[Path], None],
+        work: Callable[[Path], object],
     ) -> Stage:
         """Return the finished stage, doing `work(directory)` first if it has not been done.
 
@@ -251,7 +314,7 @@ class RunDirectory:
         return stage
 
     def _do(
-        self, label: str, final: Path, identity: dict[str, Any], work: Callable[[Path], None]
+        self, label: str, final: Path, identity: dict[str, Any], work: Callable[[Path], object]
     ) -> Stage:
         partial = final.with_name(final.name + ".partial")
         partial.mkdir(exist_ok=True)
@@ -269,6 +332,10 @@ class RunDirectory:
         return Stage(label, final, record, reused=False)
 
 
+class _InUseError(ConfigError):
+    """Another process is at it; what lies there is not ours to remove."""
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold `path/.lock`; the kernel lets go of it when the process dies, however it dies."""
@@ -281,7 +348,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(
+            raise _InUseError(
                 f"{path}: in use by another salsa process. Wait for it, or choose another directory with --out."
             ) from error
         yield

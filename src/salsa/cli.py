@@ -81,28 +81,70 @@ def soup(
     ingredients: Annotated[
         list[str], typer.Argument(metavar="A B [C…]", help="model directories or hub names")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="directory to make")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="directory to make")] = None,
     weights: Annotated[
         str | None, typer.Option(help="one an ingredient, e.g. 0.7,0.3; uniform if not given")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear, greedy, wise, slerp, model_stock or interpolate")
+    ] = "linear",
+    base: Annotated[
+        str | None,
+        typer.Option(help="what they were tuned from; wise, slerp and model_stock need it"),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="wise: share of the soup, the rest is the base")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help="greedy: command that prints a model's score last; {} is its directory"),
+    ] = None,
+    points: Annotated[
+        str | None, typer.Option(help="interpolate: where between A (0) and B (1), e.g. 0,0.5,1")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16, float16 or float64")
     ] = "auto",
+    heads: Annotated[
+        str | None, typer.Option(help="score or value heads: average, drop or keep-from-I")
+    ] = None,
+    take_from: Annotated[
+        int | None, typer.Option(help="number of the ingredient whose settings win, from 0")
+    ] = None,
+    normalize: Annotated[bool, typer.Option(help="scale the weights to sum to 1")] = False,
+    extrapolate: Annotated[
+        bool, typer.Option(help="allow negative weights and sums other than 1")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="measure and print, write nothing")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print soup.json instead")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Average checkpoints into one: an ordinary Hugging Face directory."""
-    from salsa.errors import ConfigError
-    from salsa.soup import make_soup
+    from salsa.soup.terminal import SoupCommand
 
-    try:
-        factors = [float(w) for w in weights.split(",")] if weights else None
-    except ValueError:
-        raise ConfigError(
-            f"--weights {weights!r}: write numbers with commas, e.g. 0.7,0.3"
-        ) from None
-    made = make_soup(ingredients, weights=factors, out=out, dtype=dtype, force=force)
-    typer.echo(f"{made.path}  sha256 {made.digest[:12]}")
+    SoupCommand(
+        ingredients=ingredients,
+        out=out,
+        points=points,
+        as_json=as_json,
+        dry_run=dry_run,
+        options={
+            "weights": weights,
+            "method": method,
+            "base": base,
+            "alpha": alpha,
+            "score": score,
+            "dtype": dtype,
+            "heads": heads,
+            "take_from": take_from,
+            "normalize": normalize,
+            "extrapolate": extrapolate,
+            "force": force,
+        },
+    ).run()
 
 
 def main() -> None:

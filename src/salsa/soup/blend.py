@@ -1,0 +1,207 @@
+"""The streaming loop: read a few rows of every ingredient, add them up in float64, round once, write.
+
+Three threads, because two of the three jobs are not arithmetic: one reads and hashes a piece ahead, one writes and
+hashes the result. Memory holds two pieces of every ingredient, whatever the size of the model; more ingredients mean
+smaller pieces.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+from salsa.errors import CheckpointError
+from salsa.soup.diagnostics import Tally
+from salsa.soup.files import FLOATS, Tensor, WeightsWriter
+from salsa.soup.ingredients import Ingredient
+from salsa.soup.methods import Factors, Rule, rounded
+
+ELEMENTS_IN_FLIGHT = 1 << 19
+"""Elements of one piece, all ingredients together."""
+
+Progress = Callable[[int, int], None]
+"""Called with (elements done, elements in all)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop shall make of the ingredients.
+
+    Args:
+        stored: key → dtype name of the result, in the order of writing.
+        rule: factors of each tensor that is averaged.
+        needs_gram: the rule looks at the Gram matrix, so each tensor is measured before it is written.
+        fixed: key → factors that hold there whatever the rule says.
+    """
+
+    stored: Mapping[str, str]
+    rule: Rule
+    needs_gram: bool
+    fixed: Mapping[str, Factors]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    key: str
+    start: int
+    stop: int
+    measure: bool
+    write: bool
+
+
+def blend(
+    ingredients: Sequence[Ingredient],
+    base: Ingredient | None,
+    plan: Plan,
+    writer: WeightsWriter | None,
+    progress: Progress | None = None,
+) -> dict[str, Tally]:
+    """Average into `writer` (None: measure only); returns the sums over each tensor of floats.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or Inf, or would after rounding, or integers differ.
+    """
+    loop = _Loop(ingredients, base, plan)
+    total = sum(ingredients[0].tensors[key].size for key in plan.stored)
+    done = 0
+    with ExitStack() as stack:
+        reading = stack.enter_context(ThreadPoolExecutor(1))
+        writing = stack.enter_context(ThreadPoolExecutor(1))
+        written: Future[None] | None = None
+        for piece, raws in loop.read_ahead(reading):
+            result = loop.mix(piece, raws)
+            if writer is not None and result is not None:
+                if written is not None:
+                    written.result()
+                written = writing.submit(writer.write, result)
+            if progress is not None and piece.write:
+                done += piece.stop - piece.start
+                progress(done, total)
+        if written is not None:
+            written.result()
+    loop.settle()
+    return loop.tallies
+
+
+class _Loop:
+    """State of one pass: buffers, sums, and the factors of the tensor at hand."""
+
+    def __init__(
+        self, ingredients: Sequence[Ingredient], base: Ingredient | None, plan: Plan
+    ) -> None:
+        self.plan, self.base = plan, base
+        self.sources = [*ingredients] + ([base] if base is not None else [])
+        self.count = len(ingredients)
+        self.step = max(ELEMENTS_IN_FLIGHT // len(self.sources) // 4096, 1) * 4096
+        self.tallies: dict[str, Tally] = {}
+        self._factors: dict[str, Factors] = {}
+        self._values = np.empty((len(self.sources), self.step))
+        self._deltas = np.empty((self.count, self.step))
+        self._room = np.empty((2, self.step))
+
+    def read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, list[np.ndarray]]]:
+        """Pieces with the stored elements of every source, read one ahead of who asks."""
+        shape = (len(self.sources), self.step * 8)
+        buffers = [np.empty(shape, np.uint8) for _ in range(2)]
+
+        def load(piece: _Piece, buffer: np.ndarray) -> list[np.ndarray]:
+            return [
+                source.load(piece.key, piece.start, piece.stop, row)
+                for source, row in zip(self.sources, buffer, strict=True)
+            ]
+
+        waiting: tuple[_Piece, Future[list[np.ndarray]]] | None = None
+        for number, piece in enumerate(self._pieces()):
+            ahead = (piece, pool.submit(load, piece, buffers[number % 2]))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = ahead
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+    def mix(self, piece: _Piece, raws: list[np.ndarray]) -> np.ndarray | None:
+        """The result's elements of a piece, in their final dtype; None if it was only measured."""
+        key, stored = piece.key, self.plan.stored[piece.key]
+        if stored not in FLOATS:
+            for source, raw in zip(self.sources[: self.count], raws[: self.count], strict=True):
+                if not np.array_equal(raw, raws[0]):
+                    raise CheckpointError(
+                        f"{source.path}: {key} holds integers that differ from those in {self.sources[0].path}; "
+                        "they have no average."
+                    )
+            return raws[0].copy() if piece.write else None
+        values = self._values[:, : piece.stop - piece.start]
+        for row, raw in zip(values, raws, strict=True):
+            row[:] = raw
+        if self.base is not None:
+            for source, row in zip(self.sources, values[: self.count], strict=False):
+                source.add_to(key, piece.start, piece.stop, row, values[-1])
+        tally = self.tallies.setdefault(key, Tally.empty(self.count))
+        if piece.measure:
+            self._measure(piece, values, tally)
+        if not piece.write:
+            return None
+        if key not in self._factors:
+            self._factors[key] = self.plan.fixed.get(key) or self.plan.rule(tally.gram)
+        soup, spare = self._room[:, : values.shape[1]]
+        _weighted_sum(values, self._factors[key], soup, spare)
+        tally.measure_rounding(soup)
+        result = rounded(soup, stored)
+        if not np.isfinite(result).all():
+            raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
+        return result
+
+    def settle(self) -> None:
+        """Tell every tally where the soup lies."""
+        for key, tally in self.tallies.items():
+            factors = self._factors.get(key) or self.plan.fixed.get(key)
+            tally.settle(factors or self.plan.rule(tally.gram), with_base=self.base is not None)
+
+    def _measure(self, piece: _Piece, values: np.ndarray, tally: Tally) -> None:
+        base = values[-1] if self.base is not None else None
+        with np.errstate(over="ignore", invalid="ignore"):
+            tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
+        if np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all():
+            return
+        for source, row in zip(self.sources, values, strict=True):
+            if not np.isfinite(row).all():
+                raise CheckpointError(
+                    f"{source.path}: {piece.key} holds NaN or Inf. A soup needs sound ingredients."
+                )
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """Whole rows where a row is no longer than a piece."""
+        for key, stored in self.plan.stored.items():
+            tensor = self.sources[0].tensors[key]
+            passes = [(True, True)]
+            if self.plan.needs_gram and stored in FLOATS and key not in self.plan.fixed:
+                passes = [(True, False), (False, True)]
+            for measure, write in passes:
+                for start, stop in _spans(tensor, self.step):
+                    yield _Piece(key, start, stop, measure, write)
+
+
+def _spans(tensor: Tensor, step: int) -> Iterator[tuple[int, int]]:
+    row = tensor.size // tensor.shape[0] if tensor.shape and tensor.shape[0] else 1
+    if 0 < row <= step:
+        step = step // row * row
+    for start in range(0, tensor.size, step):
+        yield start, min(start + step, tensor.size)
+
+
+def _weighted_sum(
+    values: np.ndarray, factors: Factors, total: np.ndarray, spare: np.ndarray
+) -> None:
+    """Into `total`: Σ terms_i θ_i (+ base · θ_base), divided. Zero factors add nothing, not even a sign to a zero."""
+    terms = [*factors.terms] + ([factors.base] if len(values) > len(factors.terms) else [])
+    used = [(row, term) for row, term in zip(values, terms, strict=True) if term != 0]
+    if not used:
+        total[:] = 0.0
+    for number, (row, term) in enumerate(used):
+        np.multiply(row, term, out=spare if number else total)
+        if number:
+            total += spare
+    if factors.divisor != 1:
+        total /= factors.divisor

@@ -1,0 +1,203 @@
+"""How far the ingredients lie from each other and from their soup: sums taken while averaging, and what they mean.
+
+δ_i = θ_i − origin, where the origin is the base if it is given and the first ingredient if not; float64 throughout.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from salsa.soup.files import FLOATS
+from salsa.soup.methods import Factors
+
+_ROW = 4096
+_STRANGERS = 0.8
+"""Fine-tunings of one base have weights with cosines near 1; below this they do not look like siblings."""
+_OUTLIER = 2.0
+"""An ingredient is an outlier if it is this many times as far from the others as is usual among them."""
+_COARSE = 0.05
+"""Share of the delta that storing bf16 may lose before it is worth a warning."""
+
+
+@dataclass
+class Tally:
+    """Sums over the elements of one tensor (or several: tallies add)."""
+
+    gram: np.ndarray
+    """⟨δ_i, δ_j⟩, (N, N)."""
+    squares: np.ndarray
+    """‖θ_i‖², (N,)."""
+    size: int = 0
+    """Number of elements."""
+    lost: float = 0.0
+    """‖bf16(θ_soup) − θ_soup‖²."""
+    soup: float = 0.0
+    """‖δ_soup‖² with a base, ‖θ_soup‖² without; set once the factors are known."""
+    spread: float = 0.0
+    """mean_i ‖θ_soup − θ_i‖²; likewise."""
+    affine: bool = True
+
+    @classmethod
+    def empty(cls, count: int) -> "Tally":
+        """Nothing yet, for `count` ingredients."""
+        return cls(np.zeros((count, count)), np.zeros(count))
+
+    def measure(self, values: np.ndarray, base: np.ndarray | None, deltas: np.ndarray) -> None:
+        """Add a chunk: values (N, n), base (n,) if there is one; `deltas` (N, n) is room to work in."""
+        first = 0 if base is not None else 1  # without a base the first delta is zero
+        np.subtract(values[first:], values[0] if base is None else base, out=deltas[first:])
+        for i in range(len(values)):
+            self.squares[i] += dot(values[i], values[i])
+            for j in range(first, i + 1):
+                self.gram[i, j] += dot(deltas[i], deltas[j])
+                self.gram[j, i] = self.gram[i, j]
+        self.size += values.shape[1]
+
+    def measure_rounding(self, soup: np.ndarray) -> None:
+        """Add what bf16 would lose of a chunk of the soup, (n,)."""
+        loss = soup.astype(np.float32)
+        loss -= loss.astype(FLOATS["BF16"])
+        self.lost += dot(loss, loss)
+
+    def settle(self, factors: Factors, *, with_base: bool) -> None:
+        """Derive the soup's place from the factors of this tensor; shares that sum to 1 are taken for granted."""
+        shares = factors.shares
+        apart = shares - np.eye(len(shares))
+        self.soup = float(shares @ self.gram @ shares)
+        if not with_base:  # Σ c_i ‖θ_i − θ_soup‖² = Σ c_i ‖θ_i‖² − ‖θ_soup‖²
+            self.soup += float(shares @ (self.squares - np.diag(self.gram)))
+        self.spread = float(np.einsum("ni,ij,nj->n", apart, self.gram, apart).mean())
+        self.affine = factors.affine
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.gram + other.gram,
+            self.squares + other.squares,
+            self.size + other.size,
+            self.lost + other.lost,
+            self.soup + other.soup,
+            self.spread + other.spread,
+            self.affine and other.affine,
+        )
+
+
+def dot(x: np.ndarray, y: np.ndarray) -> float:
+    """⟨x, y⟩ by rows: short rows keep BLAS from starting threads, which costs more than it saves, and sum exactly."""
+    cut = len(x) // _ROW * _ROW
+    rows = np.vecdot(x[:cut].reshape(-1, _ROW), y[:cut].reshape(-1, _ROW))
+    return float(rows.sum(dtype=np.float64) + np.vecdot(x[cut:], y[cut:]))
+
+
+def describe(tallies: Mapping[str, Tally], *, with_base: bool) -> dict[str, Any]:
+    """The numbers of `soup.json`: all weights together, then each layer.
+
+    `of` says what norms, cosines and distances are of: "deltas" (θ_i − θ_base) with a base, else "weights".
+    """
+    count = len(next(iter(tallies.values())).squares) if tallies else 1
+    layers: defaultdict[str, Tally] = defaultdict(lambda: Tally.empty(count))
+    for key, tally in tallies.items():
+        layers[_layer(key)] += tally
+    total = sum(layers.values(), Tally.empty(count))
+    lengths, cosines, distances = _geometry(total, with_base)
+    soup = _soup_norm(total)
+    delta = (total.soup if with_base else total.spread) ** 0.5
+    return {
+        "of": "deltas" if with_base else "weights",
+        "norms": _figures(lengths),
+        "soup_norm": _figure(soup),
+        "soup_norm_ratio": _ratio(soup, float(lengths.mean())),
+        "cosines": [_figures(row) for row in cosines],
+        "relative_distances": [_figures(row) for row in distances],
+        "bf16_rounding": {
+            "norm": _figure(total.lost**0.5),
+            "share_of_delta": _ratio(total.lost**0.5, delta) if total.affine else None,
+            "delta": "soup - base" if with_base else "soup - ingredients, root mean square",
+        },
+        "layers": [
+            {"layer": name} | _layer_row(layers[name], with_base)
+            for name in sorted(layers, key=_by_number)
+        ],
+    }
+
+
+def warnings_of(diagnostics: Mapping[str, Any], names: Sequence[str], stored: str) -> list[str]:
+    """What a person should know before using the soup."""
+    found = []
+    cosines, distances = (
+        np.array(diagnostics[k], dtype=float) for k in ("cosines", "relative_distances")
+    )
+    count = len(names)
+    pairs = ~np.eye(count, dtype=bool)
+    if diagnostics["of"] == "weights" and count > 1 and cosines[pairs].min() < _STRANGERS:
+        found.append(
+            f"the weights of the ingredients point apart (cosine {cosines[pairs].min():.2f}): they do not look like "
+            "fine-tunings of one base, and an average of strangers is no model"
+        )
+    if count > 2:
+        mean = np.array([distances[i][pairs[i]].mean() for i in range(count)])
+        for i in map(int, np.flatnonzero(mean > _OUTLIER * np.median(mean))):
+            found.append(
+                f"{names[i]} lies {mean[i] / np.median(mean):.1f} times as far from the others as they from each other"
+            )
+    share = diagnostics["bf16_rounding"]["share_of_delta"]
+    if stored == "BF16" and share is not None and share > _COARSE:
+        found.append(
+            f"storing bf16 loses {share:.0%} of the delta ({diagnostics['bf16_rounding']['delta']}): "
+            "use --dtype float32"
+        )
+    return found
+
+
+def _geometry(tally: Tally, with_base: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Norms (N,), cosines (N, N) and distances relative to the pair's mean norm (N, N)."""
+    own = np.diag(tally.gram)
+    squared = np.maximum(own[:, None] + own[None, :] - 2 * tally.gram, 0.0)
+    lengths = np.sqrt(own if with_base else tally.squares)
+    inner = (lengths[:, None] ** 2 + lengths[None, :] ** 2 - squared) / 2
+    product, mean = np.outer(lengths, lengths), (lengths[:, None] + lengths[None, :]) / 2
+    cosines = np.divide(inner, product, out=np.full_like(inner, np.nan), where=product > 0)
+    distances = np.divide(np.sqrt(squared), mean, out=np.zeros_like(mean), where=mean > 0)
+    return lengths, np.clip(cosines, -1, 1), distances
+
+
+def _soup_norm(tally: Tally) -> float:
+    return max(tally.soup, 0.0) ** 0.5 if tally.affine else float("nan")
+
+
+def _layer_row(tally: Tally, with_base: bool) -> dict[str, Any]:
+    lengths, cosines, distances = _geometry(tally, with_base)
+    pairs = ~np.eye(len(lengths), dtype=bool)
+    return {
+        "elements": tally.size,
+        "norm": _figure(float(lengths.mean())),
+        "cosine": _figure(float(cosines[pairs].mean())) if pairs.any() else None,
+        "relative_distance": _figure(float(distances[pairs].mean())) if pairs.any() else None,
+        "soup_norm_ratio": _ratio(_soup_norm(tally), float(lengths.mean())),
+    }
+
+
+def _layer(key: str) -> str:
+    """`model.layers.7` of all that lies in block 7, else the tensor's name without its last part."""
+    block = re.match(r"(.*?\.\d+)\.", key)
+    return block[1] if block else key.rpartition(".")[0] or key
+
+
+def _by_number(layer: str) -> tuple[str, int]:
+    stem, _, number = layer.rpartition(".")
+    return (stem, int(number)) if number.isdecimal() else (layer, -1)
+
+
+def _figure(value: float) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def _figures(values: np.ndarray) -> list[float | None]:
+    return [_figure(float(v)) for v in values]
+
+
+def _ratio(value: float, whole: float) -> float | None:
+    return _figure(value / whole) if whole > 0 else None

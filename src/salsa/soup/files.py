@@ -1,0 +1,402 @@
+"""Weights on disk: safetensors headers and shards, read piece by piece and hashed on the way, written front to back.
+
+The format is https://github.com/huggingface/safetensors#format: eight bytes of header length, a JSON header, tensors.
+Nothing is trusted: a header must describe its file exactly, an index its shards; no name leads out of its directory.
+"""
+
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+from salsa.artifacts import write_atomic
+from salsa.errors import CheckpointError
+
+FLOATS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""What can be averaged, widest first. FP8 is not in it: it claims to be floating point, but has lost its scales."""
+
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""What must be equal in all ingredients, and is copied."""
+
+QUANTIZED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "quant_state", "SCB")
+"""Last parts of the names of a quantized layer's tensors."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_JSON_BYTES = 500_000_000
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor's bytes lie; `offset` counts from the start of the file."""
+
+    shard: "Shard"
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return dtype_of(self.dtype).itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Length in the file."""
+        return self.size * self.itemsize
+
+
+@dataclass(eq=False)
+class Shard:
+    """One safetensors file; what is read in order is hashed while it is read."""
+
+    path: Path
+    size: int
+    hasher: Any = field(default_factory=hashlib.sha256)
+    hashed: int = 0
+    """The first `hashed` bytes have gone into `hasher`."""
+
+
+class Weights:
+    """The tensors of one directory, single file or shards; one file is open at a time.
+
+    Raises:
+        CheckpointError: no safetensors, a stale index beside a single file, a broken header or index.
+    """
+
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        self.directory = directory
+        self.shards: list[Shard] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._open: tuple[Shard, BinaryIO] | None = None
+        for name, expected in _shard_names(directory, stem).items():
+            shard, found = _read_header(directory / name)
+            if expected is not None and expected != found.keys():
+                stray = sorted(expected ^ found.keys())[0]
+                raise CheckpointError(
+                    f"{directory / name}: the index and this shard disagree about {stray!r}. Copy or save it again."
+                )
+            self.shards.append(shard)
+            self.tensors |= found
+        if not self.tensors:
+            raise CheckpointError(f"{directory}: its weight files hold no tensor.")
+        for key in self.tensors:
+            if key.rsplit(".", 1)[-1] in QUANTIZED:
+                raise CheckpointError(
+                    f"{directory}: {key} belongs to a quantized layer. De-quantize it first."
+                )
+
+    def read(self, tensor: Tensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Elements start to stop, flat, in the head of `buffer` (uint8)."""
+        kind = dtype_of(tensor.dtype)
+        view = buffer[: (stop - start) * kind.itemsize]
+        self._read_bytes(tensor.shard, tensor.offset + start * kind.itemsize, view)
+        return view.view(kind)
+
+    def whole(self, tensor: Tensor) -> np.ndarray:
+        """A tensor in its shape; for small ones."""
+        buffer = np.empty(tensor.num_bytes, np.uint8)
+        return self.read(tensor, 0, tensor.size, buffer).reshape(tensor.shape)
+
+    def sha256(self) -> dict[str, str]:
+        """File name → hex sha256; bytes that were not read in order are read now."""
+        buffer = np.empty(_PIECE_BYTES, np.uint8)
+        for shard in self.shards:
+            while shard.hashed < shard.size:
+                piece = buffer[: min(_PIECE_BYTES, shard.size - shard.hashed)]
+                self._read_bytes(shard, shard.hashed, piece)
+        return {shard.path.name: shard.hasher.hexdigest() for shard in self.shards}
+
+    def close(self) -> None:
+        """Close the open file, if any."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def _read_bytes(self, shard: Shard, offset: int, view: np.ndarray) -> None:
+        if self._open is None or self._open[0] is not shard:
+            self.close()
+            self._open = (shard, shard.path.open("rb", buffering=0))
+        file = self._open[1]
+        file.seek(offset)
+        target = view.data
+        while target:
+            if not (count := file.readinto(target)):  # type: ignore[attr-defined]
+                raise CheckpointError(f"{shard.path}: became shorter while it was read.")
+            target = target[count:]
+        if offset == shard.hashed:
+            shard.hasher.update(view)
+            shard.hashed += len(view)
+
+
+class WeightsWriter:
+    """Writes tensors front to back in safetensors' layout, with an index if they need several shards.
+
+    Args:
+        directory: where; the caller renames it into place.
+        plan: key → (dtype name, shape), in the order in which the tensors will be written.
+        stem: `model` or `adapter_model`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        plan: Mapping[str, tuple[str, tuple[int, ...]]],
+        stem: str = "model",
+    ) -> None:
+        self.directory, self.stem = directory, stem
+        self._sizes = {k: math.prod(s) * dtype_of(d).itemsize for k, (d, s) in plan.items()}
+        self._plan = plan
+        self._shards = _split(self._sizes)
+        self._names = [f"{stem}.safetensors"]
+        if len(self._shards) > 1:
+            count = len(self._shards)
+            self._names = [
+                f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
+            ]
+        self._digests: dict[str, str] = {}
+        self._file: BinaryIO | None = None
+        self._left = 0
+        self._hasher = hashlib.sha256()
+
+    def write(self, chunk: np.ndarray) -> None:
+        """The next elements of the plan; a chunk never spans two tensors."""
+        while self._file is None or self._left == 0:
+            self._next_shard()
+        data = chunk.view(np.uint8).reshape(-1).data
+        self._file.write(data)
+        self._hasher.update(data)
+        self._left -= len(data)
+
+    def finish(self) -> dict[str, str]:
+        """Flush everything to disk, write the index; file name → hex sha256."""
+        while len(self._digests) < len(self._shards):
+            self._next_shard()
+        if len(self._shards) > 1:
+            weight_map = {
+                key: name
+                for name, keys in zip(self._names, self._shards, strict=True)
+                for key in keys
+            }
+            index = {
+                "metadata": {"total_size": sum(self._sizes.values())},
+                "weight_map": weight_map,
+            }
+            write_atomic(
+                self.directory / f"{self.stem}.safetensors.index.json",
+                json.dumps(index, indent=1) + "\n",
+            )
+        return self._digests
+
+    def close(self) -> None:
+        """Give up the open file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _next_shard(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._digests[self._names[len(self._digests)]] = self._hasher.hexdigest()
+            self.close()
+        number = len(self._digests)
+        if number == len(self._shards):
+            return
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key in self._shards[number]:
+            dtype, shape = self._plan[key]
+            end = offset + self._sizes[key]
+            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        head = struct.pack("<Q", len(text)) + text
+        self._file = (self.directory / self._names[number]).open("wb")
+        self._file.write(head)
+        self._hasher = hashlib.sha256(head)
+        self._left = offset
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors dtype name."""
+    return FLOATS.get(name) or INTEGERS[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: it is no regular file, or holds no JSON object.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("no regular file")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError("far too large")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as JSON ({_brief(error)}). Copy or save it again."
+        ) from error
+    return value
+
+
+def _shard_names(directory: Path, stem: str) -> dict[str, set[str] | None]:
+    """File name → the keys that the index places there (None: there is no index)."""
+    single = directory / f"{stem}.safetensors"
+    index = directory / f"{stem}.safetensors.index.json"
+    if os.path.lexists(single) and os.path.lexists(index):
+        raise CheckpointError(
+            f"{directory}: has both {single.name} and {index.name}. Delete the one that is stale."
+        )
+    if single.exists():
+        return {single.name: None}
+    if not os.path.lexists(index):
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+            raise CheckpointError(
+                f"{directory}: has pickled weights only, and a pickle can run any code when it is opened. "
+                "Load it where you trust it and save_pretrained(..., safe_serialization=True)."
+            )
+        raise CheckpointError(
+            f"{directory}: has no {single.name}. Give a directory that save_pretrained wrote."
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map. Copy or save it again.")
+    shards: dict[str, set[str] | None] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _plain(name):
+            raise CheckpointError(
+                f"{index}: places {key!r} in {name!r}, which is no plain .safetensors file beside it."
+            )
+        keys = shards.setdefault(name, set())
+        assert keys is not None
+        keys.add(key)
+    return dict(sorted(shards.items()))
+
+
+def _plain(name: str) -> bool:
+    """A file name without a path; hub snapshots are symlinks, so names count and real paths do not."""
+    sound = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\:")
+    return sound and name.endswith(".safetensors")
+
+
+def _read_header(path: Path) -> tuple[Shard, dict[str, Tensor]]:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("no regular file")
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            (length,) = struct.unpack("<Q", start)
+            if length > min(_MAX_HEADER_BYTES, found.st_size - 8):
+                raise ValueError(f"a header of {length} bytes")
+            text = stream.read(length)
+        header = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
+        header.pop("__metadata__", None)
+        shard = Shard(path, found.st_size)
+        shard.hasher.update(start + text)
+        shard.hashed = 8 + length
+        tensors = {key: _tensor(shard, key, entry) for key, entry in header.items()}
+    except (OSError, ValueError, RecursionError, struct.error) as error:
+        raise CheckpointError(
+            f"{path}: not a sound safetensors file ({_brief(error)}). Copy or save it again."
+        ) from error
+    position = shard.hashed
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if tensor.offset != position:
+            raise CheckpointError(
+                f"{path}: {key} does not lie where the tensor before it ends. Copy or save it again."
+            )
+        position += tensor.num_bytes
+    if position != shard.size:
+        raise CheckpointError(
+            f"{path}: is {shard.size} bytes long, its header describes {position}; "
+            "a tensor does not lie inside the file. Copy or save it again."
+        )
+    return shard, tensors
+
+
+def _tensor(shard: Shard, key: str, entry: Any) -> Tensor:
+    """One entry of a header, checked against itself; `shard.hashed` is where the data start."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key} is no JSON object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in FLOATS | INTEGERS:
+        raise CheckpointError(
+            f"{shard.path}: {key} is {dtype!r}; a soup takes {', '.join(FLOATS)}. De-quantize it first."
+        )
+    if not _sizes(shape) or not _sizes(offsets):
+        raise ValueError(f"{key} has shape {shape!r} and data_offsets {offsets!r}")
+    if len(offsets) != 2 or len(shape) > 32:
+        raise ValueError(f"{key} has {len(offsets)} offsets and {len(shape)} dimensions")
+    tensor = Tensor(shard, dtype, tuple(shape), shard.hashed + offsets[0])
+    if offsets[1] - offsets[0] != tensor.num_bytes:
+        raise ValueError(f"{key} has {offsets[1] - offsets[0]} bytes for shape {shape} of {dtype}")
+    return tensor
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _split(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Keys of each shard, in order, at most MAX_SHARD_BYTES each."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > MAX_SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} twice")
+        found[key] = value
+    return found
+
+
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,343 @@
+"""What must be the same in all ingredients before an average means anything: tensors, configuration, vocabulary.
+
+Compared are parsed values, never bytes: two releases of one library write one model's files differently.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from salsa.artifacts import sha256_tree
+from salsa.errors import CheckpointError
+from salsa.soup.files import Tensor, Weights, read_json
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""Files that go with the weights; nothing else of a directory is copied, least of all code."""
+
+HEADS = ("score.", "classifier.", "v_head.", "value_head.")
+"""Beginnings of the names of heads that a trainer put on top."""
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+_OUTPUTS = ("lm_head.weight", "embed_out.weight")
+_NO_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "unsloth_version"}
+_NOT_ARCHITECTURE = {"use_cache", "id2label", "label2id", "problem_type", "output_attentions"}
+"""Configuration that weights do not depend on; so are token ids and dropout rates."""
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(eq=False)
+class Ingredient:
+    """One model directory: its name for people, its weights, its configuration.
+
+    Raises:
+        CheckpointError: it is broken or quantized.
+    """
+
+    path: Path
+    name: str
+    expected: str | None = None
+    """The digest that it must turn out to have."""
+    weights: Weights = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not (self.path / "config.json").exists():
+            raise CheckpointError(
+                f"{self.path}: no model here (no config.json). Give a directory that save_pretrained wrote."
+            )
+        if self.config.get("quantization_config"):
+            raise CheckpointError(f"{self.path}: is quantized. De-quantize it first.")
+        self.weights = Weights(self.path)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Key → tensor."""
+        return self.weights.tensors
+
+    @property
+    def homes(self) -> list[Path]:
+        """Directories of its files, the later before the earlier."""
+        return [self.path]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json`."""
+        return read_json(self.path / "config.json")
+
+    def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Stored elements of a tensor, flat, in the head of `buffer`."""
+        return self.weights.read(self.tensors[key], start, stop, buffer)
+
+    def add_to(
+        self, key: str, start: int, stop: int, values: np.ndarray, base_values: np.ndarray
+    ) -> None:
+        """Complete the stored elements; an adapter puts base and product here."""
+
+    def digest(self) -> str:
+        """sha256 of the directory's content.
+
+        Raises:
+            CheckpointError: it is not the `expected` one.
+        """
+        found = sha256_tree(self.path, known=self.weights.sha256())
+        if self.expected is not None and found != self.expected:
+            raise CheckpointError(
+                f"{self.path}: changed since it was made (digest {found[:12]}, recorded {self.expected[:12]}). "
+                "Delete that directory and run the recipe again to rebuild it."
+            )
+        return found
+
+
+def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> None:
+    """Raise CheckpointError unless all have the first one's tensors, architecture and vocabulary.
+
+    Settings that weights do not depend on (generation, chat template, special tokens) must be equal too, or `take_from`
+    names the ingredient that gives them.
+    """
+    first = ingredients[0]
+    tie_outputs(ingredients)
+    for other in ingredients[1:]:
+        _check_tensors(first, other)
+        _check_equal(
+            first, other, _architecture(first.config), _architecture(other.config), "config "
+        )
+        _check_vocabulary(first, other, take_from)
+        if take_from is None:
+            _check_equal(first, other, _settings(first), _settings(other), "", "--take-from")
+
+
+def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
+    """Give every ingredient the first one's key set where only a tied output layer differs.
+
+    A tied model may or may not store `lm_head` beside the embedding that it is. Stored, it must be equal to it.
+    """
+    outputs = {k for i in ingredients for k in i.tensors if k.endswith(_OUTPUTS)}
+    for key in outputs:
+        if all(key in i.tensors for i in ingredients):
+            continue
+        for ingredient in ingredients:
+            embedding = _embedding(ingredient)
+            if embedding is None or ingredient.config.get("tie_word_embeddings") is False:
+                continue
+            if key not in ingredient.tensors:
+                ingredient.tensors[key] = embedding
+            elif not _same(ingredient.weights, ingredient.tensors[key], embedding):
+                raise CheckpointError(
+                    f"{ingredient.path}: {key} is stored, differs from the embedding, and other ingredients have none. "
+                    "Save all of them tied or all of them untied."
+                )
+        if all(key in i.tensors for i in ingredients) and _is_alias(ingredients[0], key):
+            for ingredient in ingredients:
+                del ingredient.tensors[key]
+
+
+def heads_of(ingredients: Sequence[Ingredient]) -> list[str]:
+    """Keys of heads, in any ingredient."""
+    return sorted({key for i in ingredients for key in i.tensors if key.startswith(HEADS)})
+
+
+def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
+    """Raise CheckpointError unless the base has the ingredients' tensors and architecture; heads it may lack."""
+    for key in heads:
+        base.tensors[key] = first.tensors[key]
+    tie_outputs([first, base])
+    _check_tensors(first, base)
+    _check_equal(first, base, _architecture(first.config), _architecture(base.config), "config ")
+
+
+def companions(homes: Sequence[Path]) -> list[Path]:
+    """Configuration and tokenizer files that go with the weights."""
+    found = {name: home / name for home in homes for name in COMPANIONS if (home / name).is_file()}
+    return list(found.values())
+
+
+def _check_tensors(first: Ingredient, other: Ingredient) -> None:
+    missing = sorted(first.tensors.keys() - other.tensors.keys())
+    extra = sorted(other.tensors.keys() - first.tensors.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{other.path}: not the tensors of {first.path} (lacks {_some(missing)}; has besides {_some(extra)}). "
+            "Average models of one architecture."
+        )
+    for key, tensor in first.tensors.items():
+        shape = other.tensors[key].shape
+        if shape != tensor.shape:
+            raise CheckpointError(
+                f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}. "
+                "Nothing is padded or cut: give models of one size and vocabulary."
+            )
+
+
+def _check_equal(
+    first: Ingredient,
+    other: Ingredient,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    what: str,
+    option: str | None = None,
+) -> None:
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            do = f"Choose one with {option}." if option else "Average models of one architecture."
+            raise CheckpointError(
+                f"{other.path}: {what}{key} is {_short(here.get(key))}, in {first.path} it is "
+                f"{_short(there.get(key))}. {do}"
+            )
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration that weights depend on, in one spelling for all versions of transformers; null is absent."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if value is None or key in _NO_MEANING or _is_setting(key):
+            continue
+        found[key] = _architecture(value) if isinstance(value, dict) else value
+    theta, scaling = found.pop("rope_theta", None), found.pop("rope_scaling", None)
+    if theta is not None or scaling is not None:  # transformers 4
+        rope = {"rope_type": "default"} | (scaling if isinstance(scaling, dict) else {})
+        rope["rope_type"] = rope.pop("type", rope["rope_type"])
+        found.setdefault("rope_parameters", rope | ({} if theta is None else {"rope_theta": theta}))
+    return found
+
+
+def _is_setting(key: str) -> bool:
+    return key in _NOT_ARCHITECTURE or key.endswith(("_token_id", "_dropout", "_pdrop", "dropout"))
+
+
+def _settings(ingredient: Ingredient) -> dict[str, Any]:
+    """What is written beside the weights and must come from somewhere."""
+    path = ingredient.path
+    found = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
+    if (path / "generation_config.json").exists():
+        generation = read_json(path / "generation_config.json")
+        found |= {f"generation_config {k}": v for k, v in generation.items()}
+        found.pop("generation_config transformers_version", None)
+        found.pop("generation_config _from_model_config", None)
+    tokenizer = _optional_json(path / "tokenizer_config.json")
+    roles = tokenizer | _optional_json(path / "special_tokens_map.json")
+    found |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
+    template = path / "chat_template.jinja"
+    try:
+        text = template.read_text(encoding="utf-8") if template.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{template}: cannot be read ({error}). Copy it again.") from error
+    found["chat template"] = text or tokenizer.get("chat_template")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | None) -> None:
+    there, here = _vocabulary(first.path), _vocabulary(other.path)
+    if there.keys() != here.keys() and not (there and here):
+        if take_from is None:
+            bare = other.path if there else first.path
+            raise CheckpointError(
+                f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
+            )
+        return
+    for part in sorted(there.keys() | here.keys()):
+        if there.get(part) != here.get(part):
+            raise CheckpointError(
+                f"{other.path}: another tokenizer than {first.path} ({part}{_first_other(there, here, part)}). "
+                "The same row must mean the same token: average models of one vocabulary."
+            )
+
+
+def _vocabulary(path: Path) -> dict[str, Any]:
+    """What maps text to rows, by part: vocabulary, merges, added tokens. Empty if there is no tokenizer."""
+    if (path / "tokenizer.json").exists():
+        tokenizer = read_json(path / "tokenizer.json")
+        model = tokenizer.get("model")
+        if not isinstance(model, dict):
+            raise CheckpointError(
+                f"{path / 'tokenizer.json'}: has no model. Copy or save it again."
+            )
+        merges = model.get("merges") or []
+        added = tokenizer.get("added_tokens") or []
+        return {
+            "vocabulary": model.get("vocab"),
+            "merges": [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges],
+            "added tokens": {
+                str(t.get("id")): (t.get("content"), t.get("special"))
+                for t in added
+                if isinstance(t, dict)
+            },
+        }
+    found: dict[str, Any] = {}
+    for name in ("vocab.json", "added_tokens.json"):
+        if (path / name).exists():
+            found[name] = read_json(path / name)
+    names = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
+    return found | {n: (path / n).read_bytes() for n in names if (path / n).is_file()}
+
+
+def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:
+    """An example of how two vocabularies differ."""
+    old, new = there.get(part), here.get(part)
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *new]:
+            if old.get(key) != new.get(key):
+                return f": {key!r} is {new.get(key)!r}, there {old.get(key)!r}"
+    return ""
+
+
+def _embedding(ingredient: Ingredient) -> Tensor | None:
+    found = [t for key, t in ingredient.tensors.items() if key.endswith(_EMBEDDINGS)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_alias(ingredient: Ingredient, key: str) -> bool:
+    return ingredient.tensors[key] is _embedding(ingredient)
+
+
+def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    step = 1 << 18
+    buffers = [np.empty(step * 8, np.uint8) for _ in range(2)]
+    return all(
+        np.array_equal(
+            weights.read(one, start, min(start + step, one.size), buffers[0]).view(np.uint8),
+            weights.read(other, start, min(start + step, one.size), buffers[1]).view(np.uint8),
+        )
+        for start in range(0, one.size, step)
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _some(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return ", ".join(keys[:6]) + more if keys else "none"
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

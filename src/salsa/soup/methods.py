@@ -1,0 +1,108 @@
+"""Ways to mix: each is a rule that gives the factors of one tensor's weighted sum.
+
+    θ_soup = (base · θ_base + Σ_i terms_i θ_i) / divisor
+
+All that a rule may look at is the Gram matrix of the tensor's deltas, gram[i, j] = ⟨θ_i − θ_base, θ_j − θ_base⟩, so one
+streaming loop serves them all. A "layer" of the papers is one tensor here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from salsa.soup.files import FLOATS
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the base and each ingredient are multiplied with, before the sum is divided."""
+
+    terms: tuple[float, ...]
+    base: float = 0.0
+    divisor: float = 1.0
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Each ingredient's share of the result, (N,)."""
+        return np.array(self.terms) / self.divisor
+
+    @property
+    def affine(self) -> bool:
+        """Whether all shares, the base's included, sum to 1, so that a sum of deltas says where the result lies."""
+        return abs(sum(self.terms) + self.base - self.divisor) < 1e-6 * abs(self.divisor)
+
+
+Rule = Callable[[np.ndarray], Factors]
+"""Gram matrix of the deltas, (N, N) → factors."""
+
+
+def linear(weights: Sequence[float]) -> Factors:
+    """Σ w_i θ_i (SALSA; model soups, arXiv 2203.05482)."""
+    return Factors(tuple(weights))
+
+
+def uniform(count: int) -> Factors:
+    """(Σ θ_i) / N: summed first, so that the mean of numbers on a coarse grid is exact before it is rounded."""
+    return Factors((1.0,) * count, divisor=float(count))
+
+
+def wise(mean: Factors, alpha: float) -> Factors:
+    """(1 − α) θ_base + α Σ w_i θ_i (WiSE-FT, arXiv 2109.01903): the soup, shrunk towards the base."""
+    return Factors(tuple(alpha * t for t in mean.terms), (1 - alpha) * mean.divisor, mean.divisor)
+
+
+def slerp(gram: np.ndarray, weights: Sequence[float]) -> Factors:
+    """θ_base + spherical interpolation of the deltas (WARP, arXiv 2406.16768, eq. 4), one ingredient after the other.
+
+    slerp(δ_a, δ_b, t) = sin((1−t)Ω)/sin Ω · δ_a + sin(tΩ)/sin Ω · δ_b, Ω the angle between them. Of more than two, the
+    k-th joins with t = w_k / (w_1 + … + w_k), which for equal weights is WARP's 1/k. Where a delta is zero, or the two
+    point the same or the opposite way, there is no arc: linear interpolation.
+    """
+    shares = np.zeros(len(weights))
+    shares[0], joined = 1.0, weights[0]
+    for k in range(1, len(weights)):
+        joined += weights[k]
+        t = weights[k] / joined if joined else 0.0
+        one = np.eye(len(weights))[k]
+        lengths = math.sqrt(max(shares @ gram @ shares, 0.0) * gram[k, k])
+        cosine = float(np.clip(shares @ gram[k] / lengths, -1, 1)) if lengths else 1.0
+        angle = math.acos(cosine)
+        if (sine := math.sin(angle)) < 1e-6:
+            shares = (1 - t) * shares + t * one
+        else:
+            shares = (math.sin((1 - t) * angle) * shares + math.sin(t * angle) * one) / sine
+    return Factors(tuple(shares.tolist()), 1 - float(shares.sum()))
+
+
+def model_stock(gram: np.ndarray) -> Factors:
+    """(1 − t) θ_base + t · mean θ_i with t = N cos / ((N − 1) cos + 1) (Model Stock, arXiv 2403.19522, eq. 2).
+
+    cos is the mean cosine of the pairs of deltas. A negative one would mean t < 0, away from all that was trained: then
+    t is 0, the base.
+    """
+    count = len(gram)
+    lengths = np.sqrt(np.diag(gram))
+    product = np.outer(lengths, lengths)
+    cosines = np.divide(gram, product, out=np.zeros_like(gram), where=product > 0)
+    cosine = (cosines.sum() - np.trace(cosines)) / (count * (count - 1))
+    ratio = count * max(float(cosine), 0.0) / ((count - 1) * max(float(cosine), 0.0) + 1)
+    return wise(uniform(count), min(ratio, 1.0))
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float64 values, rounded once to a safetensors dtype, ties to even."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype != "BF16":
+            return values.astype(FLOATS[dtype])
+        # ml_dtypes goes through float32, and rounding twice can land on the wrong side of a tie: put the float32 on the
+        # side of the tie where the float64 is.
+        single = values.astype(np.float32)
+        bits = single.view(np.uint32)
+        tie = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+        if len(tie):
+            size, near = np.abs(values[tie]), np.abs(single[tie].astype(np.float64))
+            bits[tie] += size > near
+            bits[tie] -= size < near
+        return single.astype(FLOATS["BF16"])
