@@ -2,7 +2,14 @@
 
 
 class SalsaError(Exception):
-    """Base of every error that salsa raises on purpose; its message says what, where, got and do this."""
+    """Base of every error that salsa raises on purpose; its message says what, where, got and do this.
+
+    It is one line without control characters, whatever name or value out of a strange file it quotes.
+    """
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().split())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class ConfigError(SalsaError, ValueError):

@@ -64,7 +64,13 @@ def blend(
         CheckpointError: a tensor holds NaN or Inf, or would after rounding, or integers differ.
     """
     loop = _Loop(ingredients, base, plan)
-    total = sum(ingredients[0].tensors[key].size for key in plan.stored)
+    with np.errstate(over="ignore", invalid="ignore"):  # what must be finite is checked by name
+        _run(loop, writer, progress)
+    return loop.tallies
+
+
+def _run(loop: "_Loop", writer: WeightsWriter | None, progress: Progress | None) -> None:
+    total = sum(loop.sources[0].tensors[key].size for key in loop.plan.stored)
     done = 0
     with ExitStack() as stack:
         reading = stack.enter_context(ThreadPoolExecutor(1))
@@ -82,7 +88,6 @@ def blend(
         if written is not None:
             written.result()
     loop.settle()
-    return loop.tallies
 
 
 class _Loop:
@@ -161,8 +166,7 @@ class _Loop:
 
     def _measure(self, piece: _Piece, values: np.ndarray, tally: Tally) -> None:
         base = values[-1] if self.base is not None else None
-        with np.errstate(over="ignore", invalid="ignore"):
-            tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
+        tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
         if np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all():
             return
         for source, row in zip(self.sources, values, strict=True):

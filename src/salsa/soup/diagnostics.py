@@ -102,6 +102,11 @@ def describe(tallies: Mapping[str, Tally], *, with_base: bool) -> dict[str, Any]
     for key, tally in tallies.items():
         layers[_layer(key)] += tally
     total = sum(layers.values(), Tally.empty(count))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _described(total, layers, with_base)
+
+
+def _described(total: Tally, layers: Mapping[str, Tally], with_base: bool) -> dict[str, Any]:
     lengths, cosines, distances = _geometry(total, with_base)
     soup = _soup_norm(total)
     delta = (total.soup if with_base else total.spread) ** 0.5

@@ -47,7 +47,7 @@ QUANTIZED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "qu
 
 MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_JSON_BYTES = 500_000_000
+_MAX_TEXT_BYTES = 500_000_000
 _PIECE_BYTES = 1 << 20
 
 
@@ -260,19 +260,34 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no regular file, or holds no JSON object.
     """
+    text = read_text(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("no regular file")
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError("far too large")
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as JSON ({_brief(error)}). Copy or save it again."
         ) from error
     return value
+
+
+def read_text(path: Path) -> str:
+    """A text file that may be anything: a directory, a pipe, a film.
+
+    Raises:
+        CheckpointError: it cannot be read as text.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise ValueError("no regular file")
+        if path.stat().st_size > _MAX_TEXT_BYTES:
+            raise ValueError("far too large")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({_brief(error)}). Copy or save it again."
+        ) from error
 
 
 def _shard_names(directory: Path, stem: str) -> dict[str, set[str] | None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from salsa.artifacts import sha256_tree
 from salsa.errors import CheckpointError
-from salsa.soup.files import Tensor, Weights, read_json
+from salsa.soup.files import Tensor, Weights, read_json, read_text
 
 COMPANIONS = (
     "config.json",
@@ -79,6 +79,11 @@ class Ingredient:
     def homes(self) -> list[Path]:
         """Directories of its files, the later before the earlier."""
         return [self.path]
+
+    def file(self, name: str) -> Path:
+        """Where a companion file is, or would be."""
+        there = [home / name for home in self.homes if (home / name).exists()]
+        return there[-1] if there else self.path / name
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -213,6 +218,8 @@ def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or key in _NO_MEANING or _is_setting(key):
             continue
         found[key] = _architecture(value) if isinstance(value, dict) else value
+    if "rope_type" in found:
+        return found
     theta, scaling = found.pop("rope_theta", None), found.pop("rope_scaling", None)
     if theta is not None or scaling is not None:  # transformers 4
         rope = {"rope_type": "default"} | (scaling if isinstance(scaling, dict) else {})
@@ -227,27 +234,22 @@ def _is_setting(key: str) -> bool:
 
 def _settings(ingredient: Ingredient) -> dict[str, Any]:
     """What is written beside the weights and must come from somewhere."""
-    path = ingredient.path
     found = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
-    if (path / "generation_config.json").exists():
-        generation = read_json(path / "generation_config.json")
-        found |= {f"generation_config {k}": v for k, v in generation.items()}
-        found.pop("generation_config transformers_version", None)
-        found.pop("generation_config _from_model_config", None)
-    tokenizer = _optional_json(path / "tokenizer_config.json")
-    roles = tokenizer | _optional_json(path / "special_tokens_map.json")
+    generation = _optional_json(ingredient.file("generation_config.json"))
+    found |= {f"generation_config {k}": v for k, v in generation.items()}
+    found.pop("generation_config transformers_version", None)
+    found.pop("generation_config _from_model_config", None)
+    tokenizer = _optional_json(ingredient.file("tokenizer_config.json"))
+    roles = tokenizer | _optional_json(ingredient.file("special_tokens_map.json"))
     found |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
-    template = path / "chat_template.jinja"
-    try:
-        text = template.read_text(encoding="utf-8") if template.exists() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{template}: cannot be read ({error}). Copy it again.") from error
+    template = ingredient.file("chat_template.jinja")
+    text = read_text(template) if template.exists() else None
     found["chat template"] = text or tokenizer.get("chat_template")
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | None) -> None:
-    there, here = _vocabulary(first.path), _vocabulary(other.path)
+    there, here = _vocabulary(first), _vocabulary(other)
     if there.keys() != here.keys() and not (there and here):
         if take_from is None:
             bare = other.path if there else first.path
@@ -263,15 +265,14 @@ def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | Non
             )
 
 
-def _vocabulary(path: Path) -> dict[str, Any]:
+def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
     """What maps text to rows, by part: vocabulary, merges, added tokens. Empty if there is no tokenizer."""
-    if (path / "tokenizer.json").exists():
-        tokenizer = read_json(path / "tokenizer.json")
+    file = ingredient.file("tokenizer.json")
+    if file.exists():
+        tokenizer = read_json(file)
         model = tokenizer.get("model")
         if not isinstance(model, dict):
-            raise CheckpointError(
-                f"{path / 'tokenizer.json'}: has no model. Copy or save it again."
-            )
+            raise CheckpointError(f"{file}: has no model. Copy or save it again.")
         merges = model.get("merges") or []
         added = tokenizer.get("added_tokens") or []
         return {
@@ -285,10 +286,11 @@ def _vocabulary(path: Path) -> dict[str, Any]:
         }
     found: dict[str, Any] = {}
     for name in ("vocab.json", "added_tokens.json"):
-        if (path / name).exists():
-            found[name] = read_json(path / name)
+        if (file := ingredient.file(name)).exists():
+            found[name] = read_json(file)
     names = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
-    return found | {n: (path / n).read_bytes() for n in names if (path / n).is_file()}
+    there = {name: ingredient.file(name) for name in names}
+    return found | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
 
 
 def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:

@@ -50,20 +50,27 @@ class Pot:
         self.adapters = [Adapter(s.path, s.name) for s in sources if is_adapter(s.path)]
         self.ingredients: list[Ingredient] = []
         self._fixed: dict[str, Factors] = {}
+        try:
+            self._check()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _check(self) -> None:
         if self.adapters:
             check_adapters(self.adapters)
         if self.adapters and self.base is None:
             self._check_adapters_only()
             return
         left = iter(self.adapters)
-        for source in sources:
+        for source in self.sources:
             if is_adapter(source.path):
                 assert self.base is not None
                 self.ingredients.append(MergedAdapter(next(left), self.base))
             else:
                 self.ingredients.append(Ingredient(source.path, source.name, source.expected))
         self._settle_heads()
-        check_alike(self.ingredients, mix.take_from)
+        check_alike(self.ingredients, self.mix.take_from)
         if self.base is not None:
             check_base(self.base, self.ingredients[0], self._fixed)
 
