@@ -156,10 +156,10 @@ def response_logits(
     return output.logits[:, :-1].float() / temperature
 
 
-def response_values(critic: PreTrainedModel, rollout: Rollout) -> Float[Tensor, "B R"]:
+def response_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B R"]:
     """V(x, y_<t): the head on the hidden state before each response token; 0 outside the mask."""
     num_response = rollout.response.shape[1]
-    trunk = getattr(critic, critic.base_model_prefix)
+    trunk = getattr(critic, str(critic.base_model_prefix))
     hidden = trunk(
         input_ids=rollout.tokens,
         attention_mask=rollout.mask.long(),

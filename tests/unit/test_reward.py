@@ -9,7 +9,8 @@ from salsa.config import PreferencesConfig, RewardFunction
 from salsa.data import Prompt
 from salsa.errors import WorkFailed
 from salsa.preferences import label_pairs
-from salsa.reward import function_scorer, model_scorer
+from salsa.reward import model_scorer
+from salsa.reward_functions import function_scorer
 
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
 FUNCTIONS = {
@@ -50,7 +51,10 @@ def test_weighted_sum():
         ("short", "reward my_rewards:short: returned 1 scores for 2 responses. Return one each."),
         ("nan", "reward my_rewards:nan: score 1 is nan for response 'yyy'. Return finite numbers."),
         ("text", "reward my_rewards:text: score 0 is 'good'"),
-        ("none", "reward my_rewards:none: raised TypeError"),
+        (
+            "none",
+            "reward my_rewards:none: returned None, not a list of scores. Return one number each.",
+        ),
     ],
 )
 def test_failing_callables_stop_the_work_and_say_why(name, message):
@@ -94,7 +98,7 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
 
 def test_digest_of_a_function_covers_its_weight():
     """Else a stage made with another weight would be reused."""
-    from salsa.reward import function_digest
+    from salsa.reward_functions import function_digest
 
     one, two = (RewardFunction(call="my_rewards:lengths", weight=w) for w in (1.0, 2.0))
     assert function_digest(one) == function_digest(one) != function_digest(two)

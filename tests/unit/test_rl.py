@@ -13,6 +13,7 @@ from salsa.config import RLConfig
 from salsa.data import as_prompt
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.rl import RLJob, _draw, train_rl
+from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
 from tests.conftest import tiny_tokenizer
 
 CONFIG = RLConfig(
@@ -195,16 +196,15 @@ def test_missing_eos_penalty_lowers_the_reward_of_cut_responses(job, tmp_path):
 
 
 def test_prompts_are_drawn_in_passes_that_miss_nobody(job):
-    drawn = [p for update in range(3) for p in _draw(job.prompts, 8, seed=0, update=update)]
+    drawn = [p for update in range(3) for p in _draw(job.prompts, CONFIG, seed=0, update=update)]
     assert sorted(p.text for p in drawn) == sorted(p.text for p in job.prompts * 2)
-    assert _draw(job.prompts, 8, 0, 1) == _draw(job.prompts, 8, 0, 1) != _draw(job.prompts, 8, 1, 1)
+    assert _draw(job.prompts, CONFIG, 0, 1) == _draw(job.prompts, CONFIG, 0, 1)
+    assert _draw(job.prompts, CONFIG, 0, 1) != _draw(job.prompts, CONFIG, 1, 1)
 
 
 def test_states_are_written_whole_or_not_at_all(tmp_path):
-    from salsa.runtime.checkpoint import load_state, save_state
-
-    file = tmp_path / "resume" / "state.pt"
-    assert load_state(file) is None
+    file = state_file(tmp_path / "resume", 3)
+    assert saved_steps(tmp_path / "resume") == []
     save_state(file, {"x": torch.ones(3)})
 
     class Unpicklable:
@@ -214,3 +214,9 @@ def test_states_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         save_state(file, {"x": Unpicklable()})
     assert load_state(file)["x"].sum() == 3
+    assert saved_steps(tmp_path / "resume") == [3]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        CheckpointError, match="state-000003.pt: cannot be read .* Delete that file"
+    ):
+        load_state(file)
