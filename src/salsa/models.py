@@ -204,11 +204,14 @@ def position_ids(mask: Tensor) -> Tensor:
 def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
-        return factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
+        model = factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
         ) from error
+    # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def _unquantized(config: Any) -> Any:

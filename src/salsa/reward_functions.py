@@ -109,6 +109,7 @@ def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
     ):
         return call(*arguments)
     future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it: its result is at most ignored
 
     def work() -> None:
         try:

@@ -7,19 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salsa import models, objectives
+from salsa import objectives
 from salsa import rl as rl_module
-from salsa.actors import Progress, ValueHead, load_actors
+from salsa.actors import Progress, ValueHead
 from salsa.config import RLConfig
 from salsa.expressions import Anchor
-from salsa.rl import RLJob, collect_rollout, compute_experience, estimate_advantages, shape_scores
-from salsa.runtime.local import seed_everything
-from tests.unit.test_rl import ascii_share, job, run, without_times  # noqa: F401 - job is a fixture
+from salsa.rl import RLJob, estimate_advantages, shape_scores
+from tests.tiny_rl import GRPO, RLOO, ascii_share, changed, first_experience, run, without_times
 
-GROUPED = {
-    "rloo": {"algorithm": "rloo", "group_size": 4},
-    "grpo": {"algorithm": "grpo", "group_size": 4},
-}
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
 REWARDS = torch.tensor([[-0.1, -0.2, 2.0], [1.0, 0, 0], [-0.5, 0.5, 0], [0.1, 0.1, 3.8]])
 
@@ -73,18 +68,18 @@ def test_scores_are_normalised_then_clipped_then_fined():
     assert progress.moments.n == 8 and progress.moments.mean == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("algorithm", GROUPED)
-def test_reward_rises_without_a_critic(algorithm, job, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("algorithm", [RLOO, GRPO], ids=["rloo", "grpo"])
+def test_reward_rises_without_a_critic(algorithm, job, tmp_path):
     rows = run(
         job, tmp_path / "a", num_updates=20, rollout_size=32, minibatch_size=16, learning_rate=1e-2,
-        kl_coef=0.0, **GROUPED[algorithm],
+        kl_coef=0.0, **algorithm,
     )  # fmt: skip
     first, last = (sum(row["score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last > first + 0.2
     assert "value_loss" not in rows[0] and not (tmp_path / "a" / "critic").exists()
 
 
-def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):  # noqa: F811
+def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):
     rows = run(
         job, tmp_path / "a", num_updates=20, rollout_size=32, minibatch_size=16, learning_rate=1e-2,
         kl_coef=0.0, critic="head",
@@ -94,42 +89,18 @@ def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):  # noqa: F811
     assert rows[0]["value"] == 0.0 != rows[-1]["value"]
 
 
-def test_responses_of_a_group_answer_one_prompt(job):  # noqa: F811
+def test_responses_of_a_group_answer_one_prompt(job):
     drawn = rl_module._draw(job.prompts, config(group_size=2), seed=0, update=0)
     assert len(drawn) == 4 and drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 
-@pytest.fixture
-def experience(job):  # noqa: F811
-    """A rollout of the tiny policy against another model, and what is needed to compute its loss."""
-
-    def make(job, **options):
-        job = replace(job, config=job.config.model_copy(update=options))
-        sampling = models.sampling(
-            job.init.path, models.load_tokenizer(job.init.path), max_new_tokens=6, temperature=1.0, precision="fp32"
-        )  # fmt: skip
-        actors = load_actors(
-            job.config, init=job.init, critic_init=job.critic_init, anchor=job.anchor, pad_id=0, seed=0
-        )  # fmt: skip
-        progress = Progress(kl_coef=job.config.kl_coef)
-        prompts = rl_module._draw(job.prompts, job.config, 0, 0)
-        rollout = collect_rollout(actors.policy, prompts, sampling, seed_everything(0))
-        tokenizer = models.load_tokenizer(job.init.path)
-        found, figures = compute_experience(
-            actors, rollout, prompts, job, tokenizer, sampling, progress
-        )
-        return job, actors, found, figures
-
-    return make
-
-
-def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint, experience):  # noqa: F811
+def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint):
     """Oracle: plain loops over real tokens; the reward is the bare score."""
-    job, actors, found, figures = experience(
-        replace(job, reference=make_checkpoint("llama", 1)), kl_in="loss", kl_kind="k3", kl_coef=0.7
-    )
+    apart = replace(job, reference=make_checkpoint("llama", 1))
+    apart = changed(apart, kl_in="loss", kl_kind="k3", kl_coef=0.7)
+    actors, found, figures = first_experience(apart)
     assert figures["reward"] == pytest.approx(found.scores.mean().item(), abs=1e-6)
-    loss, parts = rl_module._losses(actors, found, job, 0.7, False)
+    loss, parts = rl_module._losses(actors, found, apart, 0.7, False)
     terms = []
     for b, length in enumerate(found.rollout.lengths.tolist()):
         for t in range(length):
@@ -142,10 +113,9 @@ def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint,
     assert loss.item() == pytest.approx(rest.item() + 0.7 * mean, rel=1e-4)
 
 
-def test_kl_in_the_reward_is_in_the_sequence_reward_of_rloo(job, make_checkpoint, experience):  # noqa: F811
-    _, _, found, figures = experience(
-        replace(job, reference=make_checkpoint("llama", 1)), kl_coef=0.3, **GROUPED["rloo"]
-    )
+def test_kl_in_the_reward_is_in_the_sequence_reward_of_rloo(job, make_checkpoint):
+    apart = replace(job, reference=make_checkpoint("llama", 1))
+    _, found, figures = first_experience(changed(apart, kl_coef=0.3, **RLOO))
     kl = (found.logprobs - found.ref_logprobs).sum(1)
     whole = found.scores - 0.3 * kl
     torch.testing.assert_close(found.rewards.sum(1), whole, rtol=1e-4, atol=1e-5)
@@ -156,22 +126,22 @@ def test_kl_in_the_reward_is_in_the_sequence_reward_of_rloo(job, make_checkpoint
     assert figures["kl_stderr"] == pytest.approx(spread, rel=1e-4)
 
 
-def test_a_head_sends_its_gradient_into_the_trunk_by_vf_coef(job, experience):  # noqa: F811
+def test_a_head_sends_its_gradient_into_the_trunk_by_vf_coef(job):
     """∂loss/∂trunk is linear in vf_coef; the head's values start at 0."""
     norms = {}
     for coef in (0.5, 1.0):
-        changed, actors, found, _ = experience(job, critic="head", vf_coef=coef)
+        headed = changed(job, critic="head", vf_coef=coef)
+        actors, found, _ = first_experience(headed)
         assert isinstance(actors.critic, ValueHead) and (found.values == 0).all()
         torch.nn.init.ones_(actors.critic.score.weight)
         still = replace(found, advantages=torch.zeros_like(found.advantages))
-        loss, _ = rl_module._losses(actors, still, changed, 0.0, False)
-        loss.backward()
+        rl_module._losses(actors, still, headed, 0.0, False)[0].backward()
         norms[coef] = actors.policy.model.layers[0].mlp.up_proj.weight.grad.norm().item()
     assert norms[1.0] == pytest.approx(2 * norms[0.5], rel=1e-4) and norms[1.0] > 0
 
 
 @pytest.mark.parametrize("critic", ["separate", "head"])
-def test_warm_up_moves_the_critic_and_not_the_policy(critic, job, tmp_path):  # noqa: F811
+def test_warm_up_moves_the_critic_and_not_the_policy(critic, job, tmp_path):
     rows = run(job, tmp_path / "a", num_updates=3, critic_warmup=2, critic=critic)
     assert [("policy_loss" in row, "value_loss" in row) for row in rows] == [
         (False, True), (False, True), (True, True),
@@ -180,13 +150,13 @@ def test_warm_up_moves_the_critic_and_not_the_policy(critic, job, tmp_path):  # 
     assert rows[0]["value"] != rows[2]["value"]
 
 
-def test_beta_follows_the_kl(job, make_checkpoint, tmp_path):  # noqa: F811
+def test_beta_follows_the_kl(job, make_checkpoint, tmp_path):
     job = replace(job, reference=make_checkpoint("llama", 1))
     options = {"num_updates": 3, "kl_coef": 0.5}
     for target, sign in ((1000.0, -1), (0.001, 1)):
         adaptive = {"target": target, "horizon": 80}
         rows = run(
-            job, tmp_path / str(target), adaptive_kl=config(adaptive_kl=adaptive).adaptive_kl, **options
+            job, tmp_path / str(target), adaptive_kl=adaptive, **options
         )  # fmt: skip
         assert [row["kl_coef"] for row in rows] == pytest.approx(
             [0.5 * (1 + sign * 0.2 * 8 / 80) ** k for k in range(3)], rel=1e-5
@@ -202,7 +172,7 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def plain(job, make_checkpoint, tmp_path_factory):  # noqa: F811
+def plain(job, make_checkpoint, tmp_path_factory):
     reference = replace(job, reference=make_checkpoint("llama", 1))
     return reference, run(reference, tmp_path_factory.mktemp("plain") / "a", num_updates=3)
 
@@ -217,7 +187,7 @@ def test_every_key_changes_something(key, plain, tmp_path):
     ) != without_times(rows)
 
 
-def test_several_rewards_are_summed_and_each_is_logged(job, tmp_path):  # noqa: F811
+def test_several_rewards_are_summed_and_each_is_logged(job, tmp_path):
     lengths = lambda prompts, responses: [0.5 * len(r) for r in responses]
     one = run(job, tmp_path / "one", num_updates=1)[0]
     both = run(
@@ -229,7 +199,7 @@ def test_several_rewards_are_summed_and_each_is_logged(job, tmp_path):  # noqa: 
     assert both["score"] == pytest.approx(both["score_ascii"] + both["score_long"], rel=1e-5)
 
 
-def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):  # noqa: F811
+def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
     other = make_checkpoint("llama", 1)
     job = replace(job, reference=other, kl_to={"base": job.init, "sft[1]": other})
     rows = run(job, tmp_path / "a", num_updates=4, monitor_kl_every=2)
@@ -243,7 +213,7 @@ def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):  
     )
 
 
-def test_a_bare_checkpoint_is_an_anchor_that_stands_still(job):  # noqa: F811
+def test_a_bare_checkpoint_is_an_anchor_that_stands_still(job):
     assert job.anchor == Anchor((job.reference,)) == replace(job, reference=job.anchor).anchor
 
 
