@@ -18,10 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa import models
 from salsa.adapters import effective_parameters
 from salsa.artifacts import Checkpoint, RunDirectory, resolve
-from salsa.config import SoupConfig
+from salsa.config import DataSource, SoupConfig
+from salsa.data import fingerprint, import_callable
 from salsa.errors import CheckpointError
 from salsa.expressions import Anchor, ingredients_of, shrunk
-from salsa.soup import write_soup
+from salsa.soup import measure_soup, write_soup
+from salsa.soup.mix import NEED_BASE
 
 
 class Anchors:
@@ -48,28 +50,53 @@ class Anchors:
         if expression == "base":
             return self._base
         if (inner := shrunk(expression)) is not None:
-            model, share = inner
-            return self.cook(expression, [self[model], self._base], [share, 1 - share])
+            model, share = self[inner[0]], inner[1]
+            if isinstance(share, str):
+                share = self._norm_ratio(self[share], model)
+            return self.cook(expression, [model], method="wise", alpha=share)
         indices = ingredients_of(expression, self._soup.ingredients)
         if not indices:
             return Checkpoint.of(resolve(expression))
+        ingredients = [self._sft[i] for i in indices]
         if expression.startswith("sft"):
-            return self._sft[indices[0]]
-        uniform = expression != "soup" or self._soup.weights == "uniform"
-        weights = None if uniform else [float(w) for w in self._soup.weights]
-        return self.cook(expression, [self._sft[i] for i in indices], weights)
+            return ingredients[0]
+        return self.cook(expression, ingredients, **self._options(expression))
 
-    def cook(
-        self, label: str, ingredients: Sequence[Checkpoint], weights: Sequence[float] | None
-    ) -> Checkpoint:
-        """The weighted average of checkpoints, uniform without `weights`, as a stage of the run."""
+    def _options(self, expression: str) -> dict[str, Any]:
+        """What `soup:` says of `soup`; `soup[i,j]` is the uniform average."""
+        if expression != "soup":
+            return {}
+        options: dict[str, Any] = {
+            "method": self._soup.method,
+            "alpha": self._soup.alpha,
+            "score": self._soup.score,
+        }
+        if self._soup.weights != "uniform":
+            options["weights"] = [float(w) for w in self._soup.weights]
+        return {name: value for name, value in options.items() if value is not None}
+
+    def cook(self, label: str, ingredients: Sequence[Checkpoint], **options: Any) -> Checkpoint:
+        """A soup as a stage of the run; options as of `soup.write_soup`, `score` as `module:function`."""
+        inputs = {f"ingredient {i}": c.digest for i, c in enumerate(ingredients)}
+        given = dict(options)
+        if options.get("method") in NEED_BASE:
+            inputs["base"], given["base"] = self._base.digest, self._base
+        if "score" in options:
+            inputs["score"] = fingerprint(DataSource(call=options["score"]))
+            given["score"] = import_callable(options["score"])
         stage = self._run.stage(
             label,
-            config={"weights": weights},
-            inputs={f"ingredient {i}": c.digest for i, c in enumerate(ingredients)},
-            work=lambda directory: write_soup(ingredients, directory, weights=weights),
+            config=options,
+            inputs=inputs,
+            work=lambda directory: write_soup(ingredients, directory, **given),
         )
         return stage.checkpoint
+
+    def _norm_ratio(self, soup: Checkpoint, model: Checkpoint) -> float:
+        """‖soup − base‖ / ‖model − base‖: how far to shrink a model for it to be as near the base as a soup is."""
+        record = measure_soup([soup.path, model.path], base=self._base.path)
+        of_soup, of_model = record["diagnostics"]["norms"]
+        return of_soup / of_model
 
 
 class Reference:

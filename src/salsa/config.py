@@ -18,10 +18,12 @@ from salsa.rl_config import AdaptiveKL, ArmConfig, LoRAConfig, RLConfig, RLSecti
 from salsa.schema import (
     Count,
     DataSource,
+    Fraction,
     Positive,
     RewardFunction,
     Seeds,
     Strict,
+    check_call,
     check_divides,
 )
 
@@ -98,6 +100,23 @@ class SoupConfig(Strict):
     """Indices of SFT models."""
     weights: Literal["uniform"] | tuple[float, ...] = "uniform"
     """`uniform`, or one weight an ingredient; they sum to 1."""
+    method: Literal["linear", "greedy", "wise", "slerp", "model_stock"] = "linear"
+    """How to mix (`salsa.make_soup`)."""
+    alpha: Fraction | None = None
+    """Of `wise`: the share of the way from the base to the linear soup."""
+    score: str | None = None
+    """Of `greedy`: `module:function`, the held-out score of a model directory."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        for key, method in (("alpha", "wise"), ("score", "greedy")):
+            if (getattr(self, key) is not None) != (self.method == method):
+                raise ValueError(f"{key} belongs to method={method}, which needs it")
+        if self.weights != "uniform" and self.method in ("greedy", "model_stock"):
+            raise ValueError(f"method={self.method} finds the weights itself. Leave weights out")
+        if self.score is not None:
+            check_call(self.score)
+        return self
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:

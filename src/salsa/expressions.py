@@ -1,6 +1,8 @@
 """The words of a recipe for models and anchors. Torch-free.
 
-model    base | sft[i] | soup | soup[i,j,…] | shrink(model, base, a) | a path with a /
+model    base | sft[i] | soup | soup[i,j,…] | a path with a /
+         shrink(model, base, a)           base + a·(model − base)
+         shrink(model, base, other)       as far from base as `other` is: a = ‖other − base‖ / ‖model − base‖
 anchor   model                            stands still
          mixture(a*model, b*model, …)     several at once: Σ a_i·KL(π ‖ π_i); equal weights where none are given
          ema(model, μ)                    starts there and follows the policy: θ ← (1−μ)·θ + μ·θ_policy
@@ -86,7 +88,10 @@ def check_model(text: str) -> str:
     name, arguments = _call(text)
     if name == "shrink" and len(arguments) == 3 and arguments[1] == "base":
         check_model(arguments[0])
-        if not 0 <= _number(arguments[2]) <= 1:
+        share = _number(arguments[2])
+        if math.isnan(share):
+            check_model(arguments[2])
+        elif not 0 <= share <= 1:
             raise ValueError(f"{text!r}: the share of the way from base lies between 0 and 1")
         return text
     if _SIMPLE.fullmatch(text) or ("/" in text and name is None):
@@ -94,10 +99,13 @@ def check_model(text: str) -> str:
     raise ValueError(f"{text!r} names no model. Use {_MODELS}")
 
 
-def shrunk(model: str) -> tuple[str, float] | None:
-    """(model, share) of `shrink(model, base, share)`; None for any other expression."""
+def shrunk(model: str) -> tuple[str, float | str] | None:
+    """(model, share or other model) of a `shrink(…)`; None for any other expression."""
     name, arguments = _call(model)
-    return (arguments[0], _number(arguments[2])) if name == "shrink" else None
+    if name != "shrink":
+        return None
+    share = _number(arguments[2])
+    return arguments[0], arguments[2] if math.isnan(share) else share
 
 
 def ingredients_of(model: str, soup: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,7 +116,8 @@ def ingredients_of(model: str, soup: tuple[int, ...]) -> tuple[int, ...]:
         soup: ingredients of the recipe's `soup`.
     """
     if (inner := shrunk(model)) is not None:
-        return ingredients_of(inner[0], soup)
+        of_both = [ingredients_of(part, soup) for part in inner if isinstance(part, str)]
+        return tuple(dict.fromkeys(index for part in of_both for index in part))
     match = _SIMPLE.fullmatch(model)
     if match is None or model == "base":
         return ()

@@ -104,7 +104,7 @@ class Stages:
             found = self._train_rewards(anchors, sft)
         checkpoint = found[0]
         if len(found) > 1:
-            checkpoint = anchors.cook("reward soup", found, None)
+            checkpoint = anchors.cook("reward soup", found, heads="average")
         scorer = model_scorer(checkpoint.path, self.precision)
         return Reward({"model": scorer}, checkpoint, checkpoint.digest)
 

@@ -20,8 +20,12 @@ KINDS = {
     "lora": {"lora": {"rank": 2}},
 }
 
+ALL_KINDS = [
+    pytest.param(kind, marks=[] if kind == "ppo" else [pytest.mark.slow]) for kind in KINDS
+]
 
-@pytest.mark.parametrize("kind", KINDS)
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_one_forward_pass_of_eight_equals_eight_of_one(kind, job, tmp_path):
     """Up to the order of fp32 sums: 20 times closer than the distance that was travelled."""
     options = KINDS[kind] | {"num_updates": 2, "minibatch_size": 8}
@@ -36,11 +40,12 @@ def test_one_forward_pass_of_eight_equals_eight_of_one(kind, job, tmp_path):
     assert moved > 1e-3 and apart < moved / 20
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path):
     _resumes(job, tmp_path, KINDS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [{"ema": 0.1}, {"reset_every": 3, "reset_optimizer": True}, {"pulls": False}], ids=str
 )
@@ -58,7 +63,7 @@ def _resumes(job, tmp_path, options):
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pad_equal_to_eos_changes_nothing(tied, tmp_path):
     """Same weights; the tokenizer and the model's configuration call EOS their padding token, or not."""
     rows, trained = {}, {}

@@ -78,6 +78,6 @@ def test_a_run_says_it_once_and_keeps_it(job, tmp_path, capsys):
 def test_monitors_are_the_held_out_scores(job, tmp_path):
     """A monitor that is the reward's negative falls while the reward rises."""
     upside_down = lambda prompts, responses: [-s for s in ascii_share(prompts, responses)]
-    options = {"num_updates": 20, "rollout_size": 32, "learning_rate": 1e-2, "kl_coef": 0.0}
+    options = {"num_updates": 12, "rollout_size": 16, "learning_rate": 2e-2, "kl_coef": 0.0}
     run(replace(job, monitors={"gold": upside_down}), tmp_path / "a", **options)
     assert "reward hacking (gold)" in (tmp_path / "a" / "alarms.log").read_text()

@@ -1,5 +1,7 @@
 """Every anchor against a hand calculation, and what a resumed run refuses."""
 
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from salsa import models, objectives
+from salsa import make_soup, models, objectives
 from salsa.anchors import Anchors, Reference, identity
 from salsa.artifacts import Checkpoint, RunDirectory
 from salsa.config import SoupConfig
@@ -78,6 +80,39 @@ def test_models_of_weight_arithmetic(expression, factors, anchors, trio):
         expected = sum(f * part[key] for f, part in zip(factors, parts, strict=True))
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
     assert anchors[expression].digest == anchors[expression].digest
+
+
+def test_shrinking_to_a_soups_norm(anchors, trio):
+    """The control of METHOD's claims: one SFT model, as near to the base as the soup is."""
+    base, sft, soup, made = (
+        numbers(checkpoint)
+        for checkpoint in (trio[2], trio[0], anchors["soup"], anchors["shrink(sft[0], base, soup)"])
+    )
+    norm = lambda one: sum(((one[k] - base[k]) ** 2).sum() for k in base) ** 0.5
+    assert norm(made) == pytest.approx(norm(soup), rel=1e-5) and norm(made) < norm(sft)
+    share = norm(soup) / norm(sft)
+    for key, value in made.items():
+        expected = base[key] + share * (sft[key] - base[key])
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "slerp"}, {"method": "model_stock"}, {"method": "wise", "alpha": 0.5}, {"method": "greedy"}],
+    ids=lambda options: options["method"],
+)  # fmt: skip
+def test_every_method_of_the_soup_engine(options, trio, tmp_path, monkeypatch):
+    """`soup:` of a recipe gives what `make_soup` gives."""
+    score = lambda path: -float(abs(numbers(Checkpoint.of(path))["model.norm.weight"]).sum())
+    monkeypatch.setitem(sys.modules, "my_score", types.SimpleNamespace(score=score))
+    greedy = options["method"] == "greedy"
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("recipe"):
+        config = SoupConfig(**options | ({"score": "my_score:score"} if greedy else {}))
+        made = Anchors(run, trio[2], trio[:2], config)["soup"]
+    given = options | ({"score": score} if greedy else {"base": trio[2].path})
+    expected = make_soup([c.path for c in trio[:2]], out=tmp_path / "soup", **given)
+    assert made.digest == expected.digest
 
 
 def test_mixture_is_the_weighted_sum_of_kls(job, trio):
