@@ -36,6 +36,7 @@ class ValueHead(nn.Module):
     def __init__(self, trunk: PreTrainedModel, *, owns_trunk: bool) -> None:
         """Sit on `trunk`; if it is the policy's, its parameters are not this module's."""
         super().__init__()
+        self.owns_trunk = owns_trunk
         (setattr if owns_trunk else object.__setattr__)(self, "trunk", trunk)
         size = trunk.config.get_text_config().hidden_size
         self.score = nn.Linear(size, 1, bias=False, device=trunk.device)
@@ -61,6 +62,17 @@ class Actors:
         if self.critic is not None and self.critic_optimizer is not None:
             found["critic"] = (self.critic, self.critic_optimizer)
         return found
+
+    def groups(self, *, warming_up: bool) -> list[tuple[str, ...]]:
+        """Who steps together: policy and critic where the critic is a head on the policy's trunk, else each alone."""
+        names = tuple(name for name in self.learners if name == "critic" or not warming_up)
+        shared = isinstance(self.critic, ValueHead) and not self.critic.owns_trunk
+        return [names] if shared else [(name,) for name in names]
+
+    def forget_gradients(self) -> None:
+        """Also those that a critic's head left in a trunk that does not learn now."""
+        for _, optimizer in self.learners.values():
+            optimizer.zero_grad()
 
     def forget_moments(self) -> None:
         """Start the optimizers anew."""

@@ -11,10 +11,9 @@ give a KL of exactly 0.
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,6 @@ from salsa.runtime.generation import generate
 from salsa.runtime.local import autocast, device, seed_everything
 from salsa.runtime.tracking import say, tracker
 from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
-
-Piece = TypeVar("Piece", Rollout, Experience)
 
 SHOWN = ("score", "kl", "length", "tokens_per_second")
 
@@ -243,12 +240,9 @@ def measure_kl(actors: Actors, experience: Experience, job: RLJob) -> dict[str, 
     figures = {}
     for name, checkpoint in job.kl_to.items():
         model = here.get(checkpoint.digest) or models.load_policy(checkpoint.path)
-        theirs = torch.cat(
-            [
-                _stats(model, micro, job).logprobs
-                for micro in microbatches(experience.rollout, job.config)
-            ]
-        )
+        order = microbatches(experience.rollout, job.config)
+        parts = [_stats(model, rows_of(experience.rollout, index), job).logprobs for index in order]
+        theirs = torch.cat(parts)[torch.cat(order).argsort()]
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         figures[f"kl_{name}"] = kl.mean().item()
     return figures
@@ -300,68 +294,87 @@ def advance(
         )
 
 
-def microbatches(batch: Piece, config: RLConfig) -> Iterator[Piece]:
-    """The batch in pieces, in order, that go through a model at once."""
-    for start in range(0, len(batch), config.microbatch):
-        yield rows_of(batch, slice(start, start + config.microbatch))
+def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
+    """Row numbers of each forward pass."""
+    rows = torch.arange(len(rollout), device=rollout.response.device)
+    return list(rows.split(config.microbatch))
 
 
 def _optimizer_step(
     actors: Actors, minibatch: Experience, job: RLJob, progress: Progress
 ) -> dict[str, float]:
-    """Accumulate gradients over microbatches, weighted by their real tokens, and step the optimizers."""
-    warming_up = progress.update < job.config.critic_warmup
+    """Step policy and critic, one after the other where they share no weights: one's gradients in memory at a time."""
+    figures: dict[str, float] = {}
+    for group in actors.groups(warming_up=progress.update < job.config.critic_warmup):
+        figures |= _step(actors, group, minibatch, job, progress.kl_coef)
+    return figures
+
+
+def _step(
+    actors: Actors, group: Sequence[str], minibatch: Experience, job: RLJob, kl_coef: float
+) -> dict[str, float]:
+    """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
     figures: dict[str, Tensor] = {}
-    for micro in microbatches(minibatch, job.config):
+    for index in microbatches(minibatch.rollout, job.config):
+        micro = rows_of(minibatch, index)
         share = micro.rollout.response_mask.sum() / total_tokens
-        loss, parts = _losses(actors, micro, job, progress.kl_coef, warming_up)
+        loss, parts = _losses(actors, group, micro, job, kl_coef)
         (loss * share).backward()
         for name, part in parts.items():
             figures[name] = figures.get(name, 0) + part.detach() * share
-    for name, (model, optimizer) in actors.learners.items():
-        if name == "critic" or not warming_up:
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
-            figures["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
-            optimizer.step()
-    for _, optimizer in actors.learners.values():
-        optimizer.zero_grad()
+    for name in group:
+        model, optimizer = actors.learners[name]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
+        figures["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
+        optimizer.step()
+    actors.forget_gradients()
     return {name: float(value) for name, value in figures.items()}
 
 
 def _losses(
-    actors: Actors, micro: Experience, job: RLJob, kl_coef: float, warming_up: bool
+    actors: Actors, group: Sequence[str], micro: Experience, job: RLJob, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the microbatch adds to the loss, and its figures."""
-    config, mask = job.config, micro.rollout.response_mask
-    loss, figures = torch.zeros((), device=mask.device), {}
-    if not warming_up:
-        logprobs = _stats(actors.policy, micro.rollout, job).logprobs
-        policy = objectives.policy_loss(
-            logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
-        )
-        loss = loss + policy.loss
-        figures = {
-            "policy_loss": policy.loss,
-            "clip_fraction": policy.clip_fraction,
-            "approx_kl": policy.approx_kl,
-            "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
-        }
-        if config.kl_in == "loss":
-            kl = objectives.kl_estimate(logprobs, micro.ref_logprobs, config.kl_kind)
-            figures["kl_loss"] = objectives.masked_mean(kl, mask)
-            loss = loss + kl_coef * figures["kl_loss"]
-    if actors.critic is not None:
+    """The group's loss on a microbatch, and its figures."""
+    terms: list[Tensor] = []
+    figures: dict[str, Tensor] = {}
+    if "policy" in group:
+        loss, of_policy = _policy_loss(actors.policy, micro, job, kl_coef)
+        terms.append(loss)
+        figures |= of_policy
+    if "critic" in group:
         value = objectives.value_loss(
             _values(actors.critic, micro.rollout, job),
             micro.values,
             micro.returns,
-            mask,
-            value_clip_range=config.value_clip_range,
+            micro.rollout.response_mask,
+            value_clip_range=job.config.value_clip_range,
         )
-        loss = loss + config.value_weight * value.loss
+        terms.append(job.config.value_weight * value.loss)
         figures |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-    return loss, figures
+    return torch.stack(terms).sum(), figures
+
+
+def _policy_loss(
+    policy: PreTrainedModel, micro: Experience, job: RLJob, kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective, and β·KL where it is in the loss."""
+    config, mask = job.config, micro.rollout.response_mask
+    logprobs = _stats(policy, micro.rollout, job).logprobs
+    clipped = objectives.policy_loss(
+        logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
+    )
+    figures = {
+        "policy_loss": clipped.loss,
+        "clip_fraction": clipped.clip_fraction,
+        "approx_kl": clipped.approx_kl,
+        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
+    }
+    if config.kl_in == "reward":
+        return clipped.loss, figures
+    kl = objectives.kl_estimate(logprobs, micro.ref_logprobs, config.kl_kind)
+    figures["kl_loss"] = objectives.masked_mean(kl, mask)
+    return clipped.loss + kl_coef * figures["kl_loss"], figures
 
 
 def decode(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -382,7 +395,9 @@ def has_ended(rollout: Rollout, eos_ids: Sequence[int]) -> torch.Tensor:
 def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
     parts = []
-    for micro in microbatches(rollout, job.config):
+    order = microbatches(rollout, job.config)
+    for index in order:
+        micro = rows_of(rollout, index)
         own = _stats(actors.policy, micro, job)
         ref_logprobs = actors.reference.logprobs(
             [_stats(model, micro, job).logprobs for model in actors.reference.models]
@@ -390,8 +405,9 @@ def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tens
         values = torch.zeros_like(own.logprobs)
         if actors.critic is not None:
             values = _values(actors.critic, micro, job)
-        parts.append((own.logprobs, own.entropy, ref_logprobs, values))
-    logprobs, entropy, ref_logprobs, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
+    back = torch.cat(order).argsort()
+    logprobs, entropy, ref_logprobs, values = torch.cat(parts, dim=1)[:, back]
     return logprobs, entropy, ref_logprobs, values
 
 
@@ -400,7 +416,8 @@ def _stats(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> models.Token
         return models.response_stats(model, rollout, temperature=job.config.temperature)
 
 
-def _values(critic: nn.Module, rollout: Rollout, job: RLJob) -> Tensor:
+def _values(critic: nn.Module | None, rollout: Rollout, job: RLJob) -> Tensor:
+    assert critic is not None  # who asks for values has one
     with autocast(job.precision):
         return models.response_values(critic, rollout)
 

@@ -118,7 +118,7 @@ def test_one_step_towards_a_soup_equals_full_weight_arithmetic(job, make_checkpo
     full, experience, _ = first_experience(against)
     lora, _, _ = first_experience(changed(against, lora={"rank": 2, "alpha": 4}))
     for actors in (full, lora):
-        loss, _ = rl_module._losses(actors, experience, against, 0.5, False)
+        loss, _ = rl_module._losses(actors, ("policy",), experience, against, 0.5)
         loss.backward()
     weights = dict(full.policy.named_parameters())
     seen = 0

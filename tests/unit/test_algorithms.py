@@ -100,7 +100,7 @@ def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint)
     apart = changed(apart, kl_in="loss", kl_kind="k3", kl_coef=0.7)
     actors, found, figures = first_experience(apart)
     assert figures["reward"] == pytest.approx(found.scores.mean().item(), abs=1e-6)
-    loss, parts = rl_module._losses(actors, found, apart, 0.7, False)
+    loss, parts = rl_module._losses(actors, ("policy", "critic"), found, apart, 0.7)
     terms = []
     for b, length in enumerate(found.rollout.lengths.tolist()):
         for t in range(length):
@@ -135,7 +135,7 @@ def test_a_head_sends_its_gradient_into_the_trunk_by_vf_coef(job):
         assert isinstance(actors.critic, ValueHead) and (found.values == 0).all()
         torch.nn.init.ones_(actors.critic.score.weight)
         still = replace(found, advantages=torch.zeros_like(found.advantages))
-        rl_module._losses(actors, still, headed, 0.0, False)[0].backward()
+        rl_module._losses(actors, ("policy", "critic"), still, headed, 0.0)[0].backward()
         norms[coef] = actors.policy.model.layers[0].mlp.up_proj.weight.grad.norm().item()
     assert norms[1.0] == pytest.approx(2 * norms[0.5], rel=1e-4) and norms[1.0] > 0
 
