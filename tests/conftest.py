@@ -21,9 +21,8 @@ from transformers import (
 
 from salsa.artifacts import Checkpoint
 
-pytest_plugins = [
-    "tests.whole_run"
-]  # its fixtures: a run of the tiny recipe, shared by e2e/ and browser/
+# their fixtures: a run of the tiny recipe, shared by e2e/ and browser/; an RL job on a tiny model
+pytest_plugins = ["tests.whole_run", "tests.tiny_rl"]
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"

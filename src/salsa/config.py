@@ -5,30 +5,33 @@ paper states neither learning rates nor KL coefficients nor batch sizes (docs/me
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from salsa.errors import ConfigError
+from salsa.expressions import check_model, ingredients_of
+from salsa.rl_config import AdaptiveKL, ArmConfig, LoRAConfig, RLConfig, RLSection
+from salsa.schema import (
+    Count,
+    DataSource,
+    Fraction,
+    Positive,
+    RewardFunction,
+    Seeds,
+    Strict,
+    check_call,
+    check_divides,
+)
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
-
-_CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_MODEL_EXPRESSION = re.compile(r"base|sft\[(\d+)\]|soup|soup\[(\d+(?:\s*,\s*\d+)*)\]")
-
-
-class Strict(BaseModel):
-    """Frozen, closed to unknown keys, read without coercing text to numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+__all__ = [
+    "AdaptiveKL", "ArmConfig", "DataSource", "EngineConfig", "EvalConfig", "LoRAConfig", "ModelConfig",
+    "PreferencesConfig", "RLConfig", "RLSection", "Recipe", "RewardConfig", "RewardFunction", "SFTConfig",
+    "SoupConfig",
+]  # fmt: skip
 
 
 class ModelConfig(Strict):
@@ -51,50 +54,6 @@ class ModelConfig(Strict):
         if value is not None and not Path(value).is_file():
             raise ValueError(f"{value}: no such file. Give the path of a Jinja template")
         return value
-
-
-class DataSource(Strict):
-    """Where rows come from. A bare string is short for `path`."""
-
-    path: str | None = None
-    """A .jsonl, .json or .parquet file (or .gz of the first two), or a hub data set's name."""
-    name: str | None = None
-    """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-    call: str | None = None
-    """`module:function` returning a list of rows, instead of `path`."""
-    limit: Count | None = None
-    """Keep the first `limit` rows after the seeded shuffle."""
-    shuffle_seed: int = 0
-    """Seed of the shuffle that precedes `limit`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.call is None):
-            raise ValueError("give exactly one of path and call")
-        if self.call is not None:
-            _check_call(self.call)
-        return self
-
-
-class RewardFunction(Strict):
-    """A callable `score(prompts: list[str], responses: list[str]) -> list[float]`."""
-
-    call: str
-    """`module:function`; the module is looked for in the working directory too."""
-    weight: float = 1.0
-    """Factor on its scores in the sum of several functions."""
-
-    @field_validator("call")
-    @classmethod
-    def _importable(cls, value: str) -> str:
-        return _check_call(value)
 
 
 class SFTConfig(Strict):
@@ -125,7 +84,7 @@ class SFTConfig(Strict):
             raise ValueError(
                 "give exactly one of dataset (to train) and checkpoints (trained before)"
             )
-        _check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
+        check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
         return self
 
     @property
@@ -141,6 +100,23 @@ class SoupConfig(Strict):
     """Indices of SFT models."""
     weights: Literal["uniform"] | tuple[float, ...] = "uniform"
     """`uniform`, or one weight an ingredient; they sum to 1."""
+    method: Literal["linear", "greedy", "wise", "slerp", "model_stock"] = "linear"
+    """How to mix (`salsa.make_soup`)."""
+    alpha: Fraction | None = None
+    """Of `wise`: the share of the way from the base to the linear soup."""
+    score: str | None = None
+    """Of `greedy`: `module:function`, the held-out score of a model directory."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        for key, method in (("alpha", "wise"), ("score", "greedy")):
+            if (getattr(self, key) is not None) != (self.method == method):
+                raise ValueError(f"{key} belongs to method={method}, which needs it")
+        if self.weights != "uniform" and self.method in ("greedy", "model_stock"):
+            raise ValueError(f"method={self.method} finds the weights itself. Leave weights out")
+        if self.score is not None:
+            check_call(self.score)
+        return self
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -179,10 +155,10 @@ class RewardConfig(Strict):
     """Rows with `prompt`, `chosen`, `rejected`."""
     preferences: PreferencesConfig | None = None
     """Make the rows from the SFT models' replies."""
-    path: str | None = None
-    """A finished reward model: a sequence classifier with one label."""
+    paths: tuple[str, ...] = ()
+    """Finished reward models, sequence classifiers with one label; of several the weight average (WARM)."""
     functions: tuple[RewardFunction, ...] = ()
-    """Callables; their weighted scores are summed."""
+    """Callables; their weighted scores are summed, and each is logged."""
     init: str = "sft[0]"
     """Model whose trunk the reward model starts from."""
     epochs: Positive = 1.0
@@ -193,8 +169,10 @@ class RewardConfig(Strict):
     """Pairs per optimizer step."""
     max_length: Count = 512
     """Tokens of prompt and reply; longer pairs are dropped."""
-    seed: int = 0
-    """Seed of the head's initialisation and the data order."""
+    seeds: Seeds = (0,)
+    """One reward model per seed (head and data order); of several the weight average (WARM)."""
+    split_seed: int = 0
+    """Which pairs are kept back: the same ones for every seed."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the pairs kept back to measure the accuracy on."""
     checkpoint_every: Count = 50
@@ -202,116 +180,15 @@ class RewardConfig(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [self.dataset, self.preferences, self.path, self.functions or None]
-        if sum(source is not None for source in given) != 1:
-            raise ValueError("give exactly one of dataset, preferences, path and functions")
+        given = [self.dataset, self.preferences, self.paths, self.functions]
+        if sum(bool(source) for source in given) != 1:
+            raise ValueError("give exactly one of dataset, preferences, paths and functions")
         return self
 
     @field_validator("init")
     @classmethod
     def _init(cls, value: str) -> str:
-        return _check_expression(value)
-
-
-class ArmConfig(Strict):
-    """One way of running RL. `init` and `reference` are separate, and both must be said."""
-
-    init: str
-    """Where the policy starts: sft[i], soup, soup[i,j,…], base, or a path (with a /)."""
-    reference: str
-    """What the KL penalty pulls towards, in the same words. Plain PPO: sft[0]. SALSA: soup."""
-
-    @field_validator("init", "reference")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return _check_expression(value)
-
-
-class RLConfig(Strict):
-    """Proximal policy optimization with a KL penalty towards the arm's reference."""
-
-    kl_coef: NonNegative
-    """β, the weight of the KL penalty; no default, since peers' defaults span 0 to 0.05."""
-    algorithm: Literal["ppo"] = "ppo"
-    """The RL algorithm."""
-    num_updates: Count = 50
-    """Rollouts, each followed by num_epochs passes over it."""
-    rollout_size: Count = 32
-    """Episodes per update."""
-    minibatch_size: Count | None = None
-    """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_size: Count | None = None
-    """Episodes per forward pass; minibatch_size if not given."""
-    num_epochs: Count = 2
-    """Passes over each rollout."""
-    learning_rate: Positive = 1.0e-6
-    """Policy's learning rate, decayed linearly to 0."""
-    critic_learning_rate: Positive | None = None
-    """Critic's learning rate; the policy's if not given."""
-    kl_kind: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the per-token KL in the reward."""
-    gamma: Fraction = 1.0
-    """Discount per token."""
-    gae_lambda: Fraction = 0.95
-    """λ of generalised advantage estimation."""
-    clip_range: Positive = 0.2
-    """ε of the policy's clipped ratio."""
-    value_clip_range: Positive = 0.2
-    """How far a value may move from the one that was recorded with the rollout."""
-    max_grad_norm: Positive = 1.0
-    """Gradients of policy and critic are clipped to this norm, each by itself."""
-    temperature: Positive = 1.0
-    """Divides the logits of policy and reference alike, in sampling and in logprobs."""
-    max_new_tokens: Count = 32
-    """Length limit of a response, in tokens."""
-    max_prompt_tokens: Count = 256
-    """Longer prompts are dropped (and counted)."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Subtracted from the score of a response that hits the length limit."""
-    checkpoint_every: Count = 10
-    """Updates between checkpoints."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        _check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
-        _check_divides(self.minibatch, self.microbatch_size, "microbatch_size", "minibatch_size")
-        return self
-
-    @property
-    def minibatch(self) -> int:
-        """Episodes per optimizer step."""
-        return self.minibatch_size or self.rollout_size
-
-    @property
-    def microbatch(self) -> int:
-        """Episodes per forward pass."""
-        return self.microbatch_size or self.minibatch
-
-
-class RLSection(RLConfig):
-    """The recipe's `rl:`; one run per arm and seed."""
-
-    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
-    """Name → init and reference."""
-    prompts: DataSource
-    """Rows with `prompt`, or `messages` whose last turn is the user's."""
-    seeds: Seeds = (0, 1)
-    """Runs per arm."""
-
-    @field_validator("arms")
-    @classmethod
-    def _names(cls, arms: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
-        for name in arms:
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "sft":
-                raise ValueError(
-                    f"cannot have an arm named {name!r}; use letters, digits, . _ - (and not 'sft')"
-                )
-        return arms
-
-    @property
-    def config(self) -> RLConfig:
-        """What one run needs, without arms, prompts and seeds."""
-        return RLConfig(**{name: getattr(self, name) for name in RLConfig.model_fields})
+        return check_model(value)
 
 
 class EvalConfig(Strict):
@@ -323,7 +200,7 @@ class EvalConfig(Strict):
     """The arm that the others are compared with."""
     anchor: str = "sft[0]"
     """The one model to which every arm's KL is measured, so that arms compare; also shown as the arm `sft`."""
-    scores: dict[str, RewardFunction] = {}
+    scores: dict[str, RewardFunction] = Field(default={})
     """Further scores besides the training reward (the proxy), e.g. `gold`."""
     max_new_tokens: Count | None = None
     """Length limit of a response; RL's if not given."""
@@ -335,7 +212,7 @@ class EvalConfig(Strict):
     @field_validator("anchor")
     @classmethod
     def _anchor(cls, value: str) -> str:
-        return _check_expression(value)
+        return check_model(value)
 
 
 class EngineConfig(Strict):
@@ -367,7 +244,7 @@ class Recipe(Strict):
                 f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}"
             )
         for where, expression in self.expressions():
-            for index in ingredients_of(expression, self.soup):
+            for index in ingredients_of(expression, self.soup.ingredients):
                 if index >= self.sft.count:
                     raise ValueError(
                         f"{where}={expression!r} needs sft[{index}], but there are {self.sft.count} SFT models "
@@ -379,9 +256,10 @@ class Recipe(Strict):
         """Every (place, model expression) of the recipe."""
         for name, arm in self.rl.arms.items():
             yield f"rl.arms.{name}.init", arm.init
-            yield f"rl.arms.{name}.reference", arm.reference
+            for model in arm.anchor.models:
+                yield f"rl.arms.{name}.reference", model
         yield "eval.anchor", self.eval.anchor
-        if self.reward.path is None and not self.reward.functions:
+        if not (self.reward.paths or self.reward.functions):
             yield "reward.init", self.reward.init
 
     @classmethod
@@ -417,39 +295,6 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """The resolved recipe: every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def ingredients_of(expression: str, soup: SoupConfig) -> tuple[int, ...]:
-    """Indices of the SFT models that a model expression is made of; empty for `base` and paths."""
-    match = _MODEL_EXPRESSION.fullmatch(expression)
-    if match is None or expression == "base":
-        return ()
-    if expression == "soup":
-        return soup.ingredients
-    return tuple(int(index) for index in (match[1] or match[2]).split(","))
-
-
-def _check_expression(value: str) -> str:
-    if _MODEL_EXPRESSION.fullmatch(value) or "/" in value:
-        return value
-    raise ValueError(
-        f"{value!r} names no model. Use sft[0], soup, soup[0,1], base, or a path that contains a /."
-    )
-
-
-def _check_call(value: str) -> str:
-    if not _CALL.fullmatch(value):
-        raise ValueError(f"{value!r} is not module:function, e.g. my_rewards:score")
-    return value
-
-
-def _check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
-    if part is not None and whole % part:
-        divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
-        choice = (
-            ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
-        )
-        raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
 
 
 def _nearest(word: str, words: Any) -> str:

@@ -156,10 +156,10 @@ def response_logits(
     return output.logits[:, :-1].float() / temperature
 
 
-def response_values(critic: PreTrainedModel, rollout: Rollout) -> Float[Tensor, "B R"]:
+def response_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B R"]:
     """V(x, y_<t): the head on the hidden state before each response token; 0 outside the mask."""
     num_response = rollout.response.shape[1]
-    trunk = getattr(critic, critic.base_model_prefix)
+    trunk = getattr(critic, str(critic.base_model_prefix))
     hidden = trunk(
         input_ids=rollout.tokens,
         attention_mask=rollout.mask.long(),
@@ -204,11 +204,14 @@ def position_ids(mask: Tensor) -> Tensor:
 def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     try:
-        return factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
+        model = factory.from_pretrained(path, dtype=torch.float32, **kwargs).eval().to(device())
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
         ) from error
+    # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def _unquantized(config: Any) -> Any:

@@ -6,6 +6,7 @@ lies outside the mask neither counts nor leaks; logprobs in nats.
 Departures from the papers' notation are named in each docstring.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ class ValueLoss(NamedTuple):
 
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
+
+
+class Moments(NamedTuple):
+    """Number, mean and sum of squared deviations of all that was seen so far."""
+
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation (ddof 1); 1 before there are two numbers that differ."""
+        return math.sqrt(self.squares / (self.n - 1)) if self.squares > 0 else 1.0
 
 
 def masked_mean(x: Float[Tensor, "B R"], mask: Mask) -> Float[Tensor, ""]:
@@ -182,6 +196,41 @@ def value_loss(
         loss=masked_mean(torch.maximum(unclipped, clipped), mask) / 2,
         clip_fraction=masked_mean((clipped > unclipped).to(values.dtype), mask).detach(),
     )
+
+
+def adapted_kl_coef(
+    kl_coef: float, kl: float, *, target: float, horizon: int, num_episodes: int
+) -> float:
+    """β·(1 + e·n/horizon) with e = clip(KL/target − 1, ±0.2) (Ziegler et al. 2019, section 2.2, and its code).
+
+    `kl` and `target` in nats per response; n = `num_episodes` seen since the last change.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_episodes / horizon)
+
+
+def updated_moments(moments: Moments, x: Float[Tensor, " B"]) -> Moments:
+    """Moments of everything seen and `x` together (Chan, Golub and LeVeque 1983, eq. 1.5)."""
+    numbers = x.double()
+    count = moments.n + len(numbers)
+    mean = numbers.mean().item()
+    squares = (numbers - mean).square().sum().item()
+    shift = mean - moments.mean
+    return Moments(
+        count,
+        moments.mean + shift * len(numbers) / count,
+        moments.squares + squares + shift**2 * moments.n * len(numbers) / count,
+    )
+
+
+def explained_variance(
+    values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Mask
+) -> float:
+    """1 − Var(returns − values)/Var(returns) over the real tokens; 0 where the returns do not vary."""
+    mask = mask.bool()
+    variance = returns[mask].var(correction=0)
+    rest = (returns - values)[mask].var(correction=0)
+    return (1 - rest / variance).item() if variance > 0 else 0.0
 
 
 def bradley_terry_loss(

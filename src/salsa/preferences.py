@@ -18,7 +18,7 @@ from salsa.artifacts import Checkpoint, read_jsonl, write_jsonl
 from salsa.config import PreferencesConfig
 from salsa.data import Prompt, Row
 from salsa.errors import DataError
-from salsa.reward import function_scorer
+from salsa.reward_functions import function_scorer
 from salsa.rl import collect_rollout, decode
 from salsa.runtime.local import seed_everything
 from salsa.runtime.tracking import Tracker, tracker

@@ -1,4 +1,4 @@
-"""What PPO maximises: TRL's RewardTrainer, and scorers that put a number on (prompt, response).
+"""What RL maximises: TRL's RewardTrainer, and the reward model as a scorer of (prompt, response).
 
 A scorer takes prompts and response texts and returns one float each. The reward model knows no
 policy token: it applies its own chat template and tokenizer, so it may differ from the policy in both.
@@ -6,32 +6,36 @@ policy token: it applies its own chat template and tokenizer, so it may differ f
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from salsa.artifacts import Checkpoint, write_atomic
-from salsa.config import DataSource, RewardConfig, RewardFunction
-from salsa.data import Prompt, Row, fingerprint, import_callable, preference_rows, render
-from salsa.errors import DataError, WorkFailed
+from salsa.config import RewardConfig
+from salsa.data import Prompt, Row, preference_rows, render
+from salsa.errors import DataError
 from salsa.models import load_scorer, load_tokenizer, save, sequence_scores
+from salsa.reward_functions import Scorer
 from salsa.runtime.hf_trainer import common_arguments, train
 from salsa.runtime.local import autocast
-
-Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
 SCORING_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A scorer, the reward model behind it if there is one (the critic starts there), and a digest of both."""
+    """What is maximised, the reward model behind it if there is one (the critic starts there), and a digest of both."""
 
-    score: Scorer
+    parts: Mapping[str, Scorer]
+    """Name → scorer; the reward is their sum."""
     checkpoint: Checkpoint | None
     digest: str
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Sum of the parts."""
+        columns = [scorer(prompts, responses) for scorer in self.parts.values()]
+        return [sum(row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RewardJob:
     rows: Sequence[Row]
     where: str
     config: RewardConfig
+    seed: int
     precision: str
 
 
@@ -63,11 +68,11 @@ def train_reward(job: RewardJob, directory: Path) -> None:
         raise DataError(
             f"{job.where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back."
         )
-    random.Random(config.seed).shuffle(rows)
+    random.Random(config.split_seed).shuffle(rows)
     arguments = trl.RewardConfig(
         **common_arguments(
             directory,
-            seed=config.seed,
+            seed=job.seed,
             precision=job.precision,
             checkpoint_every=config.checkpoint_every,
         ),
@@ -78,7 +83,7 @@ def train_reward(job: RewardJob, directory: Path) -> None:
         disable_dropout=True,
     )
     pad_id = tokenizer.pad_token_id
-    model = load_scorer(job.init.path, pad_id=pad_id, new_head_seed=config.seed)
+    model = load_scorer(job.init.path, pad_id=pad_id, new_head_seed=job.seed)
     trainer = trl.RewardTrainer(
         model=model,
         args=arguments,
@@ -108,55 +113,6 @@ def model_scorer(path: Path, precision: str) -> Scorer:
             return sequence_scores(model, sequences, SCORING_BATCH)
 
     return score
-
-
-def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
-    """Weighted sum of callables, each called once a batch with lists of strings.
-
-    The scorer raises WorkFailed when a callable raises, returns the wrong number of scores, or one that is no finite
-    number.
-    """
-    loaded = [(function, import_callable(function.call)) for function in functions]
-
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        total = [0.0] * len(responses)
-        for function, call in loaded:
-            scores = _checked(
-                function.call, call, [prompt.text for prompt in prompts], list(responses)
-            )
-            total = [
-                sum_ + function.weight * score for sum_, score in zip(total, scores, strict=True)
-            ]
-        return total
-
-    return score
-
-
-def function_digest(function: RewardFunction) -> str:
-    """Digest of a callable and its weight: all that decides what its scorer returns."""
-    return fingerprint(DataSource(call=function.call)) + str(function.weight)
-
-
-def _checked(
-    name: str, call: Callable[..., Any], prompts: list[str], responses: list[str]
-) -> list[float]:
-    try:
-        scores = list(call(prompts, responses))
-    except Exception as error:
-        raise WorkFailed(
-            f"reward {name}: raised {type(error).__name__}: {error}. Finished work is kept; mend it and run again."
-        ) from error
-    if len(scores) != len(responses):
-        raise WorkFailed(
-            f"reward {name}: returned {len(scores)} scores for {len(responses)} responses. Return one each."
-        )
-    for number, score in enumerate(scores):
-        if not isinstance(score, Real) or not math.isfinite(score):
-            raise WorkFailed(
-                f"reward {name}: score {number} is {score!r} for response {responses[number][:40]!r}. "
-                "Return finite numbers."
-            )
-    return [float(score) for score in scores]
 
 
 def _conversation_ids(prompt: Prompt, response: str, tokenizer: Any) -> list[int]:

@@ -1,47 +1,46 @@
-"""KL-anchored PPO, as an outline: collect_rollout → compute_experience → update.
+"""KL-anchored policy optimization, as an outline: collect_rollout → compute_experience → update_models.
 
     L(π) = −R(x, y) + β·KL(π(y|x) ‖ π_reference(y|x))        (SALSA; plain PPO where the reference is one SFT model)
 
-The KL penalty is part of the per-token reward, the critic is a model of its own, advantages are whitened over the
-batch. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a straight run, bit for
-bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference: equal weights give a KL
-of exactly 0.
+PPO, RLOO and GRPO are one loop: only `estimate_advantages` differs. The KL penalty is part of the per-token reward, or
+a term of the loss. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a straight
+run, bit for bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference: equal weights
+give a KL of exactly 0.
 """
 
 import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa import models, objectives
-from salsa.artifacts import Checkpoint
+from salsa.actors import (
+    Actors,
+    Progress,
+    load_actors,
+    load_progress,
+    save_actors,
+    save_progress,
+)
+from salsa.alarms import Alarms
+from salsa.artifacts import Checkpoint, read_jsonl
 from salsa.config import RLConfig
 from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError, WorkFailed
-from salsa.reward import Scorer
-from salsa.runtime.checkpoint import load_state, save_state
+from salsa.expressions import Anchor
+from salsa.reward_functions import Scorer
 from salsa.runtime.generation import generate
 from salsa.runtime.local import autocast, device, seed_everything
-from salsa.runtime.tracking import tracker
+from salsa.runtime.tracking import say, tracker
 from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
 
 SHOWN = ("score", "kl", "length", "tokens_per_second")
-
-
-@dataclass
-class Actors:
-    """The models of one run, all without dropout. Policy and critic learn; the reference stands still."""
-
-    policy: PreTrainedModel
-    critic: PreTrainedModel
-    reference: PreTrainedModel
-    policy_optimizer: torch.optim.Optimizer
-    critic_optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,40 @@ class RLJob:
 
     label: str
     init: Checkpoint
-    reference: Checkpoint
+    reference: Checkpoint | Anchor[Checkpoint]
+    """What the KL pulls towards; a bare checkpoint is an anchor that stands still."""
     critic_init: Checkpoint
     """A sequence classifier (the reward model), or a language model whose trunk gets a new head."""
     config: RLConfig
     prompts: Sequence[Prompt]
-    reward: Scorer
+    reward: Scorer | Mapping[str, Scorer]
+    """What is maximised; of several, by name, the sum, and each is logged."""
     seed: int
     precision: str = "auto"
     monitors: Mapping[str, Scorer] = field(default_factory=dict)
     """Further scores to log, e.g. `gold`; they do not train anything."""
+    kl_to: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """Name → model whose KL is logged every `monitor_kl_every` updates: the ingredients and the base."""
+
+    @property
+    def rewards(self) -> Mapping[str, Scorer]:
+        """The rewards by name."""
+        return {"reward": self.reward} if callable(self.reward) else self.reward
+
+    @property
+    def anchor(self) -> Anchor[Checkpoint]:
+        """The reference as an anchor."""
+        return self.reference if isinstance(self.reference, Anchor) else Anchor((self.reference,))
 
 
 def train_rl(job: RLJob, directory: Path) -> None:
-    """Train the policy and write it to `directory`; resumable.
+    """Train the policy and write it to `directory`, with its critic; resumable.
 
     Raises:
-        CheckpointError: init and reference do not share a vocabulary, or the reference changed since the last
-            checkpoint.
+        CheckpointError: the models do not share a vocabulary, or the reference changed since the last checkpoint.
         WorkFailed: a reward failed, or a loss is no longer finite.
     """
-    config, state_file = job.config, directory / "resume" / "state.pt"
+    config, states = job.config, directory / "resume"
     tokenizer = models.load_tokenizer(job.init.path)
     sampling = models.sampling(
         job.init.path,
@@ -79,30 +91,42 @@ def train_rl(job: RLJob, directory: Path) -> None:
         temperature=config.temperature,
         precision=job.precision,
     )
-    _require_same_vocabulary(job)
-    job.reference.verify()
-    actors = _load_actors(job, sampling.pad_id)
-    first = _restore(actors, state_file, job.reference)
+    actors = _load(job, sampling)
+    progress = load_progress(actors, states) or Progress(config.kl_coef * job.anchor.pulls)
     with tracker(directory, job.label, config.num_updates, SHOWN) as log:
-        log.resume_at(first)
-        for update in range(first, config.num_updates):
+        log.resume_at(progress.update)
+        alarms = Alarms(job.monitors, read_jsonl(log.file))
+        for update in range(progress.update, config.num_updates):
             clock = [time.perf_counter()]
             generator = seed_everything(job.seed, update)
-            prompts = _draw(job.prompts, config.rollout_size, job.seed, update)
+            prompts = _draw(job.prompts, config, job.seed, update)
             rollout = collect_rollout(actors.policy, prompts, sampling, generator)
             clock.append(time.perf_counter())
             experience, figures = compute_experience(
-                actors, rollout, prompts, job, tokenizer, sampling
+                actors, rollout, prompts, job, tokenizer, sampling, progress
             )
+            _require_finite(job.label, update, figures)
+            if update % config.monitor_kl_every == 0 or update + 1 == config.num_updates:
+                figures |= measure_kl(actors, experience, job)
             clock.append(time.perf_counter())
-            stats = update_models(actors, experience, config, update, job.precision)
+            stats = update_models(actors, experience, job, progress, generator)
             clock.append(time.perf_counter())
-            _require_finite(job.label, update, stats)
-            log.log(update + 1, figures | asdict(stats) | _timings(clock, rollout))
-            if (update + 1) % config.checkpoint_every == 0 and update + 1 < config.num_updates:
-                _save(actors, state_file, update + 1, job.reference)
-    models.save(actors.policy, tokenizer, directory)
-    actors.critic.save_pretrained(directory / "critic")
+            _require_finite(job.label, update, stats.figures)
+            row = figures | stats.figures | _timings(clock, rollout)
+            log.log(update + 1, row)
+            for message in alarms.observe(row | {"step": update + 1}):
+                say(f"{job.label}: {message}")
+            advance(actors, progress, config, figures)
+            if (
+                progress.update % config.checkpoint_every == 0
+                and progress.update < config.num_updates
+            ):
+                save_progress(actors, progress, states, keep_last=config.keep_checkpoints)
+    if alarms.raised:
+        (directory / "alarms.log").write_text("\n".join(alarms.raised.values()) + "\n")
+    if config.select == "best":
+        _return_to_best(actors, progress, states, job.label)
+    save_actors(actors, tokenizer, job.init, directory)
 
 
 def collect_rollout(
@@ -136,106 +160,221 @@ def compute_experience(
     job: RLJob,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
+    progress: Progress,
 ) -> tuple[Experience, dict[str, float]]:
     """Logprobs, values, scores, rewards and advantages of a rollout, and what is worth logging of them."""
     config, mask = job.config, rollout.response_mask
-    logprobs, entropy, ref_logprobs, values = _forward(actors, rollout, config, job.precision)
+    logprobs, entropy, ref_logprobs, values = _forward(actors, rollout, job)
     texts = decode(rollout, tokenizer)
     ended = has_ended(rollout, sampling.eos_ids)
-    raw_scores = torch.tensor(job.reward(prompts, texts), device=mask.device)
-    scores = raw_scores - config.missing_eos_penalty * (~ended)
+    parts = {
+        name: torch.tensor(scorer(prompts, texts), device=mask.device)
+        for name, scorer in job.rewards.items()
+    }
+    raw_scores = torch.stack(list(parts.values())).sum(dim=0)
+    scores = shape_scores(raw_scores, ended, config, progress)
     rewards = objectives.token_rewards(
-        scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef, kl_kind=config.kl_kind
-    )
-    advantages, returns = objectives.gae(
-        rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
-    )
-    experience = Experience(
-        rollout,
+        scores,
         logprobs,
         ref_logprobs,
-        values,
-        scores,
-        rewards,
-        objectives.whiten(advantages, mask),
-        returns,
+        mask,
+        kl_coef=progress.kl_coef if config.kl_in == "reward" else 0.0,
+        kl_kind=config.kl_kind,
     )
+    advantages, returns = estimate_advantages(rewards, values, mask, config)
+    experience = Experience(
+        rollout, logprobs, ref_logprobs, values, scores, rewards, advantages, returns
+    )
+    kl = objectives.kl_estimate(logprobs, ref_logprobs, "k1").sum(dim=1)
     figures = {
         "score": raw_scores.mean().item(),
         "score_std": raw_scores.std(correction=0).item(),
         "reward": rewards.sum(dim=1).mean().item(),
-        "kl": objectives.kl_estimate(logprobs, ref_logprobs, "k1").sum(dim=1).mean().item(),
+        "kl": kl.mean().item(),
+        "kl_stderr": kl.std(correction=0).item() / math.sqrt(len(kl)),
+        "kl_coef": progress.kl_coef,
         "entropy": objectives.masked_mean(entropy, mask).item(),
         "length": rollout.lengths.float().mean().item(),
         "eos_rate": ended.float().mean().item(),
-        "value": objectives.masked_mean(values, mask).item(),
-        "explained_variance": _explained_variance(values[mask], returns[mask]),
     }
+    if actors.critic is not None:
+        figures["value"] = objectives.masked_mean(values, mask).item()
+        figures["explained_variance"] = objectives.explained_variance(values, returns, mask)
+    if len(parts) > 1:
+        figures |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
     for name, monitor in job.monitors.items():
         figures[name] = sum(monitor(prompts, texts)) / len(texts)
     return experience, figures
 
 
+def shape_scores(scores: Tensor, ended: Tensor, config: RLConfig, progress: Progress) -> Tensor:
+    """Normalise by the moments of all scores so far, clip, then fine responses without EOS: each [B], each optional."""
+    if config.normalize_scores:
+        progress.moments = objectives.updated_moments(progress.moments, scores)
+        scores = (scores - progress.moments.mean) / progress.moments.std
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    return scores - config.missing_eos_penalty * (~ended)
+
+
+def estimate_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, config: RLConfig
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each [B, R]: the one step in which PPO, RLOO and GRPO differ."""
+    if config.algorithm == "ppo":
+        advantages, returns = objectives.gae(
+            rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+        return objectives.whiten(advantages, mask), returns
+    per_group = (
+        objectives.rloo_advantages if config.algorithm == "rloo" else objectives.grpo_advantages
+    )
+    per_episode = per_group(rewards.sum(dim=1), config.group_size)
+    return per_episode[:, None] * mask, torch.zeros_like(values)
+
+
+@torch.no_grad()
+def measure_kl(actors: Actors, experience: Experience, job: RLJob) -> dict[str, float]:
+    """KL of the rollout's policy to every model of `job.kl_to`, in nats per response; one more model in memory."""
+    here = {} if job.anchor.moves else actors.reference.by_digest
+    figures = {}
+    for name, checkpoint in job.kl_to.items():
+        model = here.get(checkpoint.digest) or models.load_policy(checkpoint.path)
+        order = microbatches(experience.rollout, job.config)
+        parts = [_stats(model, rows_of(experience.rollout, index), job).logprobs for index in order]
+        theirs = torch.cat(parts)[torch.cat(order).argsort()]
+        kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
+        figures[f"kl_{name}"] = kl.mean().item()
+    return figures
+
+
 def update_models(
-    actors: Actors, experience: Experience, config: RLConfig, update: int, precision: str
+    actors: Actors,
+    experience: Experience,
+    job: RLJob,
+    progress: Progress,
+    generator: torch.Generator,
 ) -> UpdateStats:
     """`num_epochs` passes in shuffled minibatches; each steps policy and critic once."""
-    decay = 1 - update / config.num_updates
-    actors.policy_optimizer.param_groups[0]["lr"] = config.learning_rate * decay
-    actors.critic_optimizer.param_groups[0]["lr"] = (
-        config.critic_learning_rate or config.learning_rate
-    ) * decay
+    config = job.config
+    decay = 1 - progress.update / config.num_updates
+    rates = {
+        "policy": config.learning_rate,
+        "critic": config.critic_learning_rate or config.learning_rate,
+    }
+    for name, (_, optimizer) in actors.learners.items():
+        optimizer.param_groups[0]["lr"] = rates[name] * decay
     steps = []
     for _ in range(config.num_epochs):
-        order = torch.randperm(len(experience)).to(experience.scores.device)
+        order = torch.randperm(len(experience), generator=generator, device=generator.device)
         for mb_index in order.split(config.minibatch):
-            steps.append(_optimizer_step(actors, rows_of(experience, mb_index), config, precision))
-    return UpdateStats(*(sum(column) / len(steps) for column in zip(*steps, strict=True)))
+            steps.append(_optimizer_step(actors, rows_of(experience, mb_index), job, progress))
+            actors.reference.after_step(actors.policy)
+    return UpdateStats(
+        **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    )
+
+
+def advance(
+    actors: Actors, progress: Progress, config: RLConfig, figures: Mapping[str, float]
+) -> None:
+    """Count the update, let a resetting anchor reset, and adapt β to the KL that was measured."""
+    progress.update += 1
+    progress.rewards.append(figures["reward"])
+    was_reset = actors.reference.after_update(actors.policy, progress.update)
+    if was_reset and actors.reference.anchor.reset_optimizer:
+        actors.forget_moments()
+    if config.adaptive_kl is not None:
+        progress.kl_coef = objectives.adapted_kl_coef(
+            progress.kl_coef,
+            figures["kl"],
+            target=config.adaptive_kl.target,
+            horizon=config.adaptive_kl.horizon,
+            num_episodes=config.rollout_size,
+        )
+
+
+def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
+    """Row numbers of each forward pass."""
+    rows = torch.arange(len(rollout), device=rollout.response.device)
+    return list(rows.split(config.microbatch))
 
 
 def _optimizer_step(
-    actors: Actors, minibatch: Experience, config: RLConfig, precision: str
-) -> list[float]:
-    """Accumulate gradients over microbatches, weighted by their real tokens, and step both optimizers."""
+    actors: Actors, minibatch: Experience, job: RLJob, progress: Progress
+) -> dict[str, float]:
+    """Step policy and critic, one after the other where they share no weights: one's gradients in memory at a time."""
+    figures: dict[str, float] = {}
+    for group in actors.groups(warming_up=progress.update < job.config.critic_warmup):
+        figures |= _step(actors, group, minibatch, job, progress.kl_coef)
+    return figures
+
+
+def _step(
+    actors: Actors, group: Sequence[str], minibatch: Experience, job: RLJob, kl_coef: float
+) -> dict[str, float]:
+    """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
-    sums = torch.zeros(6)
-    for start in range(0, len(minibatch), config.microbatch):
-        micro = rows_of(minibatch, slice(start, start + config.microbatch))
-        mask = micro.rollout.response_mask
-        share = mask.sum() / total_tokens
-        with autocast(precision):
-            logprobs = models.response_stats(
-                actors.policy, micro.rollout, temperature=config.temperature
-            ).logprobs
-            values = models.response_values(actors.critic, micro.rollout)
-        policy = objectives.policy_loss(
-            logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
-        )
-        value = objectives.value_loss(
-            values, micro.values, micro.returns, mask, value_clip_range=config.value_clip_range
-        )
-        ((policy.loss + value.loss) * share).backward()
-        ratio = objectives.masked_mean((logprobs - micro.logprobs).exp(), mask)
-        figures = (
-            policy.loss,
-            value.loss,
-            policy.clip_fraction,
-            value.clip_fraction,
-            policy.approx_kl,
-            ratio,
-        )
-        sums += torch.stack([figure.detach() for figure in figures]).cpu() * share.cpu()
-    norms = []
-    for model, optimizer in (
-        (actors.policy, actors.policy_optimizer),
-        (actors.critic, actors.critic_optimizer),
-    ):
-        norms.append(
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        )
+    figures: dict[str, Tensor] = {}
+    for index in microbatches(minibatch.rollout, job.config):
+        micro = rows_of(minibatch, index)
+        share = micro.rollout.response_mask.sum() / total_tokens
+        loss, parts = _losses(actors, group, micro, job, kl_coef)
+        (loss * share).backward()
+        for name, part in parts.items():
+            figures[name] = figures.get(name, 0) + part.detach() * share
+    for name in group:
+        model, optimizer = actors.learners[name]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
+        figures["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
         optimizer.step()
-        optimizer.zero_grad()
-    return [*sums.tolist(), *norms]
+    actors.forget_gradients()
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _losses(
+    actors: Actors, group: Sequence[str], micro: Experience, job: RLJob, kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The group's loss on a microbatch, and its figures."""
+    terms: list[Tensor] = []
+    figures: dict[str, Tensor] = {}
+    if "policy" in group:
+        loss, of_policy = _policy_loss(actors.policy, micro, job, kl_coef)
+        terms.append(loss)
+        figures |= of_policy
+    if "critic" in group:
+        value = objectives.value_loss(
+            _values(actors.critic, micro.rollout, job),
+            micro.values,
+            micro.returns,
+            micro.rollout.response_mask,
+            value_clip_range=job.config.value_clip_range,
+        )
+        terms.append(job.config.value_weight * value.loss)
+        figures |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+    return torch.stack(terms).sum(), figures
+
+
+def _policy_loss(
+    policy: PreTrainedModel, micro: Experience, job: RLJob, kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective, and β·KL where it is in the loss."""
+    config, mask = job.config, micro.rollout.response_mask
+    logprobs = _stats(policy, micro.rollout, job).logprobs
+    clipped = objectives.policy_loss(
+        logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
+    )
+    figures = {
+        "policy_loss": clipped.loss,
+        "clip_fraction": clipped.clip_fraction,
+        "approx_kl": clipped.approx_kl,
+        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
+    }
+    if config.kl_in == "reward":
+        return clipped.loss, figures
+    kl = objectives.kl_estimate(logprobs, micro.ref_logprobs, config.kl_kind)
+    figures["kl_loss"] = objectives.masked_mean(kl, mask)
+    return clipped.loss + kl_coef * figures["kl_loss"], figures
 
 
 def decode(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -253,51 +392,68 @@ def has_ended(rollout: Rollout, eos_ids: Sequence[int]) -> torch.Tensor:
     return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
 
 
-def _forward(
-    actors: Actors, rollout: Rollout, config: RLConfig, precision: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
     parts = []
-    for start in range(0, len(rollout), config.microbatch):
-        micro = rows_of(rollout, slice(start, start + config.microbatch))
-        with autocast(precision):
-            own = models.response_stats(actors.policy, micro, temperature=config.temperature)
-            ref = models.response_stats(actors.reference, micro, temperature=config.temperature)
-            parts.append(
-                (
-                    own.logprobs,
-                    own.entropy,
-                    ref.logprobs,
-                    models.response_values(actors.critic, micro),
-                )
-            )
-    logprobs, entropy, ref_logprobs, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = microbatches(rollout, job.config)
+    for index in order:
+        micro = rows_of(rollout, index)
+        own = _stats(actors.policy, micro, job)
+        ref_logprobs = actors.reference.logprobs(
+            [_stats(model, micro, job).logprobs for model in actors.reference.models]
+        )
+        values = torch.zeros_like(own.logprobs)
+        if actors.critic is not None:
+            values = _values(actors.critic, micro, job)
+        parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
+    back = torch.cat(order).argsort()
+    logprobs, entropy, ref_logprobs, values = torch.cat(parts, dim=1)[:, back]
     return logprobs, entropy, ref_logprobs, values
 
 
-def _load_actors(job: RLJob, pad_id: int) -> Actors:
-    config = job.config
-    policy = models.load_policy(job.init.path)
-    critic = models.load_scorer(job.critic_init.path, pad_id=pad_id, new_head_seed=job.seed)
-    reference = models.load_policy(job.reference.path).requires_grad_(False)
-    critic_lr = config.critic_learning_rate or config.learning_rate
-    return Actors(
-        policy,
-        critic,
-        reference,
-        _optimizer(policy, config.learning_rate),
-        _optimizer(critic, critic_lr),
+def _stats(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> models.TokenStats:
+    with autocast(job.precision):
+        return models.response_stats(model, rollout, temperature=job.config.temperature)
+
+
+def _values(critic: nn.Module | None, rollout: Rollout, job: RLJob) -> Tensor:
+    assert critic is not None  # who asks for values has one
+    with autocast(job.precision):
+        return models.response_values(critic, rollout)
+
+
+def _load(job: RLJob, sampling: Sampling) -> Actors:
+    """Load the run's models, after checking that they share a vocabulary and are what their digests say."""
+    named = {"critic": job.critic_init} | {
+        f"reference {i}" if i else "reference": c for i, c in enumerate(job.anchor.models)
+    }
+    for name, checkpoint in named.items():
+        if not models.same_vocabulary(job.init.path, checkpoint.path):
+            raise CheckpointError(
+                f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
+            )
+    for checkpoint in job.anchor.models:
+        checkpoint.verify()
+    return load_actors(
+        job.config,
+        init=job.init,
+        critic_init=job.critic_init,
+        anchor=job.anchor,
+        pad_id=sampling.pad_id,
+        seed=job.seed,
     )
 
 
-def _optimizer(model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
-    )
+def _return_to_best(actors: Actors, progress: Progress, states: Path, label: str) -> None:
+    """Put the best checkpoint back if it was better than what came since."""
+    if progress.best is not None and progress.best[1] > progress.reward:
+        say(f"{label}: returns to update {progress.best[0]}, mean reward {progress.best[1]:.4g}")
+        load_progress(actors, states, progress.best[0])
 
 
-def _draw(prompts: Sequence[Prompt], count: int, seed: int, update: int) -> list[Prompt]:
-    """The update's prompts: consecutive slices of one shuffled pass after another."""
+def _draw(prompts: Sequence[Prompt], config: RLConfig, seed: int, update: int) -> list[Prompt]:
+    """The update's prompts, each `group_size` times: consecutive slices of one shuffled pass after another."""
+    count = config.rollout_size // config.group_size
     drawn: list[Prompt] = []
     position = update * count
     while len(drawn) < count:
@@ -306,53 +462,16 @@ def _draw(prompts: Sequence[Prompt], count: int, seed: int, update: int) -> list
         chosen = order[start : start + count - len(drawn)]
         drawn += [prompts[i] for i in chosen]
         position += len(chosen)
-    return drawn
+    return [prompt for prompt in drawn for _ in range(config.group_size)]
 
 
-def _save(actors: Actors, state_file: Path, update: int, reference: Checkpoint) -> None:
-    state = {name: getattr(actors, name).state_dict() for name in _LEARNING}
-    save_state(state_file, state | {"update": update, "reference": reference.digest})
-
-
-def _restore(actors: Actors, state_file: Path, reference: Checkpoint) -> int:
-    """Put the last checkpoint back; the number of updates it has behind it (0 if there is none)."""
-    state = load_state(state_file)
-    if state is None:
-        return 0
-    if state["reference"] != reference.digest:
-        raise CheckpointError(
-            f"{state_file}: was anchored to reference {state['reference'][:12]}, now it is {reference.digest[:12]}. "
-            "Delete that directory to start this arm anew."
-        )
-    for name in _LEARNING:
-        getattr(actors, name).load_state_dict(state[name])
-    return state["update"]
-
-
-_LEARNING = ("policy", "critic", "policy_optimizer", "critic_optimizer")
-
-
-def _require_same_vocabulary(job: RLJob) -> None:
-    for name, checkpoint in (("reference", job.reference), ("critic", job.critic_init)):
-        if not models.same_vocabulary(job.init.path, checkpoint.path):
-            raise CheckpointError(
-                f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
-            )
-
-
-def _require_finite(label: str, update: int, stats: UpdateStats) -> None:
-    for name, value in asdict(stats).items():
+def _require_finite(label: str, update: int, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
         if not math.isfinite(value):
             raise WorkFailed(
                 f"{label}: {name} is {value} at update {update + 1}. The last checkpoint is kept; "
                 "try a smaller rl.learning_rate or rl.kl_coef."
             )
-
-
-def _explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 − Var(returns − values) / Var(returns); 0 where the returns do not vary."""
-    variance = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / variance).item() if variance > 0 else 0.0
 
 
 def _timings(clock: Sequence[float], rollout: Rollout) -> dict[str, float]:

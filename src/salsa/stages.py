@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from salsa import models
-from salsa.anchors import Anchors
+from salsa.anchors import Anchors, identity
 from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve
-from salsa.config import DataSource, Recipe
+from salsa.config import DataSource, PreferencesConfig, Recipe
 from salsa.data import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
     Prompt,
+    Row,
     describe,
     fingerprint,
     import_callable,
@@ -22,15 +23,10 @@ from salsa.data import (
     sft_rows,
 )
 from salsa.evaluate.scores import EvalJob, evaluate_policy
+from salsa.expressions import ingredients_of
 from salsa.preferences import PairsJob, read_pairs, sample_pairs
-from salsa.reward import (
-    Reward,
-    RewardJob,
-    function_digest,
-    function_scorer,
-    model_scorer,
-    train_reward,
-)
+from salsa.reward import Reward, RewardJob, model_scorer, train_reward
+from salsa.reward_functions import function_digest, function_scorer, function_scorers
 from salsa.rl import RLJob, train_rl
 from salsa.runtime.tracking import say
 from salsa.sft import SFTJob, train_sft
@@ -101,17 +97,23 @@ class Stages:
         config = self.recipe.reward
         if config.functions:
             digest = " ".join(function_digest(f) for f in config.functions)
-            return Reward(function_scorer(config.functions), None, digest)
-        if config.path is not None:
-            checkpoint = Checkpoint.of(resolve(config.path))
+            return Reward(function_scorers(config.functions), None, digest)
+        if config.paths:
+            found = [Checkpoint.of(resolve(path)) for path in config.paths]
         else:
-            checkpoint = self._train_reward(anchors, sft)
-        return Reward(model_scorer(checkpoint.path, self.precision), checkpoint, checkpoint.digest)
+            found = self._train_rewards(anchors, sft)
+        checkpoint = found[0]
+        if len(found) > 1:
+            checkpoint = anchors.cook("reward soup", found, heads="average")
+        scorer = model_scorer(checkpoint.path, self.precision)
+        return Reward({"model": scorer}, checkpoint, checkpoint.digest)
 
     def rl(self, arm: str, seed: int, anchors: Anchors, reward: Reward) -> Checkpoint:
         """The policy of one arm and seed."""
         section = self.recipe.rl
-        init, reference = anchors[section.arms[arm].init], anchors[section.arms[arm].reference]
+        init = anchors[section.arms[arm].init]
+        reference = anchors.resolved(section.arms[arm].anchor)
+        monitored = self._monitored(anchors)
         monitors = {name: function_scorer([f]) for name, f in self.recipe.eval.scores.items()}
         job = RLJob(
             label=rl_label(arm, seed),
@@ -120,21 +122,23 @@ class Stages:
             critic_init=self._critic_init(reward, init),
             config=section.config,
             prompts=self._prompts(section.prompts),
-            reward=reward.score,
+            reward=reward.parts,
             seed=seed,
             precision=self.precision,
             monitors=monitors,
+            kl_to=monitored,
         )
         return self._stage(
             job.label,
             section.config.model_dump(mode="json") | {"seed": seed},
             {
                 "init": init.digest,
-                "reference": reference.digest,
+                "reference": identity(reference),
                 "critic": job.critic_init.digest,
                 "reward": reward.digest,
                 "prompts": fingerprint(section.prompts),
             }
+            | {f"kl_to {name}": checkpoint.digest for name, checkpoint in monitored.items()}
             | self._score_digests(),
             lambda directory: train_rl(job, directory),
         ).checkpoint
@@ -145,7 +149,12 @@ class Stages:
         """Samples of one policy, the `number`-th seed of its arm, on the held-out prompts."""
         config, section = self.recipe.eval, self.recipe.rl
         anchor = anchors[config.anchor]
-        reference = anchors[section.arms[arm].reference] if arm in section.arms else anchor
+        reference = anchor
+        if arm in section.arms:
+            rule = section.arms[arm].anchor
+            reference = (
+                Checkpoint.of(policy.path / "reference") if rule.moves else anchors[rule.models[0]]
+            )
         scorers = {"proxy": reward.score} | {
             n: function_scorer([f]) for n, f in config.scores.items()
         }
@@ -181,37 +190,47 @@ class Stages:
             lambda directory: evaluate_policy(job, directory),
         )
 
-    def _train_reward(self, anchors: Anchors, sft: list[Checkpoint]) -> Checkpoint:
+    def _train_rewards(self, anchors: Anchors, sft: list[Checkpoint]) -> list[Checkpoint]:
+        """One reward model per seed, all on the same pairs."""
         config = self.recipe.reward
         init = anchors[config.init]
         if config.preferences is not None:
-            prompts = self._prompts(config.preferences.prompts)
-            job = PairsJob("preferences", sft, config.preferences, prompts, self.precision)
-            pairs = self._stage(
-                job.label,
-                config.preferences.model_dump(mode="json")
-                | {"max_prompt_tokens": self.recipe.rl.max_prompt_tokens},
-                {f"sft[{i}]": c.digest for i, c in enumerate(sft)}
-                | {
-                    "prompts": fingerprint(config.preferences.prompts),
-                    "labeller": function_digest(config.preferences.labeller),
-                },
-                lambda d: sample_pairs(job, d),
-            )
+            pairs = self._preferences(config.preferences, sft)
             rows, where, data = read_pairs(pairs.path), str(pairs.path), pairs.checkpoint.digest
         else:
             assert config.dataset is not None  # the schema: one of the four sources
             rows = load_rows(config.dataset, PREFERENCE_COLUMNS)
             where, data = describe(config.dataset), fingerprint(config.dataset)
-        reward_job = RewardJob("reward", init, rows, where, config, self.precision)
+        return [self._train_reward(seed, init, rows, where, data) for seed in config.seeds]
+
+    def _train_reward(
+        self, seed: int, init: Checkpoint, rows: list[Row], where: str, data: str
+    ) -> Checkpoint:
+        config = self.recipe.reward
+        label = "reward" if len(config.seeds) == 1 else f"reward seed {seed}"
+        job = RewardJob(label, init, rows, where, config, seed, self.precision)
+        elsewhere = {"dataset", "preferences", "paths", "functions", "init", "seeds"}
         return self._stage(
-            "reward",
-            config.model_dump(
-                mode="json", exclude={"dataset", "preferences", "path", "functions", "init"}
-            ),
+            label,
+            config.model_dump(mode="json", exclude=elsewhere) | {"seed": seed},
             {"init": init.digest, "data": data},
-            lambda d: train_reward(reward_job, d),
+            lambda directory: train_reward(job, directory),
         ).checkpoint
+
+    def _preferences(self, config: PreferencesConfig, sft: list[Checkpoint]) -> Stage:
+        prompts = self._prompts(config.prompts)
+        job = PairsJob("preferences", sft, config, prompts, self.precision)
+        return self._stage(
+            job.label,
+            config.model_dump(mode="json")
+            | {"max_prompt_tokens": self.recipe.rl.max_prompt_tokens},
+            {f"sft[{i}]": c.digest for i, c in enumerate(sft)}
+            | {
+                "prompts": fingerprint(config.prompts),
+                "labeller": function_digest(config.labeller),
+            },
+            lambda directory: sample_pairs(job, directory),
+        )
 
     def _critic_init(self, reward: Reward, init: Checkpoint) -> Checkpoint:
         """The reward model where it speaks the policy's tokens, else the policy's own start with a new head."""
@@ -219,6 +238,16 @@ class Stages:
             return init
         shared = models.same_vocabulary(reward.checkpoint.path, init.path)
         return reward.checkpoint if shared else init
+
+    def _monitored(self, anchors: Anchors) -> dict[str, Checkpoint]:
+        """The base and every SFT model that goes into any arm: the models whose KL is logged."""
+        used = {
+            index
+            for _, expression in self.recipe.expressions()
+            for index in ingredients_of(expression, self.recipe.soup.ingredients)
+        }
+        names = ["base", *(f"sft[{index}]" for index in sorted(used))]
+        return {name: anchors[name] for name in names}
 
     def _prompts(self, source: DataSource) -> list[Prompt]:
         if source not in self._loaded:

@@ -78,12 +78,13 @@ class Experience:
     logprobs: Float[Tensor, "B R"]
     ref_logprobs: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
+    """0 without a critic, as are `returns`."""
     scores: Float[Tensor, " B"]
-    """The reward model's verdict on each response, before the KL penalty."""
+    """The verdict on each response, normalised, clipped and fined for a missing EOS, before the KL penalty."""
     rewards: Float[Tensor, "B R"]
     """Per token, after the KL penalty."""
     advantages: Float[Tensor, "B R"]
-    """Whitened over the batch's real tokens."""
+    """PPO: whitened over the batch's real tokens. RLOO, GRPO: the episode's, on each of its tokens."""
     returns: Float[Tensor, "B R"]
 
     def __len__(self) -> int:
@@ -92,16 +93,22 @@ class Experience:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over the optimizer steps of one update (docs/metrics.md)."""
+    """Means over the optimizer steps of one update (docs/metrics.md); None where nothing of that kind happened."""
 
-    policy_loss: float
-    value_loss: float
-    clip_fraction: float
-    value_clip_fraction: float
-    approx_kl: float
-    ratio: float
-    grad_norm: float
-    critic_grad_norm: float
+    policy_loss: float | None = None
+    clip_fraction: float | None = None
+    approx_kl: float | None = None
+    ratio: float | None = None
+    kl_loss: float | None = None
+    grad_norm: float | None = None
+    value_loss: float | None = None
+    value_clip_fraction: float | None = None
+    critic_grad_norm: float | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that were measured."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 Batch = TypeVar("Batch", PromptBatch, Rollout, Experience)

@@ -122,7 +122,7 @@ def test_kill_9_in_sft_reward_and_rl_changes_nothing(finished, tmp_path):
     for stage, state in (
         ("sft-1", "checkpoint-*/complete"),
         ("reward", "checkpoint-*/complete"),
-        ("rl-salsa-seed-0", "state.pt"),
+        ("rl-salsa-seed-0", "state-*.pt"),
     ):
         _run_until(tmp_path, run / "stages", f"{stage}-*.partial/resume/{state}")
         assert not (run / "report.json").exists()
@@ -179,7 +179,7 @@ def test_finished_checkpoints_can_be_given_instead_of_training(finished, inputs,
     models = sorted(str(p) for p in (finished / "stages").iterdir() if p.name.startswith("sft-"))
     (reward,) = (str(p) for p in (finished / "stages").iterdir() if p.name.startswith("reward-"))
     done = salsa(
-        inputs, "run", "tiny.yaml", f"sft={{checkpoints: [{', '.join(models)}]}}", f"reward={{path: {reward}}}",
+        inputs, "run", "tiny.yaml", f"sft={{checkpoints: [{', '.join(models)}]}}", f"reward={{paths: [{reward}]}}",
         "rl.num_updates=2", "rl.seeds=[0]", "-o", str(tmp_path / "run"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

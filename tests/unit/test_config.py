@@ -69,27 +69,77 @@ BAD = {
     "rl.minibatch_size=6": "minibatch_size=6 does not divide rollout_size=32. Use 1, 2, 4, 8, 16 or 32.",
     "rl.microbatch_size=5": "microbatch_size=5 does not divide minibatch_size=32. Use 1, 2, 4, 8, 16 or 32.",
     "rl.arms.salsa.reference=sft[7]": "needs sft[7], but there are 2 SFT models (sft[0] to sft[1])",
-    "rl.arms.salsa.reference=sop": "'sop' names no model. Use sft[0], soup, soup[0,1], base, or a path",
+    "rl.arms.salsa.reference=sop": "'sop' names no model. Use sft[0], soup, soup[0,1], shrink(sft[0], base, 0.7),",
+    "rl.arms.salsa.reference=mixture(sft[0], sft[3])": "needs sft[3], but there are 2 SFT models",
+    "rl.arms.salsa.reference=mixture(sft[0])": "a mixture has two models or more, all with a weight or none",
+    "rl.arms.salsa.reference=mixture(0.7*sft[0], sft[1])": "a mixture has two models or more, all with a weight",
+    "rl.arms.salsa.reference=mixture(0.7*sft[0], 0.7*soup)": "weights must be above 0 and sum to 1, not 1.4.",
+    "rl.arms.salsa.reference=ema(sft[0], 1.5)": "'ema(sft[0], 1.5)': μ must lie between 0 and 1",
+    "rl.arms.salsa.reference=ema(none, 0.1)": "'none' names no model.",
+    "rl.arms.salsa.reference=reset(sft[0], 0.5)": "the period is a number of updates, 1 or more",
+    "rl.arms.salsa.reference=reset(sft[0])": "names no model. Use",
+    "soup={method: wise}": "soup: alpha belongs to method=wise, which needs it.",
+    "soup={alpha: 0.5}": "soup: alpha belongs to method=wise, which needs it.",
+    "soup={method: greedy}": "soup: score belongs to method=greedy, which needs it.",
+    "soup={method: model_stock, weights: [0.5, 0.5]}": "method=model_stock finds the weights itself.",
+    "rl.arms.salsa.init=none": "'none' names no model.",
+    "rl.arms.salsa.init=shrink(sft[0], base, 2)": "the share of the way from base lies between 0 and 1.",
+    "rl.arms.salsa.init=shrink(sft[0], sft[1], 0.5)": "names no model. Use",
+    "rl.algorithm=rloo": "algorithm=rloo compares the responses to one prompt. Set group_size to 2 or more.",
+    "rl.group_size=5": "group_size=5 does not divide rollout_size=32. Use 1, 2, 4, 8, 16 or 32.",
+    "rl={**rloo, critic_warmup: 1}": "critic_warmup=1 changes nothing with algorithm=rloo",
+    "rl={**rloo, gamma: 0.9}": "gamma=0.9 changes nothing with algorithm=rloo",
+    "rl={**rloo, critic: head}": "critic=head changes nothing with algorithm=rloo",
+    "rl.vf_coef=0.5": "vf_coef=0.5 changes nothing for a separate critic, which has an Adam of its own.",
+    "rl.critic_warmup=50": "critic_warmup=50 leaves none of 50 updates for the policy. Lower it.",
+    "rl.kl_in=loss": "kl_kind=k1 in the loss has an expected gradient of 0. Use k2",
+    "rl={**base, kl_coef: 0, adaptive_kl: {target: 3}}": "adaptive_kl cannot move kl_coef=0, which it multiplies.",
+    "rl={**base, kl_kind: k3, arms: {ppo: {init: base, reference: 'mixture(base, soup)'}}}": "a mixture is penalised "
+    "right by kl_kind=k1 with kl_in=reward, not by k3. Use that, or one reference.",
+    "rl.top_p=0.9": "rl: top_p is refused: truncated sampling draws from another distribution than",
+    "rl.top_k=50": "rl: top_k is refused: truncated sampling",
+    "rl.lora={rank: 0}": "rl.lora.rank=0: input should be greater than or equal to 1.",
+    "reward.functions=[{call: 'a:b', concurrency: 4}]": "concurrency=4 changes nothing while one call",
     "soup.weights=[0.5, 0.6]": "weights sum to 1.1, not to 1; scale them.",
     "soup.weights=[1.0]": "has 1 weights for 2 ingredients; give one each.",
     "eval.baseline=dpo": "eval.baseline='dpo' is not an arm. Did you mean 'ppo'?",
     "reward.functions=[{call: nothing}]": "'nothing' is not module:function, e.g. my_rewards:score.",
-    "reward.path=some/model": "reward: give exactly one of dataset, preferences, path and functions.",
+    "reward.paths=[some/model]": "reward: give exactly one of dataset, preferences, paths and functions.",
     "sft.checkpoints=[a/b]": "sft: give exactly one of dataset (to train) and checkpoints (trained before).",
     "model.chat_template=nowhere.jinja": "nowhere.jinja: no such file. Give the path of a Jinja template.",
-    "rl.algorithm=dqn": "rl.algorithm='dqn': input should be 'ppo'.",
+    "rl.algorithm=dqn": "rl.algorithm='dqn': input should be 'ppo', 'rloo' or 'grpo'.",
     "name=../x": "name='../x': string should match pattern",
     "nonsense": "override 'nonsense': write key=value, e.g. rl.kl_coef=0.1",
 }
 
 
+SECTIONS = {
+    "{**base, ": '{prompts: p.jsonl, arms: {ppo: {init: "sft[0]", reference: "sft[0]"}}, kl_coef: 0.1, ',
+    "{**rloo, ": "{**base, algorithm: rloo, group_size: 2, ",
+}
+
+
+def expanded(override: str) -> str:
+    for name in ("{**rloo, ", "{**base, "):
+        override = override.replace(name, SECTIONS[name])
+    return override.replace("kl_coef: 0.1, kl_coef: 0,", "kl_coef: 0,")
+
+
 @pytest.mark.parametrize("override", BAD)
 def test_messages(override, recipe_file):
     with pytest.raises(ConfigError) as caught:
-        Recipe.load(recipe_file, [override])
+        Recipe.load(recipe_file, [expanded(override)])
     message = str(caught.value)
     assert BAD[override] in message
     assert "\n" not in message
+
+
+def test_a_resolved_recipe_of_every_kind_reads_back(recipe_file, tmp_path):
+    """Defaults of keys that do not apply are written out too, and must not be refused when read."""
+    rl = "rl={**rloo, kl_in: loss, kl_kind: k3, adaptive_kl: {target: 3}, lora: {rank: 2}, select: best}"
+    recipe = Recipe.load(recipe_file, [expanded(rl)])
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
 
 
 def test_messages_name_the_file(recipe_file):

@@ -93,6 +93,67 @@ def test_token_rewards(kind):
     close(o.token_rewards(scores, logprobs, ref, mask, kl_coef=beta, kl_kind=kind), expected)
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_expected_gradient_of_each_estimator_in_the_loss(kind):
+    """By enumeration: k1 pulls nowhere, k2 along ∇KL(π ‖ ref), k3 along ∇KL(ref ‖ π); why k1 is refused there."""
+    logits = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    logprobs = logits.log_softmax(0)
+    drawn = logprobs.detach().exp()  # π weighs the samples and carries no gradient
+    (found,) = torch.autograd.grad((drawn * o.kl_estimate(logprobs, ref, kind)).sum(), logits)
+    p = logits.detach().exp() / logits.detach().exp().sum()
+    kl = sum(a * (math.log(a) - b) for a, b in zip(p.tolist(), ref.tolist(), strict=True))
+    expected = {
+        "k1": [0.0] * 3,
+        "k2": [p[i].item() * (math.log(p[i]) - ref[i].item() - kl) for i in range(3)],
+        "k3": [p[i].item() - math.exp(ref[i]) for i in range(3)],
+    }
+    close(found, expected[kind])
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_kl():
+    """Score function × k1, by enumeration, equals ∇KL(π ‖ ref): the reward's −β·k1 pulls towards the reference."""
+    logits = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    logprobs = logits.log_softmax(0)
+    weight = (logprobs.exp() * o.kl_estimate(logprobs, ref, "k1")).detach()
+    (found,) = torch.autograd.grad((weight * logprobs).sum(), logits, retain_graph=True)
+    (true,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+    close(found, true)
+
+
+def test_adapted_kl_coef_by_hand():
+    adapt = lambda kl: o.adapted_kl_coef(0.5, kl, target=4.0, horizon=100, num_episodes=10)
+    assert adapt(4.0) == 0.5
+    assert adapt(4.4) == pytest.approx(0.5 * (1 + 0.1 * 0.1))  # 10 % over the target
+    assert adapt(40.0) == pytest.approx(0.5 * 1.02)  # clipped at +0.2
+    assert adapt(-3.0) == pytest.approx(0.5 * 0.98)  # clipped at −0.2
+
+
+def test_moments_are_those_of_everything_together():
+    _, _, (x, *_) = ragged()
+    values, moments = [], o.Moments()
+    assert moments.std == 1.0
+    for row in (x[0, :1], x[1], x[2, :3]):
+        values += row.tolist()
+        moments = o.updated_moments(moments, row)
+        mean = sum(values) / len(values)
+        assert moments.mean == pytest.approx(mean, rel=1e-12)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    assert moments.std == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+def test_explained_variance():
+    lengths, mask, (returns, noise, *_) = ragged()
+    assert o.explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    values = 0.5 * returns + noise
+    g, v = real(returns, lengths), real(values, lengths)
+    spread = lambda xs: sum((a - sum(xs) / len(xs)) ** 2 for a in xs)
+    expected = 1 - spread([a - b for a, b in zip(g, v, strict=True)]) / spread(g)
+    assert o.explained_variance(values, returns, mask) == pytest.approx(expected)
+    assert o.explained_variance(values, torch.ones_like(returns), mask) == 0.0
+
+
 def test_token_rewards_without_penalty_sum_to_the_score():
     _, mask, (logprobs, ref, *_) = ragged()
     scores = torch.arange(B, dtype=torch.float64)

@@ -7,56 +7,16 @@ import pytest
 
 from salsa.config import PreferencesConfig, RewardFunction
 from salsa.data import Prompt
-from salsa.errors import WorkFailed
 from salsa.preferences import label_pairs
-from salsa.reward import function_scorer, model_scorer
+from salsa.reward import model_scorer
 
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
-FUNCTIONS = {
-    "lengths": lambda prompts, responses: [len(r) for r in responses],
-    "prompts": lambda prompts, responses: [{"a": 10.0, "b": 20.0}[p] for p in prompts],
-    "numpy": lambda prompts, responses: __import__("numpy").ones(len(responses), dtype="float32"),
-    "raises": lambda prompts, responses: 1 / 0,
-    "short": lambda prompts, responses: [1.0],
-    "nan": lambda prompts, responses: [1.0, float("nan")],
-    "text": lambda prompts, responses: ["good", "bad"],
-    "none": lambda prompts, responses: None,
-}
 
 
 @pytest.fixture(autouse=True)
 def module(monkeypatch):
-    monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(**FUNCTIONS))
-
-
-def scorer(*names_and_weights):
-    return function_scorer(
-        [RewardFunction(call=f"my_rewards:{n}", weight=w) for n, w in names_and_weights]
-    )
-
-
-def test_weighted_sum():
-    assert scorer(("lengths", 1.0), ("prompts", 0.5))(PROMPTS, ["xx", "yyy"]) == [7.0, 13.0]
-    assert scorer(("numpy", 2.0))(PROMPTS, ["x", "y"]) == [2.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "raises",
-            "reward my_rewards:raises: raised ZeroDivisionError: division by zero. Finished work is kept",
-        ),
-        ("short", "reward my_rewards:short: returned 1 scores for 2 responses. Return one each."),
-        ("nan", "reward my_rewards:nan: score 1 is nan for response 'yyy'. Return finite numbers."),
-        ("text", "reward my_rewards:text: score 0 is 'good'"),
-        ("none", "reward my_rewards:none: raised TypeError"),
-    ],
-)
-def test_failing_callables_stop_the_work_and_say_why(name, message):
-    with pytest.raises(WorkFailed) as caught:
-        scorer((name, 1.0))(PROMPTS, ["xx", "yyy"])
-    assert message in str(caught.value)
+    lengths = lambda prompts, responses: [len(r) for r in responses]
+    monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(lengths=lengths))
 
 
 def test_labels_follow_bradley_terry():
@@ -92,9 +52,64 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
     assert scores[1] != pytest.approx(scores[0], abs=1e-3)
 
 
-def test_digest_of_a_function_covers_its_weight():
-    """Else a stage made with another weight would be reused."""
-    from salsa.reward import function_digest
+def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_path):
+    """WARM through the stages: `reward.paths` of two models scores as the averaged classifier does."""
+    from safetensors.torch import load_file
 
-    one, two = (RewardFunction(call="my_rewards:lengths", weight=w) for w in (1.0, 2.0))
-    assert function_digest(one) == function_digest(one) != function_digest(two)
+    from salsa import models
+    from salsa.anchors import Anchors
+    from salsa.artifacts import Checkpoint, RunDirectory
+    from salsa.config import Recipe
+    from salsa.stages import Stages
+
+    paths = []
+    for seed in (5, 6):
+        source = make_checkpoint("llama", seed)
+        path = tmp_path / f"rm{seed}"
+        scorer = models.load_scorer(source.path, pad_id=0, new_head_seed=seed)
+        models.save(scorer, models.load_tokenizer(source.path), path)
+        paths.append(str(path))
+    recipe = Recipe.model_validate(
+        {
+            "name": "warm",
+            "model": {"path": str(source.path), "precision": "fp32"},
+            "sft": {"checkpoints": [str(source.path)]},
+            "soup": {"ingredients": [0]},
+            "reward": {"paths": paths},
+            "rl": {
+                "kl_coef": 0.1, "prompts": "p.jsonl", "arms": {"ppo": {"init": "base", "reference": "base"}},
+            },
+            "eval": {"prompts": "p.jsonl", "baseline": "ppo"},
+        }
+    )  # fmt: skip
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("recipe"):
+        stages = Stages(recipe, run)
+        sft = [stages.sft(0)]
+        reward = stages.reward(Anchors(run, stages.base, sft, recipe.soup), sft)
+    one, two, both = (
+        load_file(Checkpoint.of(path).path / "model.safetensors")
+        for path in (*paths, reward.checkpoint.path)
+    )
+    assert all(((one[k] + two[k]) / 2 - both[k]).abs().max() < 1e-6 for k in both)
+    assert "score.weight" in both
+    assert reward.score(PROMPTS, ["x", "y"]) == model_scorer(reward.checkpoint.path, "fp32")(
+        PROMPTS, ["x", "y"]
+    )
+
+
+def test_a_reward_model_of_another_family_and_tokenizer_scores(make_checkpoint, tmp_path):
+    """Decode, re-encode: a Gemma with its own chat template judges a Llama's words."""
+    from salsa import models
+
+    other = make_checkpoint(
+        "gemma", 3, template="{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    tokenizer = models.load_tokenizer(other.path)
+    models.save(models.load_scorer(other.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
+    prompt = Prompt((99, 98), ({"role": "user", "content": "hi"},), "hi")
+    ids = tokenizer("[hi][yo]", add_special_tokens=False)["input_ids"]
+    import torch
+
+    expected = models.load_scorer(tmp_path, pad_id=0)(torch.tensor([ids])).logits.item()
+    assert model_scorer(tmp_path, "fp32")([prompt], ["yo"]) == pytest.approx([expected], abs=1e-5)

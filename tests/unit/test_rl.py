@@ -8,56 +8,10 @@ import pytest
 import torch
 
 from salsa import make_soup, objectives
-from salsa import models as models_module
-from salsa.config import RLConfig
-from salsa.data import as_prompt
 from salsa.errors import CheckpointError, WorkFailed
-from salsa.rl import RLJob, _draw, train_rl
-from tests.conftest import tiny_tokenizer
-
-CONFIG = RLConfig(
-    kl_coef=0.1,
-    num_updates=4,
-    rollout_size=8,
-    minibatch_size=4,
-    num_epochs=2,
-    learning_rate=1e-3,
-    max_new_tokens=6,
-    checkpoint_every=2,
-)
-
-
-def ascii_share(prompts, responses):
-    return [sum(c.isascii() for c in r) / 6 for r in responses]
-
-
-@pytest.fixture(scope="module")
-def job(make_checkpoint):
-    init = make_checkpoint("llama", 0)
-    prompts = [
-        as_prompt({"prompt": f"question {i}" * (i % 3 + 1)}, tiny_tokenizer()) for i in range(12)
-    ]
-    return RLJob(
-        "rl test", init, init, init, CONFIG, prompts, ascii_share, seed=0, precision="fp32"
-    )
-
-
-def run(job, directory, **config):
-    directory.mkdir(exist_ok=True)
-    train_rl(replace(job, config=job.config.model_copy(update=config)), directory)
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(directory):
-    return {
-        p.name: p.read_bytes()
-        for d in (directory, directory / "critic")
-        for p in d.glob("*.safetensors")
-    }
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+from salsa.rl import _draw
+from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
+from tests.tiny_rl import CONFIG, run, run_killed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -100,49 +54,8 @@ def test_kl_penalty_holds_the_policy_back(job, tmp_path):
     assert held[-1]["kl"] < free[-1]["kl"] / 2
 
 
-def test_accumulation_does_not_change_the_result(job, tmp_path):
-    """One forward pass of 4 ≡ four of 1, up to the order of fp32 sums."""
-    run(job, tmp_path / "whole", num_updates=2)
-    run(job, tmp_path / "split", num_updates=2, microbatch_size=1)
-    whole, split = (
-        models_module.load_policy(tmp_path / name).state_dict() for name in ("whole", "split")
-    )
-    start = models_module.load_policy(job.init.path).state_dict()
-    moved = max((whole[key] - start[key]).abs().max() for key in whole)
-    apart = max((whole[key] - split[key]).abs().max() for key in whole)
-    assert moved > 1e-3 and apart < moved / 20
-
-
-def test_kill_and_resume_equals_straight_through_bit_for_bit(job, tmp_path):
-    straight = run(job, tmp_path / "straight")
-    calls = 0
-
-    def killed_in_the_fourth_update(prompts, responses):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return ascii_share(prompts, responses)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(replace(job, reward=killed_in_the_fourth_update), tmp_path / "killed")
-    assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 3
-    resumed = run(job, tmp_path / "killed")
-    assert without_times(resumed) == without_times(straight)
-    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
-
-
 def test_the_reference_may_not_change_between_kill_and_resume(job, make_checkpoint, tmp_path):
-    calls = []
-
-    def killed(prompts, responses):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return ascii_share(prompts, responses)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(replace(job, reward=killed), tmp_path / "a")
+    run_killed(job, tmp_path / "a", 3)
     with pytest.raises(CheckpointError, match="was anchored to reference"):
         run(replace(job, reference=make_checkpoint("llama", 3)), tmp_path / "a")
 
@@ -195,16 +108,15 @@ def test_missing_eos_penalty_lowers_the_reward_of_cut_responses(job, tmp_path):
 
 
 def test_prompts_are_drawn_in_passes_that_miss_nobody(job):
-    drawn = [p for update in range(3) for p in _draw(job.prompts, 8, seed=0, update=update)]
+    drawn = [p for update in range(3) for p in _draw(job.prompts, CONFIG, seed=0, update=update)]
     assert sorted(p.text for p in drawn) == sorted(p.text for p in job.prompts * 2)
-    assert _draw(job.prompts, 8, 0, 1) == _draw(job.prompts, 8, 0, 1) != _draw(job.prompts, 8, 1, 1)
+    assert _draw(job.prompts, CONFIG, 0, 1) == _draw(job.prompts, CONFIG, 0, 1)
+    assert _draw(job.prompts, CONFIG, 0, 1) != _draw(job.prompts, CONFIG, 1, 1)
 
 
 def test_states_are_written_whole_or_not_at_all(tmp_path):
-    from salsa.runtime.checkpoint import load_state, save_state
-
-    file = tmp_path / "resume" / "state.pt"
-    assert load_state(file) is None
+    file = state_file(tmp_path / "resume", 3)
+    assert saved_steps(tmp_path / "resume") == []
     save_state(file, {"x": torch.ones(3)})
 
     class Unpicklable:
@@ -214,3 +126,9 @@ def test_states_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         save_state(file, {"x": Unpicklable()})
     assert load_state(file)["x"].sum() == 3
+    assert saved_steps(tmp_path / "resume") == [3]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        CheckpointError, match="state-000003.pt: cannot be read .* Delete that file"
+    ):
+        load_state(file)

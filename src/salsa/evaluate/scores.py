@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa import models, objectives
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.data import Prompt
-from salsa.reward import Scorer
+from salsa.reward_functions import Scorer
 from salsa.rl import collect_rollout, decode, has_ended
 from salsa.runtime.local import autocast, seed_everything
 from salsa.runtime.tracking import round_figure, tracker

@@ -48,10 +48,17 @@ def _reward_line(recipe: Recipe) -> str:
     reward = recipe.reward
     if reward.functions:
         return "reward   " + ", ".join(f"{f.weight:g} x {f.call}" for f in reward.functions)
-    if reward.path is not None:
-        return f"reward   finished model {reward.path}"
+    if reward.paths:
+        return f"reward   finished: {', '.join(reward.paths)}" + _averaged(len(reward.paths))
     source = "synthetic preferences" if reward.preferences is not None else "preference pairs"
-    return f"reward   {reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
+    return (
+        f"reward   {reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
+        + _averaged(len(reward.seeds))
+    )
+
+
+def _averaged(count: int) -> str:
+    return f"; the weight average of {count}" if count > 1 else ""
 
 
 def _memory_line(recipe: Recipe) -> str:

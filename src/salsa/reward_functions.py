@@ -1,0 +1,151 @@
+"""Rewards that are functions: sync or async, in batches, some at once, with a time limit and retries.
+
+`async def` functions run in one event loop that lives as long as the process, so a client that they keep open stays
+usable. Other functions run in a thread of their own, so that one that hangs can be given up: the thread is a daemon and
+does not keep the process alive.
+"""
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+from salsa.config import DataSource, RewardFunction
+from salsa.data import Prompt, fingerprint, import_callable
+from salsa.errors import WorkFailed
+
+Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
+
+PAUSE_SECONDS = 1.0
+"""Before the first retry; each further one waits twice as long."""
+
+
+def function_scorers(functions: Sequence[RewardFunction]) -> dict[str, Scorer]:
+    """A scorer per callable, its weight included; a callable that is named twice gets a number."""
+    scorers: dict[str, Scorer] = {}
+    for number, function in enumerate(functions):
+        name = function.call if function.call not in scorers else f"{function.call} ({number})"
+        scorers[name] = function_scorer([function])
+    return scorers
+
+
+def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
+    """Weighted sum of callables `score(prompts, responses) -> scores`, which see lists of strings.
+
+    The scorer raises WorkFailed when a callable fails once more than it has retries, or returns the wrong number of
+    scores, or one that is no finite number.
+    """
+    loaded = [(function, import_callable(function.call)) for function in functions]
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        texts = [prompt.text for prompt in prompts]
+        total = [0.0] * len(responses)
+        for function, call in loaded:
+            scores = _scores(function, call, texts, list(responses))
+            total = [t + function.weight * s for t, s in zip(total, scores, strict=True)]
+        return total
+
+    return score
+
+
+def function_digest(function: RewardFunction) -> str:
+    """Digest of a callable and its weight: all that decides what its scorer returns."""
+    return fingerprint(DataSource(call=function.call)) + str(function.weight)
+
+
+def _scores(
+    function: RewardFunction, call: Callable[..., Any], prompts: list[str], responses: list[str]
+) -> list[float]:
+    """All batches of one callable, checked."""
+    size = function.batch_size or max(len(responses), 1)
+    batches = [
+        (prompts[start : start + size], responses[start : start + size])
+        for start in range(0, len(responses), size)
+    ]
+
+    async def all_batches() -> list[list[float]]:
+        slots = asyncio.Semaphore(function.concurrency)
+
+        async def one(batch: tuple[list[str], list[str]]) -> list[float]:
+            async with slots:
+                return _checked(function.call, await _tried(function, call, *batch), batch[1])
+
+        return await asyncio.gather(*map(one, batches))
+
+    results = asyncio.run_coroutine_threadsafe(all_batches(), _loop()).result()
+    return [score for result in results for score in result]
+
+
+async def _tried(
+    function: RewardFunction, call: Callable[..., Any], prompts: list[str], responses: list[str]
+) -> Any:
+    """What `call` returns, at the first attempt that neither raises nor takes too long."""
+    for attempt in range(function.retries + 1):
+        if attempt:
+            await asyncio.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            work = _started(call, prompts, responses)
+            return await asyncio.wait_for(work, function.timeout)
+        except TimeoutError as error:
+            failure: Exception = error
+            said = f"took longer than {function.timeout:g} s" if function.timeout else "timed out"
+        except Exception as error:
+            failure, said = error, f"raised {type(error).__name__}: {error}"
+    times = f" {function.retries + 1} times in a row" if function.retries else ""
+    raise WorkFailed(
+        f"reward {function.call}: {said}{times}. Finished work is kept; mend it and run again."
+    ) from failure
+
+
+def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
+    """The call under way: in the event loop if it is async, else in a thread."""
+    if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+        getattr(call, "__call__", None)  # noqa: B004 - an object whose __call__ is async
+    ):
+        return call(*arguments)
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it: its result is at most ignored
+
+    def work() -> None:
+        try:
+            result = call(*arguments)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=work, name="salsa-reward", daemon=True).start()
+    return asyncio.wrap_future(future)
+
+
+def _checked(name: str, result: Any, responses: Sequence[str]) -> list[float]:
+    try:
+        scores = list(result)
+    except TypeError as error:
+        raise WorkFailed(
+            f"reward {name}: returned {result!r}, not a list of scores. Return one number each."
+        ) from error
+    if len(scores) != len(responses):
+        raise WorkFailed(
+            f"reward {name}: returned {len(scores)} scores for {len(responses)} responses. Return one each."
+        )
+    for number, score in enumerate(scores):
+        if not isinstance(score, Real) or not math.isfinite(score):
+            raise WorkFailed(
+                f"reward {name}: score {number} is {score!r} for response {responses[number][:40]!r}. "
+                "Return finite numbers."
+            )
+    return [float(score) for score in scores]
+
+
+@lru_cache(maxsize=1)
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all async rewards, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="salsa-rewards", daemon=True).start()
+    return loop

@@ -1,0 +1,255 @@
+"""The recipe's `rl:` section. Torch-free.
+
+A key that would change nothing, or two keys that contradict each other, are errors.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from salsa.expressions import Anchor, check_model, parse_anchor
+from salsa.schema import (
+    Count,
+    DataSource,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seeds,
+    Strict,
+    check_divides,
+)
+
+_CRITIC_ONLY = (
+    "critic",
+    "critic_learning_rate",
+    "critic_warmup",
+    "vf_coef",
+    "gamma",
+    "gae_lambda",
+    "value_clip_range",
+)
+_TRUNCATION = ("top_p", "top_k", "min_p")
+
+
+class ArmConfig(Strict):
+    """One way of running RL. `init` and `reference` are separate, and both must be said."""
+
+    init: str
+    """Where the policy starts: a model (`salsa.expressions`), e.g. sft[0], soup, base, a path."""
+    reference: str
+    """What the KL pulls towards: a model (plain PPO: sft[0]; SALSA: soup), mixture(…), ema(…), reset(…) or none."""
+
+    @field_validator("init")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check_model(value)
+
+    @model_validator(mode="after")
+    def _parses(self) -> Self:
+        _ = self.anchor
+        return self
+
+    @property
+    def anchor(self) -> Anchor[str]:
+        """The reference, parsed."""
+        return parse_anchor(self.reference, self.init)
+
+
+class AdaptiveKL(Strict):
+    """β follows the measured KL to a target (Ziegler et al. 2019, section 2.2)."""
+
+    target: Positive
+    """The KL to own reference to hold, in nats per response."""
+    horizon: Count = 10_000
+    """Episodes over which β may change by a factor of about e^0.2."""
+
+
+class LoRAConfig(Strict):
+    """Low-rank adapters on a frozen base, which policy and critic share."""
+
+    rank: Count = 16
+    """r of ΔW = (alpha / r)·B·A."""
+    alpha: Count = 32
+    """Scale of the adapters."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get one; every one but the output head if not given."""
+
+
+class RLConfig(Strict):
+    """Policy optimization with a KL penalty towards the arm's reference."""
+
+    kl_coef: NonNegative
+    """β, the weight of the KL penalty; no default, since peers' defaults span 0 to 0.05."""
+    algorithm: Literal["ppo", "rloo", "grpo"] = "ppo"
+    """How advantages are estimated: GAE with a critic, against the rest of the group, or scaled within the group."""
+    num_updates: Count = 50
+    """Rollouts, each followed by num_epochs passes over it."""
+    rollout_size: Count = 32
+    """Episodes per update."""
+    group_size: Count = 1
+    """Responses per prompt; rloo and grpo need 2 or more."""
+    minibatch_size: Count | None = None
+    """Episodes per optimizer step; rollout_size if not given."""
+    microbatch_size: Count | None = None
+    """Episodes per forward pass; minibatch_size if not given."""
+    num_epochs: Count = 2
+    """Passes over each rollout."""
+    learning_rate: Positive = 1.0e-6
+    """Policy's learning rate, decayed linearly to 0."""
+    critic_learning_rate: Positive | None = None
+    """Critic's learning rate; the policy's if not given."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty acts: subtracted from the per-token reward, or added to the loss."""
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the per-token KL."""
+    adaptive_kl: AdaptiveKL | None = None
+    """Adapt β to a target KL; kl_coef is its first value."""
+    critic: Literal["separate", "head"] = "separate"
+    """A model of its own that starts from the reward model, or a scalar head on the policy's trunk."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 0
+    """First updates in which only the critic learns."""
+    vf_coef: Positive | None = None
+    """Weight of the value loss where it shares the policy's trunk (critic: head); 0.1 if not given."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    gae_lambda: Fraction = 0.95
+    """λ of generalised advantage estimation."""
+    clip_range: Positive = 0.2
+    """ε of the policy's clipped ratio."""
+    value_clip_range: Positive = 0.2
+    """How far a value may move from the one that was recorded with the rollout."""
+    max_grad_norm: Positive = 1.0
+    """Gradients of policy and critic are clipped to this norm, each by itself."""
+    temperature: Positive = 1.0
+    """Divides the logits of policy and reference alike, in sampling and in logprobs."""
+    max_new_tokens: Count = 32
+    """Length limit of a response, in tokens."""
+    max_prompt_tokens: Count = 256
+    """Longer prompts are dropped (and counted)."""
+    normalize_scores: bool = False
+    """Scale scores to mean 0 and deviation 1 by the moments of all scores so far."""
+    score_clip: Positive | None = None
+    """Scores (normalised, if they are) are cut to ± this."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response that hits the length limit, after scaling and clipping."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of all weights."""
+    monitor_kl_every: Count = 5
+    """Updates between measurements of the KL to every ingredient and to the base (also in the first and the last)."""
+    checkpoint_every: Count = 10
+    """Updates between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that stay while the run lasts; the best one stays besides."""
+    select: Literal["last", "best"] = "last"
+    """Which policy the run returns: the last, or that of the checkpoint with the highest mean reward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truncation(cls, values: Any) -> Any:
+        for key in _TRUNCATION:
+            if isinstance(values, dict) and key in values:
+                raise ValueError(
+                    f"{key} is refused: truncated sampling draws from another distribution than the logprobs "
+                    "describe, which biases every ratio. Use temperature"
+                )
+        return values
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        check_divides(self.rollout_size, self.group_size, "group_size", "rollout_size")
+        check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
+        check_divides(self.minibatch, self.microbatch_size, "microbatch_size", "minibatch_size")
+        return self
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> Self:
+        if self.algorithm != "ppo":
+            if self.group_size < 2:
+                raise ValueError(
+                    f"algorithm={self.algorithm} compares the responses to one prompt. Set group_size to 2 or more"
+                )
+            for name in _CRITIC_ONLY:
+                if getattr(self, name) != RLConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} changes nothing with algorithm={self.algorithm}, "
+                        "which has no critic. Remove it"
+                    )
+        if self.vf_coef is not None and self.critic == "separate":
+            raise ValueError(
+                f"vf_coef={self.vf_coef:g} changes nothing for a separate critic, which has an Adam of its own. "
+                "Remove it, or set critic: head"
+            )
+        if self.critic_warmup >= self.num_updates:
+            raise ValueError(
+                f"critic_warmup={self.critic_warmup} leaves none of {self.num_updates} updates for the policy. "
+                "Lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_is_meant(self) -> Self:
+        if self.kl_in == "loss" and self.kl_kind == "k1":
+            raise ValueError(
+                "kl_kind=k1 in the loss has an expected gradient of 0. Use k2 (the gradient of KL(π ‖ reference)) "
+                "or k3 (GRPO's), or kl_in: reward"
+            )
+        if self.adaptive_kl is not None and self.kl_coef == 0:
+            raise ValueError(
+                "adaptive_kl cannot move kl_coef=0, which it multiplies. Start above 0"
+            )
+        return self
+
+    @property
+    def minibatch(self) -> int:
+        """Episodes per optimizer step."""
+        return self.minibatch_size or self.rollout_size
+
+    @property
+    def microbatch(self) -> int:
+        """Episodes per forward pass."""
+        return self.microbatch_size or self.minibatch
+
+    @property
+    def value_weight(self) -> float:
+        """Factor on the value loss."""
+        if self.critic == "separate":
+            return 1.0
+        return 0.1 if self.vf_coef is None else self.vf_coef
+
+
+class RLSection(RLConfig):
+    """The recipe's `rl:`; one run per arm and seed."""
+
+    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+    """Name → init and reference."""
+    prompts: DataSource
+    """Rows with `prompt`, or `messages` whose last turn is the user's."""
+    seeds: Seeds = (0, 1)
+    """Runs per arm."""
+
+    @field_validator("arms")
+    @classmethod
+    def _names(cls, arms: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
+        for name in arms:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "sft":
+                raise ValueError(
+                    f"cannot have an arm named {name!r}; use letters, digits, . _ - (and not 'sft')"
+                )
+        return arms
+
+    @model_validator(mode="after")
+    def _mixtures_are_measured_right(self) -> Self:
+        wanted = "k1" if self.kl_in == "reward" else "k2"
+        for name, arm in self.arms.items():
+            if len(arm.anchor.models) > 1 and self.kl_kind != wanted:
+                raise ValueError(
+                    f"arms.{name}: a mixture is penalised right by kl_kind={wanted} with kl_in={self.kl_in}, "
+                    f"not by {self.kl_kind}. Use that, or one reference"
+                )
+        return self
+
+    @property
+    def config(self) -> RLConfig:
+        """What one run needs, without arms, prompts and seeds."""
+        return RLConfig(**{name: getattr(self, name) for name in RLConfig.model_fields})

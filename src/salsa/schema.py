@@ -1,0 +1,97 @@
+"""What the sections of a recipe are written with: number types, data sources, callables. Torch-free."""
+
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
+
+_CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class Strict(BaseModel):
+    """Frozen, closed to unknown keys, read without coercing text to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataSource(Strict):
+    """Where rows come from. A bare string is short for `path`."""
+
+    path: str | None = None
+    """A .jsonl, .json or .parquet file (or .gz of the first two), or a hub data set's name."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    call: str | None = None
+    """`module:function` returning a list of rows, instead of `path`."""
+    limit: Count | None = None
+    """Keep the first `limit` rows after the seeded shuffle."""
+    shuffle_seed: int = 0
+    """Seed of the shuffle that precedes `limit`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.call is None):
+            raise ValueError("give exactly one of path and call")
+        if self.call is not None:
+            check_call(self.call)
+        return self
+
+
+class RewardFunction(Strict):
+    """A callable `score(prompts: list[str], responses: list[str]) -> list[float]`, or `async def` of that form."""
+
+    call: str
+    """`module:function`; the module is looked for in the working directory too."""
+    weight: float = 1.0
+    """Factor on its scores in the sum of several functions."""
+    batch_size: Count | None = None
+    """Responses per call; all at once if not given."""
+    concurrency: Count = 1
+    """Calls under way at once."""
+    timeout: Positive | None = None
+    """Seconds that a call may take; no limit if not given."""
+    retries: Annotated[int, Field(ge=0)] = 0
+    """Attempts after one that raised or took too long, after 1, 2, 4, … seconds."""
+
+    @model_validator(mode="after")
+    def _concurrency_is_meant(self) -> Self:
+        if self.concurrency > 1 and self.batch_size is None:
+            raise ValueError(
+                f"concurrency={self.concurrency} changes nothing while one call takes all responses. Set batch_size"
+            )
+        return self
+
+    @field_validator("call")
+    @classmethod
+    def _importable(cls, value: str) -> str:
+        return check_call(value)
+
+
+def check_call(value: str) -> str:
+    """Return `value` if it reads `module:function`; ValueError if not."""
+    if not _CALL.fullmatch(value):
+        raise ValueError(f"{value!r} is not module:function, e.g. my_rewards:score")
+    return value
+
+
+def check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
+    """ValueError, with the divisors to choose from, if a given `part` does not divide `whole`."""
+    if part is not None and whole % part:
+        divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
+        choice = (
+            ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
+        )
+        raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")

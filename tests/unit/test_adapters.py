@@ -1,0 +1,164 @@
+"""LoRA equals full-weight arithmetic, and shares its base."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from salsa import make_soup, models
+from salsa import rl as rl_module
+from salsa.actors import load_actors
+from salsa.adapters import add_adapters, copy_effective, effective_parameters, shared_copy
+from salsa.config import LoRAConfig
+from salsa.errors import ConfigError
+from salsa.expressions import Anchor
+from tests.conftest import tiny_model
+from tests.tiny_rl import GRPO, changed, first_experience, run
+from tests.unit.test_models import rollout_of
+
+RANK_2 = LoRAConfig(rank=2, alpha=6)
+
+
+@pytest.fixture
+def adapted():
+    """A model with adapters that do something, and the same model with the sum W + (alpha/r)·B·A as its weights."""
+    model = tiny_model()
+    add_adapters(model, RANK_2, seed=0)
+    torch.manual_seed(1)
+    merged = tiny_model()
+    weights = merged.state_dict()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            b, a = module.lora_B["default"].weight, module.lora_A["default"].weight
+            torch.nn.init.normal_(b, std=0.1)
+            weights[f"{name}.weight"] += (6 / 2) * (b.detach() @ a.detach())
+    merged.load_state_dict(weights)
+    return model, merged
+
+
+def test_merged_equals_unmerged(adapted):
+    model, merged = adapted
+    rollout = rollout_of()
+    one, other = (models.response_stats(m, rollout, temperature=1.0).logprobs for m in adapted)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    plain = models.response_stats(tiny_model(), rollout, temperature=1.0).logprobs
+    assert (plain - one).abs().max() > 0.01
+    expected = dict(merged.named_parameters())
+    found = dict(effective_parameters(model))
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_are_the_chain_rule_of_the_full_ones(adapted):
+    """∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G, with G = ∂L/∂W of the merged model."""
+    model, merged = adapted
+    rollout = rollout_of()
+    for each in adapted:
+        models.response_stats(each, rollout, temperature=1.0).logprobs.sum().backward()
+    full = dict(merged.named_parameters())
+    seen = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            gradient = full[f"{name}.weight"].grad
+            torch.testing.assert_close(b.grad, 3 * gradient @ a.detach().T, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(a.grad, 3 * b.detach().T @ gradient, rtol=1e-3, atol=1e-4)
+            seen += 1
+    assert seen == 2 * 7
+
+
+def test_only_adapters_learn_and_all_share_one_base(job):
+    """Policy, critic and a reference that is the start: one set of base tensors."""
+    lora = changed(job, lora={"rank": 2}).config
+    actors = load_actors(
+        lora, init=job.init, critic_init=job.critic_init, anchor=job.anchor, pad_id=0, seed=0
+    )
+    is_base = lambda name: "embed" in name or "base_layer" in name
+    owned = lambda model: {p.data_ptr() for n, p in model.named_parameters() if is_base(n)}
+    base = owned(actors.policy)
+    assert len(base) == 1 + 2 * 7
+    assert owned(actors.critic) == base
+    assert base < {p.data_ptr() for p in actors.reference.models[0].parameters()}
+    learning = [n for n, p in actors.policy.named_parameters() if p.requires_grad]
+    assert learning and all(".lora_" in name for name in learning)
+    critic = [n for n, p in actors.critic.named_parameters() if p.requires_grad]
+    assert all(".lora_" in name or name == "score.weight" for name in critic)
+
+
+def test_shared_copies_are_independent_modules():
+    model = tiny_model()
+    twin = shared_copy(model)
+    add_adapters(twin, RANK_2, seed=0)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+
+
+def test_first_update_starts_at_the_reference_and_the_base_stays(job, tmp_path):
+    rows = run(job, tmp_path / "a", num_updates=3, lora={"rank": 2}, learning_rate=1e-2)
+    assert rows[0]["kl"] == 0.0 and rows[0]["value"] == 0.0
+    assert rows[2]["kl"] != 0.0
+    trained = models.load_policy(tmp_path / "a").state_dict()
+    start = models.load_policy(job.init.path).state_dict()
+    for key in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(trained[key], start[key])
+    delta = (
+        trained["model.layers.0.mlp.up_proj.weight"] - start["model.layers.0.mlp.up_proj.weight"]
+    )
+    assert delta.abs().max() > 0 and torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
+    critic = models.load_scorer(tmp_path / "a" / "critic", pad_id=0)
+    assert critic.get_submodule("score").weight.abs().max() > 0
+
+
+def test_one_step_towards_a_soup_equals_full_weight_arithmetic(job, make_checkpoint, tmp_path):
+    """The gradient of the whole RL loss, KL to a full-weight soup included, through adapters and through weights."""
+    soup = make_soup([job.init.path, make_checkpoint("llama", 1).path], out=tmp_path / "soup")
+    options = GRPO | {"kl_in": "loss", "kl_kind": "k2", "kl_coef": 0.5}
+    against = changed(replace(job, reference=soup), **options)
+    full, experience, _ = first_experience(against)
+    lora, _, _ = first_experience(changed(against, lora={"rank": 2, "alpha": 4}))
+    for actors in (full, lora):
+        loss, _ = rl_module._losses(actors, ("policy",), experience, against, 0.5)
+        loss.backward()
+    weights = dict(full.policy.named_parameters())
+    seen = 0
+    for name, module in lora.policy.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            expected = 2 * weights[f"{name}.weight"].grad @ a.detach().T
+            torch.testing.assert_close(b.grad, expected, rtol=1e-3, atol=1e-5)
+            seen += b.grad.abs().max() > 1e-4
+    assert seen == 2 * 7
+
+
+def test_ema_of_adapters_is_the_ema_of_weights(job, tmp_path):
+    """Averaging B and A apart would not be: the anchor follows W + (alpha/r)·B·A."""
+    rule = Anchor((job.init,), ema=0.25)
+    options = {"num_updates": 1, "num_epochs": 1, "minibatch_size": 8, "lora": {"rank": 2}}
+    run(replace(job, reference=rule), tmp_path / "a", **options)
+    start, policy, anchor = (
+        models.load_policy(path).state_dict()
+        for path in (job.init.path, tmp_path / "a", tmp_path / "a" / "reference")
+    )
+    for key, value in anchor.items():
+        torch.testing.assert_close(
+            value, 0.75 * start[key] + 0.25 * policy[key], atol=1e-6, rtol=1e-5
+        )
+
+
+def test_targets_that_do_not_exist(job):
+    with pytest.raises(ConfigError, match=r"rl.lora.target_modules=\['nothing'\]: "):
+        add_adapters(tiny_model(), LoRAConfig(target_modules=("nothing",)), seed=0)
+    model = tiny_model()
+    add_adapters(model, LoRAConfig(target_modules=("q_proj",)), seed=0)
+    assert {n.split(".")[-1] for n, m in model.named_modules() if hasattr(m, "lora_A")} == {
+        "q_proj"
+    }
+
+
+def test_copying_weights_does_not_touch_the_source(adapted):
+    model, merged = adapted
+    target = tiny_model("llama", 3)
+    copy_effective(model, target)
+    for key, value in target.state_dict().items():
+        torch.testing.assert_close(value, merged.state_dict()[key], rtol=1e-6, atol=1e-7)

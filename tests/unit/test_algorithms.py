@@ -1,0 +1,223 @@
+"""PPO, RLOO and GRPO against hand calculations, and every key of `rl:` against the claim that it changes something."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from salsa import objectives
+from salsa import rl as rl_module
+from salsa.actors import Progress, ValueHead
+from salsa.config import RLConfig
+from salsa.expressions import Anchor
+from salsa.rl import RLJob, estimate_advantages, shape_scores
+from tests.tiny_rl import GRPO, RLOO, ascii_share, changed, first_experience, run, without_times
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+REWARDS = torch.tensor([[-0.1, -0.2, 2.0], [1.0, 0, 0], [-0.5, 0.5, 0], [0.1, 0.1, 3.8]])
+
+
+def config(**options):
+    return RLConfig(**{"kl_coef": 0.1, "rollout_size": 4} | options)
+
+
+def test_rloo_compares_whole_rewards_with_the_rest_of_the_group():
+    """Sums 1.7, 1, 0, 4 in groups of 2: each minus the other, on every real token; no returns."""
+    values = torch.zeros_like(REWARDS)
+    advantages, returns = estimate_advantages(
+        REWARDS, values, MASK, config(algorithm="rloo", group_size=2)
+    )
+    expected = torch.tensor([[0.7] * 3, [-0.7, 0, 0], [-4.0, -4.0, 0], [4.0] * 3])
+    torch.testing.assert_close(advantages, expected)
+    assert (returns == 0).all()
+
+
+def test_grpo_scales_by_the_groups_deviation():
+    values = torch.zeros_like(REWARDS)
+    advantages, _ = estimate_advantages(
+        REWARDS, values, MASK, config(algorithm="grpo", group_size=2)
+    )
+    one = 0.35 / (0.7 / math.sqrt(2) + 1e-4)
+    two = 2.0 / (4.0 / math.sqrt(2) + 1e-4)
+    expected = torch.tensor([[one] * 3, [-one, 0, 0], [-two, -two, 0], [two] * 3])
+    torch.testing.assert_close(advantages, expected)
+
+
+def test_ppo_whitens_gae_over_the_real_tokens():
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) * MASK
+    advantages, returns = estimate_advantages(REWARDS, values, MASK, config(gamma=0.9))
+    raw, expected_returns = objectives.gae(REWARDS, values, MASK, gamma=0.9, gae_lambda=0.95)
+    torch.testing.assert_close(returns, expected_returns)
+    kept = advantages[MASK]
+    assert kept.mean().item() == pytest.approx(0, abs=1e-6)
+    assert kept.std().item() == pytest.approx(1, abs=1e-4)
+    slope = (kept[1] - kept[0]) / (raw[MASK][1] - raw[MASK][0])
+    assert slope > 0
+
+
+def test_scores_are_normalised_then_clipped_then_fined():
+    scores, ended = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([True, False, True, True])
+    options = config(normalize_scores=True, score_clip=1.0, missing_eos_penalty=0.25)
+    progress = Progress(kl_coef=0.1)
+    shaped = shape_scores(scores, ended, options, progress)
+    std = math.sqrt((9 + 4 + 1 + 36) / 3)
+    torch.testing.assert_close(shaped, torch.tensor([-3 / std, -2 / std - 0.25, -1 / std, 1.0]))
+    shape_scores(scores + 4, ended, options, progress)
+    assert progress.moments.n == 8 and progress.moments.mean == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("algorithm", [RLOO, GRPO], ids=["rloo", "grpo"])
+def test_reward_rises_without_a_critic(algorithm, job, tmp_path):
+    rows = run(
+        job, tmp_path / "a", num_updates=20, rollout_size=32, minibatch_size=16, learning_rate=1e-2,
+        kl_coef=0.0, **algorithm,
+    )  # fmt: skip
+    first, last = (sum(row["score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last > first + 0.2
+    assert "value_loss" not in rows[0] and not (tmp_path / "a" / "critic").exists()
+
+
+def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):
+    rows = run(
+        job, tmp_path / "a", num_updates=20, rollout_size=32, minibatch_size=16, learning_rate=1e-2,
+        kl_coef=0.0, critic="head",
+    )  # fmt: skip
+    first, last = (sum(row["score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+    assert last > first + 0.1
+    assert rows[0]["value"] == 0.0 != rows[-1]["value"]
+
+
+def test_responses_of_a_group_answer_one_prompt(job):
+    drawn = rl_module._draw(job.prompts, config(group_size=2), seed=0, update=0)
+    assert len(drawn) == 4 and drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint):
+    """Oracle: plain loops over real tokens; the reward is the bare score."""
+    apart = replace(job, reference=make_checkpoint("llama", 1))
+    apart = changed(apart, kl_in="loss", kl_kind="k3", kl_coef=0.7)
+    actors, found, figures = first_experience(apart)
+    assert figures["reward"] == pytest.approx(found.scores.mean().item(), abs=1e-6)
+    loss, parts = rl_module._losses(actors, ("policy", "critic"), found, apart, 0.7)
+    terms = []
+    for b, length in enumerate(found.rollout.lengths.tolist()):
+        for t in range(length):
+            d = (found.logprobs[b, t] - found.ref_logprobs[b, t]).item()
+            terms.append(math.exp(-d) - 1 + d)
+    mean = sum(terms) / len(terms)
+    assert mean > 0.1
+    assert parts["kl_loss"].item() == pytest.approx(mean, rel=1e-4)
+    rest = parts["policy_loss"] + parts["value_loss"]
+    assert loss.item() == pytest.approx(rest.item() + 0.7 * mean, rel=1e-4)
+
+
+def test_kl_in_the_reward_is_in_the_sequence_reward_of_rloo(job, make_checkpoint):
+    apart = replace(job, reference=make_checkpoint("llama", 1))
+    _, found, figures = first_experience(changed(apart, kl_coef=0.3, **RLOO))
+    kl = (found.logprobs - found.ref_logprobs).sum(1)
+    whole = found.scores - 0.3 * kl
+    torch.testing.assert_close(found.rewards.sum(1), whole, rtol=1e-4, atol=1e-5)
+    others = (whole[:4].sum() - whole[0]) / 3
+    assert found.advantages[0, 0].item() == pytest.approx((whole[0] - others).item(), abs=1e-4)
+    assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    spread = kl.std(correction=0).item() / math.sqrt(len(kl))
+    assert figures["kl_stderr"] == pytest.approx(spread, rel=1e-4)
+
+
+def test_a_head_sends_its_gradient_into_the_trunk_by_vf_coef(job):
+    """∂loss/∂trunk is linear in vf_coef; the head's values start at 0."""
+    norms = {}
+    for coef in (0.5, 1.0):
+        headed = changed(job, critic="head", vf_coef=coef)
+        actors, found, _ = first_experience(headed)
+        assert isinstance(actors.critic, ValueHead) and (found.values == 0).all()
+        torch.nn.init.ones_(actors.critic.score.weight)
+        still = replace(found, advantages=torch.zeros_like(found.advantages))
+        rl_module._losses(actors, ("policy", "critic"), still, headed, 0.0)[0].backward()
+        norms[coef] = actors.policy.model.layers[0].mlp.up_proj.weight.grad.norm().item()
+    assert norms[1.0] == pytest.approx(2 * norms[0.5], rel=1e-4) and norms[1.0] > 0
+
+
+@pytest.mark.parametrize("critic", ["separate", "head"])
+def test_warm_up_moves_the_critic_and_not_the_policy(critic, job, tmp_path):
+    rows = run(job, tmp_path / "a", num_updates=3, critic_warmup=2, critic=critic)
+    assert [("policy_loss" in row, "value_loss" in row) for row in rows] == [
+        (False, True), (False, True), (True, True),
+    ]  # fmt: skip
+    assert rows[0]["kl"] == rows[1]["kl"] == rows[2]["kl"] == 0.0
+    assert rows[0]["value"] != rows[2]["value"]
+
+
+def test_beta_follows_the_kl(job, make_checkpoint, tmp_path):
+    job = replace(job, reference=make_checkpoint("llama", 1))
+    options = {"num_updates": 3, "kl_coef": 0.5}
+    for target, sign in ((1000.0, -1), (0.001, 1)):
+        adaptive = {"target": target, "horizon": 80}
+        rows = run(
+            job, tmp_path / str(target), adaptive_kl=adaptive, **options
+        )  # fmt: skip
+        assert [row["kl_coef"] for row in rows] == pytest.approx(
+            [0.5 * (1 + sign * 0.2 * 8 / 80) ** k for k in range(3)], rel=1e-5
+        )
+
+
+CHANGES = {
+    "kl_coef": 1.0, "num_epochs": 1, "learning_rate": 1e-2, "critic_learning_rate": 1e-2, "kl_kind": "k3",
+    "critic": "head", "critic_warmup": 1, "gamma": 0.5, "gae_lambda": 0.1, "clip_range": 1e-4,
+    "value_clip_range": 1e-4, "max_grad_norm": 1e-2, "temperature": 0.5, "max_new_tokens": 3, "group_size": 2,
+    "normalize_scores": True, "score_clip": 0.1, "missing_eos_penalty": 1.0, "minibatch_size": 2, "rollout_size": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(job, make_checkpoint, tmp_path_factory):
+    reference = replace(job, reference=make_checkpoint("llama", 1))
+    return reference, run(reference, tmp_path_factory.mktemp("plain") / "a", num_updates=3)
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_every_key_changes_something(key, plain, tmp_path):
+    changed, rows = plain
+    value = CHANGES[key]
+    assert getattr(changed.config, key) != value
+    assert without_times(
+        run(changed, tmp_path / "a", num_updates=3, **{key: value})
+    ) != without_times(rows)
+
+
+def test_several_rewards_are_summed_and_each_is_logged(job, tmp_path):
+    lengths = lambda prompts, responses: [0.5 * len(r) for r in responses]
+    one = run(job, tmp_path / "one", num_updates=1)[0]
+    both = run(
+        replace(job, reward={"ascii": ascii_share, "long": lengths}),
+        tmp_path / "two",
+        num_updates=1,
+    )[0]
+    assert both["score_ascii"] == one["score"] and "score_reward" not in one
+    assert both["score"] == pytest.approx(both["score_ascii"] + both["score_long"], rel=1e-5)
+
+
+def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
+    other = make_checkpoint("llama", 1)
+    job = replace(job, reference=other, kl_to={"base": job.init, "sft[1]": other})
+    rows = run(job, tmp_path / "a", num_updates=4, monitor_kl_every=2)
+    assert [("kl_base" in row) for row in rows] == [True, False, True, True]
+    assert rows[0]["kl_base"] == 0.0
+    assert all(row["kl_sft[1]"] == row["kl"] for row in rows if "kl_base" in row)
+    plain = run(replace(job, kl_to={}), tmp_path / "b", num_updates=4)
+    watched = [{k: v for k, v in row.items() if k not in ("kl_base", "kl_sft[1]")} for row in rows]
+    assert without_times(watched) == without_times(plain), (
+        "measuring must not change what is measured"
+    )
+
+
+def test_a_bare_checkpoint_is_an_anchor_that_stands_still(job):
+    assert job.anchor == Anchor((job.reference,)) == replace(job, reference=job.anchor).anchor
+
+
+def test_job_is_what_the_public_api_says():
+    from salsa import RLJob as exported
+
+    assert exported is RLJob and json.dumps(RLConfig(kl_coef=0.1).model_dump(mode="json"))

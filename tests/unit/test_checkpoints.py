@@ -1,0 +1,100 @@
+"""Which states stay, which policy is returned, and what a failure leaves behind."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from salsa import models, objectives
+from salsa.errors import CheckpointError, WorkFailed
+from salsa.runtime.checkpoint import load_state, saved_steps, state_file
+from tests.tiny_rl import ascii_share, run, run_killed, weights
+
+
+def scripted(*scores):
+    """A reward that gives all responses of the k-th update the k-th score, and then is killed."""
+    script = iter(scores)
+
+    def reward(prompts, responses):
+        score = next(script, None)
+        if score is None:
+            raise KeyboardInterrupt
+        return [score] * len(responses)
+
+    return reward
+
+
+def test_the_newest_and_the_best_stay(job, tmp_path):
+    """The score peaks in updates 3 and 4, before the second checkpoint."""
+    peaked = replace(job, reward=scripted(0.0, 0.0, 5.0, 5.0, *[1.0] * 7))
+    with pytest.raises(KeyboardInterrupt):
+        run(peaked, tmp_path / "a", num_updates=14, keep_checkpoints=2, kl_coef=0.0)
+    assert saved_steps(tmp_path / "a" / "resume") == [4, 8, 10]
+    state = load_state(state_file(tmp_path / "a" / "resume", 10))
+    assert state["progress"]["best"] == (4, 5.0)
+    assert {"policy", "critic", "policy_optimizer", "critic_optimizer", "reference"} < state.keys()
+
+
+def test_select_best_returns_the_best_policy(job, tmp_path, capsys):
+    scores = [0.0, 0.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1.0]
+    options = {"kl_coef": 0.0, "num_updates": 8, "keep_checkpoints": 1}
+    run(replace(job, reward=scripted(*scores)), tmp_path / "last", **options)
+    run(replace(job, reward=scripted(*scores)), tmp_path / "best", select="best", **options)
+    assert "returns to update 4, mean reward 5" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(job, reward=scripted(*scores[:4])), tmp_path / "four", **options)
+    state = load_state(state_file(tmp_path / "four" / "resume", 4))
+    best = dict(models.load_policy(tmp_path / "best").named_parameters())
+    assert all(torch.equal(best[key], value) for key, value in state["policy"].items())
+    assert weights(tmp_path / "best") != weights(tmp_path / "last")
+
+
+def test_select_best_keeps_the_last_where_it_is_best(job, tmp_path):
+    for name, select in (("a", "best"), ("b", "last")):
+        rising = replace(job, reward=scripted(0.0, 1.0, 2.0, 3.0, 4.0))
+        run(rising, tmp_path / name, num_updates=5, kl_coef=0.0, select=select)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_nan_keeps_the_last_good_checkpoint(job, tmp_path, monkeypatch):
+    """NaN in the fourth update: the state of the second stays, finite, and the run goes on from there."""
+    real, calls = objectives.policy_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        result = real(*args, **kwargs)
+        return result._replace(loss=result.loss * float("nan")) if len(calls) > 12 else result
+
+    monkeypatch.setattr(objectives, "policy_loss", poisoned)
+    with pytest.raises(WorkFailed, match="policy_loss is nan at update 4. The last checkpoint is"):
+        run(job, tmp_path / "a")
+    state = load_state(state_file(tmp_path / "a" / "resume", 2))
+    assert all(value.isfinite().all() for value in state["policy"].values())
+    monkeypatch.undo()
+    assert len(run(job, tmp_path / "a")) == 4
+
+
+def test_a_failing_reward_keeps_the_checkpoint(job, tmp_path):
+    calls = []
+
+    def broken(prompts, responses):
+        calls.append(1)
+        if len(calls) == 3:
+            raise WorkFailed("reward x: raised OSError")
+        return ascii_share(prompts, responses)
+
+    with pytest.raises(WorkFailed, match="OSError"):
+        run(replace(job, reward=broken), tmp_path / "a")
+    assert saved_steps(tmp_path / "a" / "resume") == [2]
+
+
+def test_an_unreadable_state_says_which_file_to_delete(job, tmp_path):
+    run_killed(job, tmp_path / "a", 5, num_updates=6)
+    newest = state_file(tmp_path / "a" / "resume", 4)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(
+        CheckpointError, match="state-000004.pt: cannot be read .* Delete that file"
+    ):
+        run(job, tmp_path / "a", num_updates=6)
+    newest.unlink()
+    assert len(run(job, tmp_path / "a", num_updates=6)) == 6
