@@ -149,19 +149,15 @@ class Stages:
         """Samples of one policy, the `number`-th seed of its arm, on the held-out prompts."""
         config, section = self.recipe.eval, self.recipe.rl
         anchor = anchors[config.anchor]
-        reference = anchor
-        if arm in section.arms:
-            rule = section.arms[arm].anchor
-            reference = (
-                Checkpoint.of(policy.path / "reference") if rule.moves else anchors[rule.models[0]]
-            )
+        references, mixed = self._references(arm, policy, anchors, anchor)
         scorers = {"proxy": reward.score} | {
             n: function_scorer([f]) for n, f in config.scores.items()
         }
         job = EvalJob(
             label=f"eval {arm} seed {section.seeds[number]}",
             policy=policy,
-            kl_to={"anchor": anchor, "reference": reference},
+            kl_to={"anchor": anchor} | references,
+            mixed=mixed,
             prompts=self._prompts(config.prompts),
             scorers=scorers,
             max_new_tokens=config.max_new_tokens or section.max_new_tokens,
@@ -181,7 +177,8 @@ class Stages:
             },
             {
                 "policy": policy.digest,
-                "reference": reference.digest,
+                **{name: checkpoint.digest for name, checkpoint in references.items()},
+                "mixed": str(mixed),
                 "anchor": anchor.digest,
                 "reward": reward.digest,
                 "prompts": fingerprint(config.prompts),
@@ -189,6 +186,20 @@ class Stages:
             | self._score_digests(),
             lambda directory: evaluate_policy(job, directory),
         )
+
+    def _references(
+        self, arm: str, policy: Checkpoint, anchors: Anchors, anchor: Checkpoint
+    ) -> tuple[dict[str, Checkpoint], dict[str, dict[str, float]]]:
+        """What an arm's KL is measured to (a moving anchor: where it ended), and how a mixture's parts weigh."""
+        if arm not in self.recipe.rl.arms:
+            return {"reference": anchor}, {}
+        rule = self.recipe.rl.arms[arm].anchor
+        if rule.moves:
+            return {"reference": Checkpoint.of(policy.path / "reference")}, {}
+        if len(rule.models) == 1:
+            return {"reference": anchors[rule.models[0]]}, {}
+        parts = {f"reference[{i}]": anchors[model] for i, model in enumerate(rule.models)}
+        return parts, {"reference": dict(zip(parts, rule.weights, strict=True))}
 
     def _train_rewards(self, anchors: Anchors, sft: list[Checkpoint]) -> list[Checkpoint]:
         """One reward model per seed, all on the same pairs."""
