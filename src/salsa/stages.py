@@ -7,7 +7,7 @@ from typing import Any
 
 from salsa import models
 from salsa.anchors import Anchors, identity
-from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve
+from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve, sha256_tree
 from salsa.config import DataSource, PreferencesConfig, Recipe
 from salsa.data import (
     PREFERENCE_COLUMNS,
@@ -30,6 +30,7 @@ from salsa.reward_functions import function_digest, function_scorer, function_sc
 from salsa.rl import RLJob, train_rl
 from salsa.runtime.tracking import say
 from salsa.sft import SFTJob, train_sft
+from salsa.soup import write_soup
 
 
 def rl_label(arm: str, seed: int) -> str:
@@ -82,7 +83,7 @@ class Stages:
         """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
         config = self.recipe.sft
         if config.dataset is None:
-            return Checkpoint.of(resolve(config.checkpoints[index]))
+            return self._finished_sft(index, resolve(config.checkpoints[index]))
         seed = config.seeds[index]
         job = SFTJob(f"sft[{index}]", self.base, config, seed, self.precision)
         return self._stage(
@@ -90,6 +91,18 @@ class Stages:
             config.model_dump(mode="json", exclude={"seeds", "dataset"}) | {"seed": seed},
             {"base": self.base.digest, "data": fingerprint(config.dataset)},
             lambda directory: train_sft(job, directory),
+        ).checkpoint
+
+    def _finished_sft(self, index: int, path: Path) -> Checkpoint:
+        """A checkpoint that was given; a LoRA adapter is added to the recipe's base first."""
+        if not (path / "adapter_config.json").is_file():
+            return Checkpoint.of(path)
+        adapter = Checkpoint(path, sha256_tree(path))
+        return self._stage(
+            f"sft[{index}]",
+            {},
+            {"base": self.base.digest, "adapter": adapter.digest},
+            lambda directory: write_soup([adapter], directory, base=self.base),
         ).checkpoint
 
     def reward(self, anchors: Anchors, sft: list[Checkpoint]) -> Reward:
@@ -279,7 +292,7 @@ class Stages:
         label: str,
         config: dict[str, Any],
         inputs: dict[str, str],
-        work: Callable[[Path], None],
+        work: Callable[[Path], object],
     ) -> Stage:
         stage = self.run.stage(
             label, config=config | {"precision": self.precision}, inputs=inputs, work=work
