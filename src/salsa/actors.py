@@ -13,6 +13,7 @@ from salsa.adapters import add_adapters, copy_effective, shared_copy
 from salsa.anchors import Reference
 from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
+from salsa.errors import WorkFailed
 from salsa.expressions import Anchor
 from salsa.objectives import Moments
 from salsa.runtime.checkpoint import (
@@ -153,10 +154,20 @@ def save_actors(
 
 
 def save_progress(actors: Actors, progress: Progress, directory: Path, *, keep_last: int) -> None:
-    """Write a resume state; drop those that neither are new nor the best."""
+    """Write a resume state; drop those that neither are new nor the best.
+
+    Raises:
+        WorkFailed: a weight is no longer finite.
+    """
     if progress.best is None or progress.reward > progress.best[1]:
         progress.best = (progress.update, progress.reward)
     progress.rewards = []
+    for name, (model, _) in actors.learners.items():
+        if not all(weight.isfinite().all() for weight in _trained(model).values()):
+            raise WorkFailed(
+                f"{directory}: the {name}'s weights hold NaN or Inf after update {progress.update}. "
+                "The last checkpoint is kept; try a smaller rl.learning_rate."
+            )
     state: dict[str, Any] = {"progress": vars(progress) | {"moments": tuple(progress.moments)}}
     for name, (model, optimizer) in actors.learners.items():
         state[name] = _trained(model)

@@ -126,7 +126,7 @@ class Reference:
         return sum(weighted[1:], start=weighted[0])
 
     def after_step(self, policy: PreTrainedModel) -> None:
-        """EMA: θ ← (1−μ)·θ + μ·θ_policy after an optimizer step (WARP, Ramé et al. 2024, section 3)."""
+        """EMA: θ ← (1−μ)·θ + μ·θ_policy after an optimizer step (WARP, Ramé et al. 2024, stage 1)."""
         if self.anchor.ema is not None:
             self._move(policy, self.anchor.ema)
 

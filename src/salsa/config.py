@@ -62,7 +62,7 @@ class SFTConfig(Strict):
     dataset: DataSource | None = None
     """Rows with `messages`, or with `prompt` and `completion`."""
     checkpoints: tuple[str, ...] = ()
-    """Finished SFT models instead of training: directories or hub names; sft[i] is the i-th."""
+    """Finished SFT models instead of training: directories or hub names, LoRA adapters too; sft[i] is the i-th."""
     seeds: Seeds = (0, 1)
     """One model per seed (data order); sft[i] is the model of seeds[i]."""
     epochs: Positive = 1.0

@@ -210,7 +210,7 @@ def adapted_kl_coef(
 
 
 def updated_moments(moments: Moments, x: Float[Tensor, " B"]) -> Moments:
-    """Moments of everything seen and `x` together (Chan, Golub and LeVeque 1983, eq. 1.5)."""
+    """Moments of everything seen and `x` together (Chan, Golub and LeVeque 1983)."""
     numbers = x.double()
     count = moments.n + len(numbers)
     mean = numbers.mean().item()

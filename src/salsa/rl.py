@@ -29,7 +29,7 @@ from salsa.actors import (
     save_progress,
 )
 from salsa.alarms import Alarms
-from salsa.artifacts import Checkpoint, read_jsonl
+from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
 from salsa.config import RLConfig
 from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError, WorkFailed
@@ -114,16 +114,15 @@ def train_rl(job: RLJob, directory: Path) -> None:
             _require_finite(job.label, update, stats.figures)
             row = figures | stats.figures | _timings(clock, rollout)
             log.log(update + 1, row)
-            for message in alarms.observe(row | {"step": update + 1}):
-                say(f"{job.label}: {message}")
+            if messages := alarms.observe(row | {"step": update + 1}):
+                write_atomic(directory / "alarms.log", "\n".join(alarms.raised.values()) + "\n")
+                say("\n".join(f"{job.label}: {message}" for message in messages))
             advance(actors, progress, config, figures)
             if (
                 progress.update % config.checkpoint_every == 0
                 and progress.update < config.num_updates
             ):
                 save_progress(actors, progress, states, keep_last=config.keep_checkpoints)
-    if alarms.raised:
-        (directory / "alarms.log").write_text("\n".join(alarms.raised.values()) + "\n")
     if config.select == "best":
         _return_to_best(actors, progress, states, job.label)
     save_actors(actors, tokenizer, job.init, directory)
@@ -168,7 +167,7 @@ def compute_experience(
     texts = decode(rollout, tokenizer)
     ended = has_ended(rollout, sampling.eos_ids)
     parts = {
-        name: torch.tensor(scorer(prompts, texts), device=mask.device)
+        name: torch.tensor(scorer(prompts, texts), dtype=torch.float32, device=mask.device)
         for name, scorer in job.rewards.items()
     }
     raw_scores = torch.stack(list(parts.values())).sum(dim=0)

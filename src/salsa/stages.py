@@ -7,7 +7,7 @@ from typing import Any
 
 from salsa import models
 from salsa.anchors import Anchors, identity
-from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve
+from salsa.artifacts import Checkpoint, RunDirectory, Stage, resolve, sha256_tree
 from salsa.config import DataSource, PreferencesConfig, Recipe
 from salsa.data import (
     PREFERENCE_COLUMNS,
@@ -30,6 +30,7 @@ from salsa.reward_functions import function_digest, function_scorer, function_sc
 from salsa.rl import RLJob, train_rl
 from salsa.runtime.tracking import say
 from salsa.sft import SFTJob, train_sft
+from salsa.soup import write_soup
 
 
 def rl_label(arm: str, seed: int) -> str:
@@ -82,7 +83,7 @@ class Stages:
         """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
         config = self.recipe.sft
         if config.dataset is None:
-            return Checkpoint.of(resolve(config.checkpoints[index]))
+            return self._finished_sft(index, resolve(config.checkpoints[index]))
         seed = config.seeds[index]
         job = SFTJob(f"sft[{index}]", self.base, config, seed, self.precision)
         return self._stage(
@@ -90,6 +91,18 @@ class Stages:
             config.model_dump(mode="json", exclude={"seeds", "dataset"}) | {"seed": seed},
             {"base": self.base.digest, "data": fingerprint(config.dataset)},
             lambda directory: train_sft(job, directory),
+        ).checkpoint
+
+    def _finished_sft(self, index: int, path: Path) -> Checkpoint:
+        """A checkpoint that was given; a LoRA adapter is added to the recipe's base first."""
+        if not (path / "adapter_config.json").is_file():
+            return Checkpoint.of(path)
+        adapter = Checkpoint(path, sha256_tree(path))
+        return self._stage(
+            f"sft[{index}]",
+            {},
+            {"base": self.base.digest, "adapter": adapter.digest},
+            lambda directory: write_soup([adapter], directory, base=self.base),
         ).checkpoint
 
     def reward(self, anchors: Anchors, sft: list[Checkpoint]) -> Reward:
@@ -149,19 +162,15 @@ class Stages:
         """Samples of one policy, the `number`-th seed of its arm, on the held-out prompts."""
         config, section = self.recipe.eval, self.recipe.rl
         anchor = anchors[config.anchor]
-        reference = anchor
-        if arm in section.arms:
-            rule = section.arms[arm].anchor
-            reference = (
-                Checkpoint.of(policy.path / "reference") if rule.moves else anchors[rule.models[0]]
-            )
+        references, mixed = self._references(arm, policy, anchors, anchor)
         scorers = {"proxy": reward.score} | {
             n: function_scorer([f]) for n, f in config.scores.items()
         }
         job = EvalJob(
             label=f"eval {arm} seed {section.seeds[number]}",
             policy=policy,
-            kl_to={"anchor": anchor, "reference": reference},
+            kl_to={"anchor": anchor} | references,
+            mixed=mixed,
             prompts=self._prompts(config.prompts),
             scorers=scorers,
             max_new_tokens=config.max_new_tokens or section.max_new_tokens,
@@ -181,7 +190,8 @@ class Stages:
             },
             {
                 "policy": policy.digest,
-                "reference": reference.digest,
+                **{name: checkpoint.digest for name, checkpoint in references.items()},
+                "mixed": str(mixed),
                 "anchor": anchor.digest,
                 "reward": reward.digest,
                 "prompts": fingerprint(config.prompts),
@@ -189,6 +199,20 @@ class Stages:
             | self._score_digests(),
             lambda directory: evaluate_policy(job, directory),
         )
+
+    def _references(
+        self, arm: str, policy: Checkpoint, anchors: Anchors, anchor: Checkpoint
+    ) -> tuple[dict[str, Checkpoint], dict[str, dict[str, float]]]:
+        """What an arm's KL is measured to (a moving anchor: where it ended), and how a mixture's parts weigh."""
+        if arm not in self.recipe.rl.arms:
+            return {"reference": anchor}, {}
+        rule = self.recipe.rl.arms[arm].anchor
+        if rule.moves:
+            return {"reference": Checkpoint.of(policy.path / "reference")}, {}
+        if len(rule.models) == 1:
+            return {"reference": anchors[rule.models[0]]}, {}
+        parts = {f"reference[{i}]": anchors[model] for i, model in enumerate(rule.models)}
+        return parts, {"reference": dict(zip(parts, rule.weights, strict=True))}
 
     def _train_rewards(self, anchors: Anchors, sft: list[Checkpoint]) -> list[Checkpoint]:
         """One reward model per seed, all on the same pairs."""
@@ -268,7 +292,7 @@ class Stages:
         label: str,
         config: dict[str, Any],
         inputs: dict[str, str],
-        work: Callable[[Path], None],
+        work: Callable[[Path], object],
     ) -> Stage:
         stage = self.run.stage(
             label, config=config | {"precision": self.precision}, inputs=inputs, work=work

@@ -9,9 +9,12 @@ from salsa import make_soup, models
 from salsa import rl as rl_module
 from salsa.actors import load_actors
 from salsa.adapters import add_adapters, copy_effective, effective_parameters, shared_copy
-from salsa.config import LoRAConfig
+from salsa.anchors import Anchors
+from salsa.artifacts import RunDirectory
+from salsa.config import LoRAConfig, Recipe
 from salsa.errors import ConfigError
 from salsa.expressions import Anchor
+from salsa.stages import Stages
 from tests.conftest import tiny_model
 from tests.tiny_rl import GRPO, changed, first_experience, run
 from tests.unit.test_models import rollout_of
@@ -144,6 +147,44 @@ def test_ema_of_adapters_is_the_ema_of_weights(job, tmp_path):
         torch.testing.assert_close(
             value, 0.75 * start[key] + 0.25 * policy[key], atol=1e-6, rtol=1e-5
         )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_soup_of_adapters_is_the_mean_of_their_products(make_checkpoint, tmp_path):
+    """sft.checkpoints of two peft adapters: the reference is W + mean(s·B·A), not W + s·mean(B)·mean(A)."""
+    import peft
+
+    base = make_checkpoint("llama", 0)
+    deltas = []
+    for number in (0, 1):
+        lora = peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear")
+        model = peft.get_peft_model(tiny_model(), lora)
+        torch.manual_seed(number)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        layer = model.get_base_model().model.layers[1].self_attn.q_proj
+        deltas.append(layer.get_delta_weight("default").detach())
+        model.peft_config["default"].base_model_name_or_path = str(base.path)
+        model.save_pretrained(tmp_path / f"adapter{number}")
+    recipe = Recipe.model_validate(
+        {
+            "name": "adapters",
+            "model": {"path": str(base.path), "precision": "fp32"},
+            "sft": {"checkpoints": [str(tmp_path / "adapter0"), str(tmp_path / "adapter1")]},
+            "reward": {"functions": [{"call": "a:b"}]},
+            "rl": {"kl_coef": 0.1, "prompts": "p.jsonl", "arms": {"a": {"init": "sft[0]", "reference": "soup"}}},
+            "eval": {"prompts": "p.jsonl", "baseline": "a"},
+        }
+    )  # fmt: skip
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("recipe"):
+        stages = Stages(recipe, run)
+        soup = Anchors(run, stages.base, [stages.sft(0), stages.sft(1)], recipe.soup)["soup"]
+    key = "model.layers.1.self_attn.q_proj.weight"
+    found = models.load_policy(soup.path).state_dict()[key]
+    start = models.load_policy(base.path).state_dict()[key]
+    torch.testing.assert_close(found - start, (deltas[0] + deltas[1]) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_that_do_not_exist(job):

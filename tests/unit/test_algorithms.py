@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salsa import objectives
+from salsa import models, objectives
 from salsa import rl as rl_module
 from salsa.actors import Progress, ValueHead
+from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
 from salsa.expressions import Anchor
 from salsa.rl import RLJob, estimate_advantages, shape_scores
@@ -87,6 +88,31 @@ def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):
     first, last = (sum(row["score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
     assert last > first + 0.1
     assert rows[0]["value"] == 0.0 != rows[-1]["value"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, RLOO, GRPO | {"kl_in": "loss", "kl_kind": "k2"}, GRPO | {"kl_in": "loss", "kl_kind": "k3"}],
+    ids=["ppo", "rloo", "k2 in the loss", "k3 in the loss"],
+)  # fmt: skip
+def test_kl_falls_where_it_is_all_there_is(options, job, make_checkpoint, tmp_path):
+    """The reward is 0 and the reference lies a short way from the start: a flipped sign would raise the KL."""
+    other = models.load_policy(make_checkpoint("llama", 0).path)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    models.save(other, models.load_tokenizer(job.init.path), tmp_path / "near")
+    apart = replace(
+        job, reference=Checkpoint.of(tmp_path / "near"), reward=lambda prompts, responses: [0.0] * len(responses)
+    )  # fmt: skip
+    rows = run(
+        apart, tmp_path / "a", num_updates=16, rollout_size=64, minibatch_size=32, learning_rate=3e-3,
+        kl_coef=1.0, **options,
+    )  # fmt: skip
+    first, last = (sum(row["kl"] for row in part) / 4 for part in (rows[:4], rows[-4:]))
+    assert last < 0.8 * first
 
 
 def test_responses_of_a_group_answer_one_prompt(job):

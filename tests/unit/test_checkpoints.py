@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from salsa import models, objectives
+from salsa.actors import Progress, save_progress
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.runtime.checkpoint import load_state, saved_steps, state_file
-from tests.tiny_rl import ascii_share, run, run_killed, weights
+from tests.tiny_rl import ascii_share, first_experience, run, run_killed, weights
 
 
 def scripted(*scores):
@@ -72,6 +73,16 @@ def test_nan_keeps_the_last_good_checkpoint(job, tmp_path, monkeypatch):
     assert all(value.isfinite().all() for value in state["policy"].values())
     monkeypatch.undo()
     assert len(run(job, tmp_path / "a")) == 4
+
+
+def test_nan_weights_are_never_written(job, tmp_path):
+    actors, _, _ = first_experience(job)
+    with torch.no_grad():
+        actors.critic.score.weight[0, 0] = float("inf")
+    progress = Progress(kl_coef=0.1, update=2, rewards=[1.0])
+    with pytest.raises(WorkFailed, match="the critic's weights hold NaN or Inf after update 2"):
+        save_progress(actors, progress, tmp_path, keep_last=2)
+    assert saved_steps(tmp_path) == []
 
 
 def test_a_failing_reward_keeps_the_checkpoint(job, tmp_path):

@@ -5,7 +5,7 @@ in nats per response, averaged over responses that the policy sampled.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ class EvalJob:
     batch_size: int
     seed: int
     precision: str = "auto"
+    mixed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Name → weights of names in `kl_to`: the KL to a mixture is the weighted sum of the KLs to its parts."""
 
 
 def evaluate_policy(job: EvalJob, directory: Path) -> None:
@@ -85,6 +87,10 @@ def _evaluate_batch(
             other = models.response_logits(model, rollout, temperature=job.temperature)
             per_token = objectives.categorical_kl(logits, other) * rollout.response_mask
             kl[name] = per_token.sum(dim=1).tolist()
+    for name, weights in job.mixed.items():
+        kl[name] = [
+            sum(w * kl[part][i] for part, w in weights.items()) for i in range(len(prompts))
+        ]
     texts = decode(rollout, tokenizer)
     scores = {name: scorer(prompts, texts) for name, scorer in job.scorers.items()}
     ended = has_ended(rollout, sampling.eos_ids).tolist()

@@ -19,8 +19,8 @@ def plan(recipe: Recipe) -> str:
         f"{recipe.name}: sound",
         _sft_line(recipe),
         _reward_line(recipe),
-        f"rl       {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates "
-        f"of {rl.rollout_size} episodes ({rl.num_updates * rl.rollout_size} in all), "
+        f"rl       {rl.algorithm}, {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates "
+        f"of {rl.rollout_size} episodes{_groups(recipe)} ({rl.num_updates * rl.rollout_size} in all), "
         f"{steps} optimizer steps of {rl.minibatch} episodes, each in {rl.minibatch // rl.microbatch} "
         "forward passes",
         *(
@@ -57,22 +57,33 @@ def _reward_line(recipe: Recipe) -> str:
     )
 
 
+def _groups(recipe: Recipe) -> str:
+    size = recipe.rl.group_size
+    return f", {size} to each of {recipe.rl.rollout_size // size} prompts" if size > 1 else ""
+
+
 def _averaged(count: int) -> str:
     return f"; the weight average of {count}" if count > 1 else ""
 
 
 def _memory_line(recipe: Recipe) -> str:
-    """Policy and critic learn, reference and reward model stand still; activations come on top."""
+    """What learns and what stands still; activations come on top."""
     path = recipe.model.path
     here = path == EMBEDDED or Path(path).is_dir()
     count = parameter_count(resolve(path)) if here else None
     if count is None:
         return f"memory   unknown until {path} is here"
-    frozen = 1 + (not recipe.reward.functions)
-    gigabytes = count * (2 * _BYTES_TRAINED + frozen * _BYTES_FROZEN) / 1e9
+    rl = recipe.rl
+    trained = 2 if rl.algorithm == "ppo" and rl.critic == "separate" else 1
+    frozen = max(len(arm.anchor.models) for arm in rl.arms.values())
+    frozen += not recipe.reward.functions
+    if rl.lora is not None:
+        trained, frozen = 0, frozen + 1
+    gigabytes = count * (trained * _BYTES_TRAINED + frozen * _BYTES_FROZEN) / 1e9
+    adapters = ", adapters and" if rl.lora is not None else ","
     return (
-        f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB, "
-        "activations come on top"
+        f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB"
+        f"{adapters} activations come on top"
     )
 
 
