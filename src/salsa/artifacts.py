@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import CheckpointError, ConfigError
+from salsa.errors import CheckpointError, ConfigError, DataError
 
 LAYOUT_VERSION = 1
 """Part of every stage digest: raise it when the same config and inputs come to mean another result."""
@@ -141,6 +141,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
+    """(line number, value) of every line that is not blank.
+
+    Raises:
+        DataError: a line is not JSON; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except ValueError as error:
+                raise DataError(f"{where}: line {number} is not JSON ({error}).") from error
+    return rows
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -9,7 +9,13 @@ import numpy as np
 
 from salsa.artifacts import RunDirectory, Stage, read_jsonl, versions
 from salsa.config import PreferencesConfig, Recipe
-from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
+from salsa.evaluate.significance import holm
+from salsa.evaluate.winrate import (
+    outcomes,
+    two_level_mean,
+    two_level_p_value,
+    win_rate_of_outcomes,
+)
 from salsa.runtime.tracking import round_figure
 
 Samples = Mapping[str, Sequence[Stage]]
@@ -30,11 +36,9 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
         "num_prompts": next(iter(tables.values()))["proxy"].shape[1],
         "arms": {name: _arm(recipe, name, samples[name], table) for name, table in tables.items()},
         "pairs": [
-            _pair(score, candidate, baseline, tables)
+            pair
             for score in scores
-            for baseline, candidate in combinations(
-                _baseline_first(tables, recipe.eval.baseline), 2
-            )
+            for pair in pairs_of_score(score, tables, _baseline_first(tables, recipe.eval.baseline))
         ],
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -58,8 +62,8 @@ def notes(recipe: Recipe) -> list[str]:
         )
     elif num_seeds < 4:
         found.append(
-            f"{num_seeds} RL seeds: the intervals resample seeds too, but so few show only part of "
-            "the spread between seeds."
+            f"{num_seeds} RL seeds: the intervals are those of Student's t over prompts or over seeds, whichever is "
+            "wider, and with so few seeds they are wide. More seeds narrow them faster than more prompts."
         )
     found.append(
         f"Every arm used the same β = {recipe.rl.kl_coef:g}. The same β is another constraint once the "
@@ -107,23 +111,43 @@ def _arm(
             for row, seed in enumerate(recipe.rl.seeds)
         ],
         "mean": {
-            public.get(key, key): _rounded(two_level_mean(values)) for key, values in table.items()
+            public.get(key, key): rounded(two_level_mean(values)) for key, values in table.items()
         },
     }
+
+
+def pairs_of_score(
+    score: str, tables: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
+
+    Args:
+        score: which figure decides.
+        tables: arm → figure → values [seeds, prompts].
+        arms: in every pair the earlier is the baseline.
+    """
+    found = [
+        _pair(score, candidate, baseline, tables) for baseline, candidate in combinations(arms, 2)
+    ]
+    adjusted = holm([pair["p_value"] for pair in found])
+    return [pair | {"p_holm": round_figure(p)} for pair, p in zip(found, adjusted, strict=True)]
 
 
 def _pair(
     score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    result = two_level_win_rate(tables[candidate][score], tables[baseline][score])
-    difference = two_level_mean(tables[candidate][score] - tables[baseline][score])
+    first, second = tables[candidate][score], tables[baseline][score]
+    outcome = outcomes(first, second)
+    result = win_rate_of_outcomes(outcome)
     return {
         "score": score,
         "candidate": candidate,
         "baseline": baseline,
-        **_rounded(result),
+        **rounded(result),
         "verdict": result.verdict,
-        "difference": _rounded(difference),
+        "resolution": round_figure(result.resolution),
+        "p_value": round_figure(two_level_p_value(outcome, 0.5)),
+        "difference": rounded(two_level_mean(first - second)),
     }
 
 
@@ -132,7 +156,8 @@ def _baseline_first(names: Mapping[str, Any], baseline: str) -> list[str]:
     return ["sft", baseline, *rest]
 
 
-def _rounded(estimate: Any) -> dict[str, Any]:
+def rounded(estimate: Any) -> dict[str, Any]:
+    """The fields of an estimate, shortened to what compares runs."""
     return {
         key: round_figure(value) if isinstance(value, float) else value
         for key, value in asdict(estimate).items()
