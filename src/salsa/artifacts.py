@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import CheckpointError, ConfigError, DataError
+from salsa.errors import CheckpointError, ConfigError, DataError, WorkFailed
 
 LAYOUT_VERSION = 1
 """Part of every stage digest: raise it when the same config and inputs come to mean another result."""
@@ -162,6 +162,25 @@ def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows, a line each, all or nothing."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, a line each, in one write: a kill leaves all of them or none (a full disk may leave a part)."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        if file.write(lines) != len(lines):
+            raise WorkFailed(f"{path}: could not be written to (disk full?). Free some space.")
+
+
+def drop_half_line(path: Path) -> bool:
+    """Cut off a last line without its end, which an interrupted `append_jsonl` left; whether there was one."""
+    if not path.exists():
+        return False
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+    return whole < len(content)
 
 
 def finish_directory(partial: Path, final: Path) -> None:

@@ -8,12 +8,13 @@ from scipy import stats
 
 from salsa.evaluate.winrate import (
     clustered_mean,
+    nested_mean,
     paired_difference,
+    rate_of,
     resolution,
+    t_test,
     two_level_mean,
-    two_level_p_value,
     two_level_win_rate,
-    weighted_rate,
     wilson,
     win_rate,
 )
@@ -77,8 +78,9 @@ def test_weighted_mean_is_the_mean_of_repeated_rows():
     assert (result.mean, result.stderr, result.low) == pytest.approx(
         (expected.mean, expected.stderr, expected.low)
     )
-    inside = weighted_rate(values, list(clusters), weights)
-    assert 0 <= inside.low <= inside.mean <= inside.high <= 1
+    inside = rate_of(values, list(clusters), weights=weights, dropped=2)
+    assert 0 <= inside.low <= inside.rate <= inside.high <= 1
+    assert inside.bounds == pytest.approx((4.5 / 15, 10.5 / 15))
 
 
 def test_clustered_standard_error_is_the_bootstraps_over_prompts():
@@ -152,7 +154,24 @@ def test_two_level_p_value_agrees_with_its_interval():
     for _ in range(50):
         values = rng.normal(size=(3, 1)) + rng.normal(size=(3, 40)) * rng.uniform(0.1, 3)
         estimate = two_level_mean(values)
-        assert (two_level_p_value(values, 0.0) < 0.05) == (not estimate.low <= 0 <= estimate.high)
+        assert (t_test(estimate, 0.0) < 0.05) == (not estimate.low <= 0 <= estimate.high)
+
+
+def test_seeds_may_have_lost_verdicts():
+    """Unbalanced seeds: the mean is over all values, the interval over the seeds' own means."""
+    values = np.array([1.0, 1, 1, 0, 0])
+    result = nested_mean(values, list("pqrpq"), seeds=[0, 0, 0, 1, 1])
+    expected = stats.ttest_1samp([1.0, 0.0], 0).confidence_interval(0.95)
+    assert result.mean == 0.6 and result.df == 1
+    assert result.high - result.low == pytest.approx(expected.high - expected.low)
+
+
+def test_p_value_of_a_rate():
+    assert win_rate([2] * 6).p_value == pytest.approx(2 / 64)
+    assert win_rate([1.5] * 6).p_value == 1.0
+    values = [2, 2, 1.5, 1, 2, 2, 1.5, 2]
+    expected = stats.ttest_1samp(np.array(values) - 1, 0.5).pvalue
+    assert win_rate(values).p_value == pytest.approx(expected)
 
 
 def test_two_level_win_rate():

@@ -130,4 +130,5 @@ def length_controlled(
         stderr * rate * (1 - rate),
         float(special.expit(w[1] - half)),
         float(special.expit(w[1] + half)),
+        len(names) - 1,
     )

@@ -17,7 +17,7 @@ from salsa.artifacts import parse_jsonl
 from salsa.errors import DataError
 from salsa.evaluate.bias import LengthBias, PositionBias, length_bias, position_bias
 from salsa.evaluate.significance import SignTest, sign_test
-from salsa.evaluate.winrate import WinRate, weighted_rate, win_rate
+from salsa.evaluate.winrate import WinRate, rate_of
 
 PathOrRows = Path | str | Iterable[Mapping[str, Any]]
 
@@ -48,6 +48,8 @@ class Comparison:
     """(outcome for the candidate: 1, ½ or 0; its weight) of what counts; empty where there is no verdict."""
     missing: int = 0
     """How many scores a lost verdict took away."""
+    seed: int = 0
+    """Training seed of both models, where an arm has several."""
 
     @property
     def outcome(self) -> float | None:
@@ -269,22 +271,14 @@ def rate(comparisons: Sequence[Comparison]) -> WinRate:
     With MT-Bench's single outcome a comparison this is (wins + ties/2)/n; with Arena-Hard's two games it is the
     weighted mean score, and n, wins, losses and ties count games.
     """
-    counted = [(c.question, s, w) for c in comparisons for s, w in c.scores]
-    missing = sum(c.missing for c in comparisons)
-    questions = [question for question, _, _ in counted]
-    scores, weights = np.array([s for _, s, _ in counted]), np.array([w for _, _, w in counted])
-    plain = win_rate([*(1 + scores), *[None] * missing], clusters=[*questions, *range(missing)])
-    if (weights == 1).all():
-        return plain
-    estimate = weighted_rate(scores, questions, weights)
-    won, total, lost = (scores * weights).sum(), weights.sum(), missing * weights.max()
-    return replace(
-        plain,
-        rate=estimate.mean,
-        stderr=estimate.stderr,
-        low=estimate.low,
-        high=estimate.high,
-        bounds=(float(won / (total + lost)), float((won + lost) / (total + lost))),
+    counted = [(c.question, c.seed, s, w) for c in comparisons for s, w in c.scores]
+    weights = np.array([w for *_, w in counted])
+    return rate_of(
+        np.array([score for _, _, score, _ in counted]),
+        [question for question, *_ in counted],
+        seeds=[seed for _, seed, *_ in counted],
+        weights=None if (weights == 1).all() else weights,
+        dropped=sum(c.missing for c in comparisons),
     )
 
 

@@ -10,12 +10,7 @@ import numpy as np
 from salsa.artifacts import RunDirectory, Stage, read_jsonl, versions
 from salsa.config import PreferencesConfig, Recipe
 from salsa.evaluate.significance import holm
-from salsa.evaluate.winrate import (
-    outcomes,
-    two_level_mean,
-    two_level_p_value,
-    win_rate_of_outcomes,
-)
+from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_figure
 
 Samples = Mapping[str, Sequence[Stage]]
@@ -137,8 +132,7 @@ def _pair(
     score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
     first, second = tables[candidate][score], tables[baseline][score]
-    outcome = outcomes(first, second)
-    result = win_rate_of_outcomes(outcome)
+    result = two_level_win_rate(first, second)
     return {
         "score": score,
         "candidate": candidate,
@@ -146,7 +140,6 @@ def _pair(
         **rounded(result),
         "verdict": result.verdict,
         "resolution": round_figure(result.resolution),
-        "p_value": round_figure(two_level_p_value(outcome, 0.5)),
         "difference": rounded(two_level_mean(first - second)),
     }
 

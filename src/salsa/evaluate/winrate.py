@@ -21,6 +21,8 @@ class Estimate:
     stderr: float
     low: float
     high: float
+    df: int
+    """Degrees of freedom of the t interval."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class WinRate:
     """Independent units (prompts) behind the interval."""
     bounds: tuple[float, float] = (0.0, 1.0)
     """The rate if every dropped comparison had been lost, and if every one had been won."""
+    p_value: float = 1.0
+    """Two-sided, of rate = ½."""
 
     @property
     def verdict(self) -> str:
@@ -99,28 +103,52 @@ def win_rate(
             f"win_rate: {len(given)} preferences and {len(clusters)} clusters. Give one cluster each."
         )
     groups = [clusters[i] for i in keep] if clusters is not None else list(keep)
-    estimate = clustered_mean(values - 1, groups, confidence=confidence)
-    wins, losses = int((values > 1.5).sum()), int((values < 1.5).sum())
-    decisive = set(np.unique(values)) <= {1.0, 2.0}
-    num_clusters = len(set(groups))
-    low, high = _within_unit(estimate, num_clusters, confidence)
-    if num_clusters == len(values) and decisive:
-        low, high = wilson(estimate.mean, len(values), confidence)
+    return rate_of(values - 1, groups, dropped=len(given) - len(values), confidence=confidence)
+
+
+def rate_of(
+    outcome: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    seeds: Sequence[Hashable] | None = None,
+    weights: np.ndarray | None = None,
+    dropped: int = 0,
+    confidence: float = 0.95,
+) -> WinRate:
+    """Weighted win rate of outcomes in [0, 1].
+
+    Args:
+        outcome: 1 = the candidate won, 0 = it lost, ½ = tie.
+        clusters: the prompt of each.
+        seeds: the training seed of each, if there are several (`nested_mean`).
+        weights: Arena-Hard's; 1 if not given.
+        dropped: comparisons without a verdict, for the bounds.
+        confidence: level of the interval.
+    """
+    w = np.ones(len(outcome)) if weights is None else weights
+    estimate = nested_mean(outcome, clusters, seeds=seeds, weights=w, confidence=confidence)
+    num_clusters = len(set(clusters))
+    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    p_value = t_test(estimate, 0.5)
+    one_each = num_clusters == len(outcome) and set(np.unique(outcome)) <= {0.0, 1.0}
+    if estimate.stderr == 0 or (one_each and weights is None):
+        low, high = wilson(estimate.mean, num_clusters, confidence)
+    if estimate.stderr == 0 and estimate.mean in (0.0, 1.0):
+        p_value = 2 * 0.5**num_clusters
+    won, total, lost = float((w * outcome).sum()), float(w.sum()), dropped * float(w.max())
     return WinRate(
         rate=estimate.mean,
         stderr=estimate.stderr,
         low=low,
         high=high,
-        wins=wins,
-        losses=losses,
-        ties=len(values) - wins - losses,
-        n=len(values),
-        dropped=len(given) - len(values),
+        wins=int((outcome > 0.5).sum()),
+        losses=int((outcome < 0.5).sum()),
+        ties=int((outcome == 0.5).sum()),
+        n=len(outcome),
+        dropped=dropped,
         num_clusters=num_clusters,
-        bounds=(
-            float((values - 1).sum() / len(given)),
-            float(((values - 1).sum() + len(given) - len(values)) / len(given)),
-        ),
+        bounds=(won / (total + lost), (won + lost) / (total + lost)),
+        p_value=min(1.0, p_value),
     )
 
 
@@ -144,7 +172,7 @@ def paired_difference(
         estimate.stderr,
         estimate.low,
         estimate.high,
-        t_test(estimate, 0.0, len(set(groups))),
+        t_test(estimate, 0.0),
         len(differences),
     )
 
@@ -167,72 +195,52 @@ def clustered_mean(
     np.add.at(sums, [names[name] for name in clusters], w * (values - mean))
     num_clusters = len(names)
     if num_clusters < 2:
-        return Estimate(mean, math.inf, -math.inf, math.inf)
+        return Estimate(mean, math.inf, -math.inf, math.inf, 0)
     spread = num_clusters / (num_clusters - 1) * float((sums**2).sum())
     return _t_interval(mean, math.sqrt(spread) / float(w.sum()), num_clusters, confidence)
 
 
-def weighted_rate(
-    values: np.ndarray, clusters: Sequence[Hashable], weights: np.ndarray
+def nested_mean(
+    values: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    seeds: Sequence[Hashable] | None = None,
+    weights: np.ndarray | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
-    """`clustered_mean` of outcomes in [0, 1], its 95 % interval kept within [0, 1]."""
-    estimate = clustered_mean(values, clusters, weights=weights)
-    low, high = _within_unit(estimate, len(set(clusters)), 0.95)
-    return Estimate(estimate.mean, estimate.stderr, low, high)
+    """Mean over prompts and training seeds, with an interval that answers for both.
+
+    Two t intervals, one over the prompts (`clustered_mean`) and one over the seeds' means; the wider holds. The
+    error of a mean has a part from prompts and a part from seeds; the wider interval answers for the larger one and
+    has its degrees of freedom. Where one part rules it covers at its level, where both are alike a little less, and
+    with two seeds that hardly differ it is wider than need be: one degree of freedom cannot know that (docs/log.md).
+    """
+    prompts = clustered_mean(values, clusters, weights=weights, confidence=confidence)
+    names = list(dict.fromkeys(seeds)) if seeds is not None else []
+    if len(names) < 2:
+        return prompts
+    w = np.ones(len(values)) if weights is None else weights
+    own = [np.array([seed == name for seed in seeds or ()]) for name in names]
+    means = np.array([(w[rows] * values[rows]).sum() / w[rows].sum() for rows in own])
+    over_seeds = clustered_mean(means, names, confidence=confidence)
+    half = (over_seeds.high - over_seeds.low) / 2
+    if half <= prompts.high - prompts.mean:
+        return prompts
+    mean = prompts.mean
+    return Estimate(mean, over_seeds.stderr, mean - half, mean + half, over_seeds.df)
 
 
 def two_level_mean(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """Mean of `values` [seeds, prompts] with an interval that answers for both.
-
-    Two t intervals, one over the seeds' means and one over the prompts' means; the wider holds. With one seed only
-    prompts vary. The error of a mean has a part from seeds and a part from prompts; the wider interval answers for the
-    larger and has its degrees of freedom. Where one part rules it covers at its level, where both are alike a little
-    less, and with two seeds that hardly differ it is wider than need be: one degree of freedom cannot know that
-    (docs/log.md has the simulated coverage).
-    """
-    levels = [values.mean(axis=0)] + ([values.mean(axis=1)] if len(values) > 1 else [])
-    intervals = [
-        clustered_mean(means, range(len(means)), confidence=confidence) for means in levels
-    ]
-    return max(intervals, key=lambda interval: interval.high - interval.low)
-
-
-def two_level_p_value(values: np.ndarray, null: float) -> float:
-    """Two-sided p-value of mean = `null`: the larger of the t tests over prompts and over seeds."""
-    levels = [values.mean(axis=0)] + ([values.mean(axis=1)] if len(values) > 1 else [])
-    return max(
-        t_test(clustered_mean(means, range(len(means))), null, len(means)) for means in levels
-    )
+    """`nested_mean` of `values` [seeds, prompts]."""
+    prompts, seeds = _levels(values)
+    return nested_mean(values.ravel(), prompts, seeds=seeds, confidence=confidence)
 
 
 def two_level_win_rate(candidate: np.ndarray, baseline: np.ndarray) -> WinRate:
     """Win rate of scores [seeds, prompts], the k-th seed against the k-th, interval over seeds and prompts."""
-    return win_rate_of_outcomes(outcomes(candidate, baseline))
-
-
-def outcomes(candidate: np.ndarray, baseline: np.ndarray) -> np.ndarray:
-    """1 where the candidate's score is higher, ½ where they are equal, 0 else."""
-    return (candidate > baseline) + 0.5 * (candidate == baseline)
-
-
-def win_rate_of_outcomes(outcome: np.ndarray) -> WinRate:
-    """Win rate of outcomes in {0, ½, 1} [seeds, prompts], interval over seeds and prompts."""
-    estimate = two_level_mean(outcome)
-    num_prompts = outcome.shape[1]
-    low, high = _within_unit(estimate, num_prompts, 0.95)
-    return WinRate(
-        rate=estimate.mean,
-        stderr=estimate.stderr,
-        low=low,
-        high=high,
-        wins=int((outcome > 0.5).sum()),
-        losses=int((outcome < 0.5).sum()),
-        ties=int((outcome == 0.5).sum()),
-        n=outcome.size,
-        dropped=0,
-        num_clusters=num_prompts,
-        bounds=(estimate.mean, estimate.mean),
-    )
+    outcome = (candidate > baseline) + 0.5 * (candidate == baseline)
+    prompts, seeds = _levels(outcome)
+    return rate_of(outcome.ravel(), prompts, seeds=seeds)
 
 
 def wilson(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -249,23 +257,22 @@ def resolution(n: int, confidence: float = 0.95) -> float:
     return float(stats.norm.ppf((1 + confidence) / 2)) * 0.5 / math.sqrt(n)
 
 
-def t_test(estimate: Estimate, null: float, num_units: int) -> float:
-    """Two-sided p-value of mean = `null` from a t statistic over `num_units` independent units."""
+def t_test(estimate: Estimate, null: float) -> float:
+    """Two-sided p-value of mean = `null`."""
     distance = abs(estimate.mean - null)
     if distance == 0 or math.isinf(estimate.stderr):
         return 1.0
     if estimate.stderr == 0:
         return 0.0
-    return float(2 * stats.t.sf(distance / estimate.stderr, num_units - 1))
+    return float(2 * stats.t.sf(distance / estimate.stderr, estimate.df))
 
 
 def _t_interval(mean: float, stderr: float, num_units: int, confidence: float) -> Estimate:
     half = float(stats.t.ppf((1 + confidence) / 2, num_units - 1)) * stderr
-    return Estimate(mean, stderr, mean - half, mean + half)
+    return Estimate(mean, stderr, mean - half, mean + half, num_units - 1)
 
 
-def _within_unit(estimate: Estimate, num_units: int, confidence: float) -> tuple[float, float]:
-    """An interval of a rate: within [0, 1], and not of zero width because all units happened to agree."""
-    if estimate.stderr == 0:
-        return wilson(estimate.mean, num_units, confidence)
-    return max(0.0, estimate.low), min(1.0, estimate.high)
+def _levels(values: np.ndarray) -> tuple[list[int], list[int]]:
+    """The prompt and the seed of every element of [seeds, prompts], in `ravel`'s order."""
+    seeds, prompts = np.indices(values.shape)
+    return prompts.ravel().tolist(), seeds.ravel().tolist()
