@@ -13,7 +13,6 @@ import pytest
 from salsa.errors import ConfigError, DataError, WorkFailed
 from salsa.evaluate.judge import EndpointJudge, JudgmentCache, Refusal, ReplayJudge, judge_all
 from salsa.evaluate.spec import JudgeConfig
-from salsa.runtime.tracking import Tracker
 from tests.judge_server import FAULTS, JudgeServer
 
 KEY = "sk-secret-0123456789"
@@ -27,8 +26,7 @@ def ask(tmp_path, monkeypatch):
     def run(requests, url, **config):
         options = {"timeout": 1.0, "concurrency": 4, "retries": 6} | config
         judge = EndpointJudge(JudgeConfig(url=url, model="m", key_env="TEST_KEY", **options))
-        progress = Tracker(tmp_path, "judge", len(requests), (), None)
-        return judge_all(requests, judge, JudgmentCache(tmp_path / "cache.jsonl"), progress)
+        return judge_all(requests, judge, JudgmentCache(tmp_path / "cache.jsonl"))
 
     return run
 
@@ -157,9 +155,8 @@ def test_replay_reads_both_upstreams_files(tmp_path):
         ]},
     ]  # fmt: skip
     judge = ReplayJudge(rows, "gpt-4")
-    progress = Tracker(tmp_path, "judge", 6, (), None)
     cache = JudgmentCache(tmp_path / "cache.jsonl")
-    replies, _ = judge_all([talk(f"q{i}") for i in range(1, 7)], judge, cache, progress)
+    replies, _ = judge_all([talk(f"q{i}") for i in range(1, 7)], judge, cache)
     assert [r.text for r in replies[:5]] == ["[[7]]", "[[A]]", "[[B]]", "[[A>B]]", "[[A=B]]"]
     assert isinstance(replies[5], Refusal)
     with pytest.raises(DataError, match="second, different judgment"):
@@ -213,11 +210,10 @@ import sys
 from pathlib import Path
 from salsa.evaluate.judge import EndpointJudge, JudgmentCache, judge_all
 from salsa.evaluate.spec import JudgeConfig
-from salsa.runtime.tracking import Tracker
 folder, url = Path(sys.argv[1]), sys.argv[2]
 requests = [[{"role": "user", "content": str(i)}] for i in range(400)]
 judge = EndpointJudge(JudgeConfig(url=url, model="m", concurrency=8))
-judge_all(requests, judge, JudgmentCache(folder / "cache.jsonl"), Tracker(folder, "judge", 400, (), None))
+judge_all(requests, judge, JudgmentCache(folder / "cache.jsonl"))
 """
 
 

@@ -9,7 +9,7 @@ from salsa import models
 from salsa.artifacts import Checkpoint, append_jsonl, drop_half_line, read_jsonl, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
-from salsa.evaluate.mtbench import Question
+from salsa.evaluate.inputs import Question
 from salsa.rl import collect_rollout, decode
 from salsa.runtime.local import seed_everything
 from salsa.runtime.tracking import tracker

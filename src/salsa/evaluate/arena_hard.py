@@ -18,9 +18,13 @@ from typing import Any
 
 import yaml
 
+from salsa.artifacts import digest_of
 from salsa.errors import DataError
+from salsa.evaluate.inputs import Message, Question
 from salsa.evaluate.judgments import (
+    Arms,
     Comparison,
+    Lengths,
     PairsSummary,
     PathOrRows,
     Row,
@@ -31,7 +35,6 @@ from salsa.evaluate.judgments import (
     summarise,
     without_duplicates,
 )
-from salsa.evaluate.mtbench import Message, Question
 
 WEIGHT = 3.0
 """Of `>>` against `>`."""
@@ -114,6 +117,19 @@ def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
     return found
 
 
+def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[str, Any]:
+    """A row of v2.0's `model_answer/<model>.jsonl`, without a time stamp."""
+    return {
+        "uid": question.id,
+        "ans_id": digest_of([question.id, model, *answers])[:22],
+        "model": model,
+        "messages": [
+            {"role": "user", "content": question.turns[0]},
+            {"role": "assistant", "content": {"answer": answers[0]}},
+        ],
+    }
+
+
 def load_judge_prompt(path: Path | str) -> ArenaPrompt:
     """`system_prompt` and `prompt_template` of upstream's YAML (`config/judge_config.yaml`).
 
@@ -152,7 +168,8 @@ def summarise_pairs(
     judge: str | None = None,
     baseline: str | None = None,
     reparse: bool = False,
-    lengths: Mapping[str, Mapping[Any, Sequence[int]]] | None = None,
+    lengths: Lengths | None = None,
+    arms: Arms | None = None,
 ) -> PairsSummary:
     """Weighted win rates of every model against the baseline, from upstream's `model_judgment/<judge>/*.jsonl`.
 
@@ -162,6 +179,7 @@ def summarise_pairs(
         baseline: whom the models met, where the rows do not say (v0.1); `gpt-4-0314` if not given.
         reparse: read the labels from the judge's texts instead of `score`.
         lengths: model → question → characters of its answer, for the length statistics.
+        arms: model → (arm, training seed), to summarise arms of several checkpoints.
 
     Raises:
         DataError: rows of another format, of both versions, of several judges, or without a single verdict.
@@ -200,7 +218,7 @@ def summarise_pairs(
         )
         counts["games without a verdict"] += labels.count(None)
     counts["comparisons without a verdict"] = sum(not c.scores for c in comparisons)
-    return summarise(comparisons, judge, counts, lengths)
+    return summarise(comparisons, judge, counts, lengths, arms)
 
 
 def _version(rows: Sequence[Row]) -> int:

@@ -11,7 +11,7 @@ again asks only for what is missing. Errors are no judgments and are never cache
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from salsa.artifacts import append_jsonl, digest_of, drop_half_line, parse_jsonl
 from salsa.errors import ConfigError, DataError, WorkFailed
 from salsa.evaluate.judgments import PathOrRows, read_rows
 from salsa.evaluate.spec import JudgeConfig
-from salsa.runtime.tracking import Tracker, say
+from salsa.runtime.tracking import Tracker, say, tracker
 
 Message = dict[str, str]
 
@@ -57,7 +57,7 @@ class Judge(Protocol):
     """Answers batches of conversations."""
 
     model: str
-    parameters: Mapping[str, Any]
+    parameters: dict[str, Any]
     """What decides its answer besides the messages."""
     batch_size: int
     concurrency: int
@@ -86,6 +86,9 @@ class Totals:
     completion_tokens: int = 0
     cut: int = 0
     """Judgments that hit the length limit."""
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def cost(self, price: tuple[float, float] | None) -> float | None:
         """Price of all tokens, from the prices of a million prompt and completion tokens."""
@@ -137,9 +140,12 @@ class JudgmentCache:
 
 
 def judge_all(
-    requests: Sequence[Sequence[Message]], judge: Judge, cache: JudgmentCache, progress: Tracker
+    requests: Sequence[Sequence[Message]],
+    judge: Judge,
+    cache: JudgmentCache,
+    label: str = "judging",
 ) -> tuple[list[Reply | Refusal], Totals]:
-    """A reply to every request, in order; equal requests are asked once.
+    """A reply to every request, in order; equal requests are asked once. `label` names the work on the screen.
 
     Raises:
         WorkFailed: some requests failed after all retries; what was judged is in the cache.
@@ -154,7 +160,8 @@ def judge_all(
     totals = Totals(reused=len(set(keys)) - len(missing))
     refusals: dict[str, Refusal] = {}
     if missing:
-        asyncio.run(_ask_missing(missing, judge, cache, refusals, totals, progress))
+        with tracker(cache.path.parent, label, len(missing), ("judged", "refused")) as progress:
+            asyncio.run(_ask_missing(missing, judge, cache, refusals, totals, progress))
     replies = {key: cache.found.get(key) or refusals[key] for key in keys}
     for reply in replies.values():
         if isinstance(reply, Reply):
@@ -307,7 +314,8 @@ class ReplayJudge:
     batch_size, concurrency = 1, 1
 
     def __init__(self, source: PathOrRows, model: str | None = None) -> None:
-        self.model, self.parameters = model or str(source), {"replay": True}
+        self.model = model or str(source)
+        self.parameters: dict[str, Any] = {"replay": True}
         self._texts: dict[str, str] = {}
         for row in read_rows(source):
             for prompt, text in _judged_texts(row.values):

@@ -21,8 +21,18 @@ from salsa.evaluate.winrate import WinRate, rate_of
 
 PathOrRows = Path | str | Iterable[Mapping[str, Any]]
 
+Lengths = Mapping[str, Mapping[Any, Sequence[int]]]
+"""Model → question → characters of its answer to each turn."""
+
+Arms = Mapping[str, tuple[str, int]]
+"""Model → (arm, training seed)."""
+
 PLACES = {"A": "first", "B": "second", "tie": "tie", None: None}
 """A verdict's label → the place that won."""
+
+
+class NoVerdict(DataError):
+    """Judgments were read and none of them says anything."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class Comparison:
     """How many scores a lost verdict took away."""
     seed: int = 0
     """Training seed of both models, where an arm has several."""
+    lengths: tuple[int, int] | None = None
+    """Characters of the candidate's answer and of the baseline's."""
 
     @property
     def outcome(self) -> float | None:
@@ -65,6 +77,7 @@ class Comparison:
             baseline=self.candidate,
             games=self.games[::-1],
             scores=tuple((1 - s, w) for s, w in self.scores),
+            lengths=self.lengths[::-1] if self.lengths else None,
         )
 
 
@@ -194,8 +207,8 @@ def without_duplicates(
     return list(first.values())
 
 
-def num_unshared(sets: Sequence[set[tuple[Any, int]]]) -> int:
-    """How many (question, turn) are in some of the sets and not in all."""
+def num_unshared(sets: Sequence[set[tuple[Any, int, int]]]) -> int:
+    """How many (question, turn, seed) are in some of the sets and not in all."""
     return len(set().union(*sets)) - len(sets[0].intersection(*sets[1:]))
 
 
@@ -203,16 +216,19 @@ def summarise(
     comparisons: Sequence[Comparison],
     judge: str,
     counts: Mapping[str, int],
-    lengths: Mapping[str, Mapping[Any, Sequence[int]]] | None = None,
+    lengths: Lengths | None = None,
+    arms: Arms | None = None,
 ) -> PairsSummary:
-    """Rates of every pair and of every model.
+    """Rates of every pair and of every model (or arm).
 
     Args:
         comparisons: one a question, turn and pair.
         judge: who judged.
         counts: what reading found wrong.
-        lengths: model → question → characters of its answer to each turn, for the length statistics.
+        lengths: of the answers, for the length statistics.
+        arms: which models are checkpoints of one arm.
     """
+    comparisons = [_of_arms(_with_lengths(c, lengths or {}), arms or {}) for c in comparisons]
     pairs: dict[tuple[str, str], list[Comparison]] = {}
     models: dict[str, list[Comparison]] = {}
     for comparison in comparisons:
@@ -220,7 +236,7 @@ def summarise(
         models.setdefault(comparison.candidate, []).append(comparison)
         models.setdefault(comparison.baseline, []).append(comparison.turned())
     if not any(comparison.scores for comparison in comparisons):
-        raise DataError(
+        raise NoVerdict(
             f"{judge}: none of {len(comparisons)} comparisons has a verdict. Look at the judge's texts."
         )
     found = dict(counts)
@@ -232,26 +248,20 @@ def summarise(
     }
     return PairsSummary(
         judge=judge,
-        pairs={pair: summarise_pair(own, lengths) for pair, own in judged.items()},
+        pairs={pair: summarise_pair(own) for pair, own in judged.items()},
         models={model: rate(own) for model, own in models.items() if any(c.scores for c in own)},
         counts={name: count for name, count in found.items() if count},
         comparisons=comparisons,
     )
 
 
-def summarise_pair(
-    comparisons: Sequence[Comparison],
-    lengths: Mapping[str, Mapping[Any, Sequence[int]]] | None = None,
-) -> PairSummary:
+def summarise_pair(comparisons: Sequence[Comparison]) -> PairSummary:
     """Everything about one pair; the comparisons are all of the same two models, the same way round."""
     one, judged = comparisons[0], [c for c in comparisons if c.scores]
     outcome = [float(c.outcome or 0) for c in judged]
     length = None
-    if lengths and one.candidate in lengths and one.baseline in lengths:
-        own, other = (
-            [lengths[model][c.question][c.turn - 1] for c in judged]
-            for model in (one.candidate, one.baseline)
-        )
+    if all(c.lengths for c in judged):
+        own, other = zip(*(c.lengths for c in judged if c.lengths), strict=True)
         length = length_bias(outcome, own, other, [c.question for c in judged])
     return PairSummary(
         candidate=one.candidate,
@@ -282,6 +292,20 @@ def rate(comparisons: Sequence[Comparison]) -> WinRate:
     )
 
 
+def _with_lengths(comparison: Comparison, lengths: Lengths) -> Comparison:
+    own, other = lengths.get(comparison.candidate), lengths.get(comparison.baseline)
+    if own is None or other is None:
+        return comparison
+    question, turn = comparison.question, comparison.turn - 1
+    return replace(comparison, lengths=(own[question][turn], other[question][turn]))
+
+
+def _of_arms(comparison: Comparison, arms: Arms) -> Comparison:
+    candidate, seed = arms.get(comparison.candidate, (comparison.candidate, 0))
+    baseline, _ = arms.get(comparison.baseline, (comparison.baseline, 0))
+    return replace(comparison, candidate=candidate, baseline=baseline, seed=seed)
+
+
 def _by(comparisons: Sequence[Comparison], name: str) -> dict[Any, WinRate]:
     groups: dict[Any, list[Comparison]] = {}
     for comparison in comparisons:
@@ -294,4 +318,4 @@ def _by(comparisons: Sequence[Comparison], name: str) -> dict[Any, WinRate]:
 
 
 def _questions_not_shared(pairs: Mapping[tuple[str, str], Sequence[Comparison]]) -> int:
-    return num_unshared([{(c.question, c.turn) for c in own} for own in pairs.values()])
+    return num_unshared([{(c.question, c.turn, c.seed) for c in own} for own in pairs.values()])

@@ -2,9 +2,19 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import Field, ValidationError, model_validator
 
-from salsa.config import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
+from salsa.config import (
+    Count,
+    DataSource,
+    NonNegative,
+    Positive,
+    RewardFunction,
+    Strict,
+    explain,
+)
+from salsa.errors import ConfigError
 
 
 class JudgeConfig(Strict):
@@ -156,6 +166,22 @@ class EvalSpec(Strict):
         if self.kl_to is not None and self.prompts is None:
             raise ValueError("kl_to is measured on prompts; give prompts")
         return self
+
+    @classmethod
+    def read(cls, values: dict[str, Any], where: str) -> "EvalSpec":
+        """The evaluation that `values` describe.
+
+        Raises:
+            ConfigError: a value is wrong; one line that says which.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {explain(error, cls)}") from error
+
+    def to_yaml(self) -> str:
+        """What was asked for, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
 
     @property
     def against(self) -> str:

@@ -20,7 +20,7 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
     """The content of `report.json`. All that may differ between two equal runs lies under `times`."""
     scores = ["proxy", *recipe.eval.scores]
     measured = [*scores, "kl_anchor", "kl_reference", "length", "ended"]
-    tables = {name: _tables(stages, measured) for name, stages in samples.items()}
+    by_arm = {name: tables(stages, measured) for name, stages in samples.items()}
     return {
         "name": recipe.name,
         "method": "SALSA, arXiv 2411.01798",
@@ -28,12 +28,12 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
         "scores": scores,
         "baseline": recipe.eval.baseline,
         "anchor": recipe.eval.anchor,
-        "num_prompts": next(iter(tables.values()))["proxy"].shape[1],
-        "arms": {name: _arm(recipe, name, samples[name], table) for name, table in tables.items()},
+        "num_prompts": next(iter(by_arm.values()))["proxy"].shape[1],
+        "arms": {name: _arm(recipe, name, samples[name], table) for name, table in by_arm.items()},
         "pairs": [
             pair
             for score in scores
-            for pair in pairs_of_score(score, tables, _baseline_first(tables, recipe.eval.baseline))
+            for pair in pairs_of_score(score, by_arm, _baseline_first(by_arm, recipe.eval.baseline))
         ],
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -80,7 +80,7 @@ def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
     )
 
 
-def _tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
+def tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
     """Figure → array [seeds, prompts]."""
     rows = [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
     return {
@@ -112,26 +112,26 @@ def _arm(
 
 
 def pairs_of_score(
-    score: str, tables: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
+    score: str, by_arm: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
 
     Args:
         score: which figure decides.
-        tables: arm → figure → values [seeds, prompts].
+        by_arm: arm → figure → values [seeds, prompts].
         arms: in every pair the earlier is the baseline.
     """
     found = [
-        _pair(score, candidate, baseline, tables) for baseline, candidate in combinations(arms, 2)
+        _pair(score, candidate, baseline, by_arm) for baseline, candidate in combinations(arms, 2)
     ]
     adjusted = holm([pair["p_value"] for pair in found])
     return [pair | {"p_holm": round_figure(p)} for pair, p in zip(found, adjusted, strict=True)]
 
 
 def _pair(
-    score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]
+    score: str, candidate: str, baseline: str, by_arm: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    first, second = tables[candidate][score], tables[baseline][score]
+    first, second = by_arm[candidate][score], by_arm[baseline][score]
     result = two_level_win_rate(first, second)
     return {
         "score": score,
