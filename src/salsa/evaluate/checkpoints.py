@@ -19,7 +19,6 @@ from typing import Any
 
 from salsa import models
 from salsa.artifacts import Checkpoint, RunDirectory, Stage, read_jsonl, resolve, write_jsonl
-from salsa.config import RewardFunction
 from salsa.data import Prompt, as_prompt, describe, fingerprint, load_rows
 from salsa.errors import ConfigError, DataError
 from salsa.evaluate import arena_hard, games, inputs
@@ -40,9 +39,11 @@ from salsa.evaluate.local_judge import LocalJudge
 from salsa.evaluate.results import Bench, Results
 from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
-from salsa.reward import Scorer, function_digest, function_scorer, model_scorer
+from salsa.reward import model_scorer
+from salsa.reward_functions import Scorer, function_digest, function_scorer
 from salsa.runtime.local import prepare_process
 from salsa.runtime.tracking import quiet_libraries, say
+from salsa.schema import RewardFunction
 
 
 @dataclass(frozen=True)

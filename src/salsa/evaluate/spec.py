@@ -5,16 +5,9 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from salsa.config import (
-    Count,
-    DataSource,
-    NonNegative,
-    Positive,
-    RewardFunction,
-    Strict,
-    explain,
-)
+from salsa.config import explain
 from salsa.errors import ConfigError
+from salsa.schema import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
 
 
 class JudgeConfig(Strict):
