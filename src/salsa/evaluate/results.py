@@ -15,8 +15,11 @@ from salsa.evaluate.mtbench import SinglesSummary
 from salsa.evaluate.significance import holm, mcnemar
 from salsa.evaluate.spec import EvalSpec
 from salsa.evaluate.summary import pairs_of_score, rounded, tables
-from salsa.evaluate.winrate import resolution, two_level_mean
+from salsa.evaluate.winrate import two_level_mean
 from salsa.runtime.tracking import round_figure
+
+DOUBTFUL_CONSISTENCY = 0.5
+"""Below this share of verdicts that survive the swap the report warns."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def notes(spec: EvalSpec, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
             found.append(f"{name}: {count} {what}.")
         for pair in bench["pairs"]:
             consistency = pair["position"]["consistency"]
-            if consistency is not None and consistency < 0.75:
+            if consistency is not None and consistency < DOUBTFUL_CONSISTENCY:
                 found.append(
                     f"{name}, {pair['candidate']} against {pair['baseline']}: only {consistency:.0%} of the verdicts "
                     "survive exchanging the answers' places. What does not survive counts as a tie, which pulls the "
@@ -169,7 +172,6 @@ def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     adjusted = holm([pair.win_rate.p_value for pair in pairs])
     return {
         "num_questions": len(bench.questions),
-        "resolution": round_figure(resolution(len(bench.questions))),
         "pairs": [
             _pair(one) | {"p_holm": round_figure(p)} for one, p in zip(pairs, adjusted, strict=True)
         ],

@@ -44,7 +44,7 @@ def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
                 "line": {"color": colour(arm, arms), "width": 2},
             }
         )
-    polar = {"polar": {"radialaxis": {"range": [0, 10]}}}
+    polar = {"polar": {"radialaxis": {"range": [0, 10]}, "domain": {"y": [0, 0.86]}}}
     return {"data": data, "layout": layout("rating by category", "", "") | polar}
 
 
