@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import CheckpointError, ConfigError
+from salsa.errors import CheckpointError, ConfigError, DataError, WorkFailed
 
 LAYOUT_VERSION = 1
 """Part of every stage digest: raise it when the same config and inputs come to mean another result."""
@@ -143,9 +143,44 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
+def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
+    """(line number, value) of every line that is not blank.
+
+    Raises:
+        DataError: a line is not JSON; the message names it.
+    """
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except ValueError as error:
+                raise DataError(f"{where}: line {number} is not JSON ({error}).") from error
+    return rows
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows, a line each, all or nothing."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows, a line each, in one write: a kill leaves all of them or none (a full disk may leave a part)."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        if file.write(lines) != len(lines):
+            raise WorkFailed(f"{path}: could not be written to (disk full?). Free some space.")
+
+
+def drop_half_line(path: Path) -> bool:
+    """Cut off a last line without its end, which an interrupted `append_jsonl` left; whether there was one."""
+    if not path.exists():
+        return False
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+    return whole < len(content)
 
 
 def finish_directory(partial: Path, final: Path) -> None:

@@ -60,11 +60,79 @@ _STAGE_COMMANDS = {
     "sft": ("sft", "Run the recipe's SFT, once per seed."),
     "reward": ("reward", "Train the recipe's reward model (and what it needs)."),
     "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
-    "eval": ("eval", "Evaluate every arm on held-out prompts (and what it needs)."),
     "report": ("report", "Write report.html and report.json (and what they need)."),
 }
 for _name, (_until, _help) in _STAGE_COMMANDS.items():
     app.command(_name, help=_help)(_stage_command(_until))
+
+
+_EvalTarget = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE [KEY=VALUE]… | [NAME=]DIRECTORY… | RUN",
+        help="a recipe; or checkpoints, NAME again for a further seed; or a finished run's directory",
+    ),
+]
+
+
+@app.command("eval")
+def evaluate(
+    what: _EvalTarget = None,
+    out: Out = None,
+    mt_bench: Annotated[
+        Path | None, typer.Option(help="directory with FastChat's question.jsonl, …")
+    ] = None,
+    arena_hard: Annotated[
+        Path | None, typer.Option(help="directory with question.jsonl and judge_config.yaml")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="held-out prompts: file or data set")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="URL, model directory, or judgments.jsonl to replay")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="the endpoint's model")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIRECTORY or NAME=module:function; repeatable")
+    ] = None,
+    kl_to: Annotated[str | None, typer.Option(help="the model that KL is measured to")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="arm to compare with; else the first")
+    ] = None,
+    spec: Annotated[Path | None, typer.Option(help="YAML file with all of this")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, e.g. judge.concurrency=32")
+    ] = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a recipe's arms, or any checkpoints: answers, rewards, KL, judges, and a report."""
+    from salsa.errors import ConfigError
+    from salsa.evaluate.command import EvalWords, spec_of
+
+    words = EvalWords(
+        models=what or (),
+        spec=spec,
+        prompts=prompts,
+        mt_bench=mt_bench,
+        arena_hard=arena_hard,
+        judge=judge,
+        judge_model=judge_model,
+        rewards=reward or (),
+        kl_to=kl_to,
+        baseline=baseline,
+        settings=settings or (),
+    )
+    if what and what[0].endswith((".yaml", ".yml")):
+        if words != EvalWords(models=what):
+            raise ConfigError(
+                f"{what[0]} is a recipe, and these options are for checkpoints. Run it, then give its run directory: "
+                "salsa eval runs/NAME --judge …"
+            )
+        _stage_command("eval")(Path(what[0]), what[1:], out, force)
+        return
+    asked = spec_of(words)
+    from salsa.evaluate.checkpoints import evaluate_checkpoints
+
+    evaluate_checkpoints(asked, out or Path("runs") / asked.name, force=force)
 
 
 @app.command()

@@ -286,11 +286,11 @@ class Recipe(Strict):
                 f"{path}: a recipe is a mapping of sections, got {type(values).__name__}."
             )
         for override in overrides:
-            _apply_override(values, override)
+            apply_override(values, override)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(f"{path}: {_explain(error)}") from error
+            raise ConfigError(f"{path}: {explain(error, cls)}") from error
 
     def to_yaml(self) -> str:
         """The resolved recipe: every default written out."""
@@ -302,7 +302,8 @@ def _nearest(word: str, words: Any) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set a dotted key of nested dictionaries from `key=value`, the value in YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
@@ -318,13 +319,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem in one line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(first["loc"][:-1], root)
         text = f"unknown key {where!r}. {_nearest(str(first['loc'][-1]), known)}"
     elif first["type"] == "missing":
         text = f"{where} is missing. Add it."
@@ -336,9 +337,9 @@ def _explain(error: ValidationError) -> str:
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
-    """Names of the keys that are valid at a place of the recipe."""
-    model: Any = Recipe
+def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    """Names of the keys that are valid at a place under `root`."""
+    model: Any = root
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = _model_in(model.model_fields[str(part)].annotation)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from salsa.artifacts import digest_of, sha256_file
+from salsa.artifacts import digest_of, parse_jsonl, sha256_file
 from salsa.config import DataSource
 from salsa.errors import ConfigError, DataError
 from salsa.runtime.tracking import say
@@ -290,16 +290,10 @@ def _read_file(path: Path) -> list[Row]:
         with opened(path, "rt", encoding="utf-8") as file:
             if ".jsonl" not in path.name:
                 return json.load(file)
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+            lines = list(file)
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
-    rows = []
-    for number, line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error}).") from error
-    return rows
+    return [row for _, row in parse_jsonl(lines, str(path))]
 
 
 def _read_hub(source: DataSource) -> list[Row]:

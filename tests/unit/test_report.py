@@ -20,7 +20,7 @@ def pair(candidate, baseline, rate, half, score="proxy"):
     return {
         "score": score, "candidate": candidate, "baseline": baseline, "rate": rate, "stderr": half / 2, "low": low,
         "high": high, "wins": 6, "losses": 4, "ties": 0, "n": 10, "dropped": 0, "verdict": verdict,
-        "difference": estimate(rate - 0.5),
+        "difference": estimate(rate - 0.5), "resolution": 0.11,
     }  # fmt: skip
 
 
@@ -70,6 +70,13 @@ def test_an_interval_with_one_half_is_not_resolved(page, summary):
     assert headline(summary) == [
         "salsa against ppo is not resolved on proxy: win rate 52.0% [42.0%, 62.0%]."
     ]
+
+
+def test_matrix_and_what_n_resolves(page):
+    assert (
+        page.count("n resolves ±11.0") == 2 + 6
+    )  # beside two rates of the table and all of the matrix
+    assert "wins of ↓ against →" in page and "--rate: 0.52" in page and "--rate: 0.48" in page
 
 
 def test_pairs_are_turned_towards_the_baseline(summary):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from salsa.evaluate.winrate import paired_difference, two_level_mean, two_level_win_rate, win_rate
+from salsa.evaluate.winrate import (
+    clustered_mean,
+    nested_mean,
+    paired_difference,
+    rate_of,
+    resolution,
+    t_test,
+    two_level_mean,
+    two_level_win_rate,
+    wilson,
+    win_rate,
+)
 
 
 def test_counts_rate_and_dropped():
@@ -27,6 +38,64 @@ def test_interval_without_ties_is_wilson():
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert (result.low, result.high) == pytest.approx((centre - half, centre + half))
+
+
+def test_wilson_is_scipys():
+    for wins, n in [(0, 5), (5, 5), (37, 50)]:
+        expected = stats.binomtest(wins, n).proportion_ci(0.9, method="wilson")
+        assert wilson(wins / n, n, 0.9) == pytest.approx((expected.low, expected.high))
+
+
+def test_an_outcome_that_never_varies_still_has_an_interval():
+    """Thirty prompts, both turns won: no spread to estimate, and no proof of 100 % either."""
+    result = win_rate([2] * 60, clusters=[i // 2 for i in range(60)])
+    assert result.high == 1 and result.low == pytest.approx(wilson(1, 30)[0]) and result.low < 0.9
+    tied = win_rate([1.5] * 30)
+    assert tied.low < 0.4 and tied.high > 0.6
+    seeds = two_level_win_rate(np.ones((2, 30)), np.zeros((2, 30)))
+    assert seeds.low == pytest.approx(result.low)
+
+
+def test_dropped_verdicts_bound_the_rate():
+    result = win_rate([2, 2, 1, 1.5, None, None])
+    assert result.bounds == pytest.approx((2.5 / 6, 4.5 / 6))
+    assert win_rate([2, 1]).bounds == (0.5, 0.5)
+
+
+def test_what_n_can_resolve():
+    assert resolution(80) == pytest.approx(0.1096, abs=1e-4)
+    assert resolution(500) == pytest.approx(0.0438, abs=1e-4)
+    assert win_rate([2, 1] * 40, clusters=[i // 2 for i in range(80)]).resolution == resolution(40)
+
+
+def test_weighted_mean_is_the_mean_of_repeated_rows():
+    """Arena-Hard repeats a decisive verdict three times; a weight of 3 within one prompt is that."""
+    values, weights = np.array([1.0, 0, 0.5, 1, 0]), np.array([3.0, 1, 1, 1, 3])
+    clusters = np.array(["p", "p", "q", "r", "r"])
+    repeated = np.repeat(values, weights.astype(int))
+    expected = clustered_mean(repeated, list(np.repeat(clusters, weights.astype(int))))
+    result = clustered_mean(values, list(clusters), weights=weights)
+    assert (result.mean, result.stderr, result.low) == pytest.approx(
+        (expected.mean, expected.stderr, expected.low)
+    )
+    inside = rate_of(values, list(clusters), weights=weights, dropped=2)
+    assert 0 <= inside.low <= inside.rate <= inside.high <= 1
+    assert inside.bounds == pytest.approx((4.5 / 15, 10.5 / 15))
+
+
+def test_clustered_standard_error_is_the_bootstraps_over_prompts():
+    """Brute force: resample whole prompts of unequal size, 4,000 times."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 5, size=120)
+    prompt = rng.normal(0, 0.6, size=120)
+    clusters = np.repeat(np.arange(120), sizes)
+    values = np.clip(np.round(0.5 + prompt[clusters] + rng.normal(0, 0.4, len(clusters))), 0, 1)
+    means = []
+    by_prompt = [values[clusters == i] for i in range(120)]
+    for _ in range(4000):
+        drawn = np.concatenate([by_prompt[i] for i in rng.integers(120, size=120)])
+        means.append(drawn.mean())
+    assert clustered_mean(values, list(clusters)).stderr == pytest.approx(np.std(means), rel=0.06)
 
 
 def test_interval_with_ties_is_students_t():
@@ -60,23 +129,49 @@ def test_impossible_input():
             win_rate(bad)
     with pytest.raises(ValueError, match="2 and 1"):
         paired_difference([1, 2], [1])
+    with pytest.raises(ValueError, match="2 preferences and 1 clusters"):
+        win_rate([1, 2], clusters=["a"])
 
 
-def test_two_level_interval_with_one_seed_is_the_prompts_bootstrap():
+def test_two_level_interval_with_one_seed_is_the_t_interval_over_prompts():
     values = np.random.default_rng(1).normal(size=(1, 200))
     result = two_level_mean(values)
-    expected = stats.bootstrap(
-        (values[0],), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(5)
-    )
+    expected = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
     assert result.mean == pytest.approx(values.mean())
-    assert result.low == pytest.approx(expected.confidence_interval.low, abs=0.02)
-    assert result.high == pytest.approx(expected.confidence_interval.high, abs=0.02)
+    assert (result.low, result.high) == pytest.approx(tuple(expected))
 
 
 def test_two_level_interval_sees_the_seeds():
     """Prompts without spread, seeds with: an interval over prompts alone would have no width."""
     values = np.array([0.0, 1.0, 2.0, 3.0])[:, None] * np.ones(50)
-    assert two_level_mean(values).stderr == pytest.approx(math.sqrt(1.25 / 4), rel=0.1)
+    expected = stats.ttest_1samp([0.0, 1, 2, 3], 0).confidence_interval(0.95)
+    result = two_level_mean(values)
+    assert (result.low, result.high) == pytest.approx(tuple(expected))
+
+
+def test_two_level_p_value_agrees_with_its_interval():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        values = rng.normal(size=(3, 1)) + rng.normal(size=(3, 40)) * rng.uniform(0.1, 3)
+        estimate = two_level_mean(values)
+        assert (t_test(estimate, 0.0) < 0.05) == (not estimate.low <= 0 <= estimate.high)
+
+
+def test_seeds_may_have_lost_verdicts():
+    """Unbalanced seeds: the mean is over all values, the interval over the seeds' own means."""
+    values = np.array([1.0, 1, 1, 0, 0])
+    result = nested_mean(values, list("pqrpq"), seeds=[0, 0, 0, 1, 1])
+    expected = stats.ttest_1samp([1.0, 0.0], 0).confidence_interval(0.95)
+    assert result.mean == 0.6 and result.df == 1
+    assert result.high - result.low == pytest.approx(expected.high - expected.low)
+
+
+def test_p_value_of_a_rate():
+    assert win_rate([2] * 6).p_value == pytest.approx(2 / 64)
+    assert win_rate([1.5] * 6).p_value == 1.0
+    values = [2, 2, 1.5, 1, 2, 2, 1.5, 2]
+    expected = stats.ttest_1samp(np.array(values) - 1, 0.5).pvalue
+    assert win_rate(values).p_value == pytest.approx(expected)
 
 
 def test_two_level_win_rate():

@@ -20,8 +20,6 @@ from salsa.runtime.local import autocast, seed_everything
 from salsa.runtime.tracking import round_figure, tracker
 from salsa.types import Sampling
 
-SHOWN = ("proxy", "length")
-
 
 @dataclass(frozen=True)
 class EvalJob:
@@ -57,13 +55,14 @@ def evaluate_policy(job: EvalJob, directory: Path) -> None:
     )
     generator = seed_everything(job.seed)
     rows: list[dict] = []
-    with tracker(directory, job.label, -(-len(job.prompts) // job.batch_size), SHOWN) as log:
+    shown = (*list(job.scorers)[:1], "length")
+    with tracker(directory, job.label, -(-len(job.prompts) // job.batch_size), shown) as log:
         log.resume_at(0)
         for start in range(0, len(job.prompts), job.batch_size):
             prompts = job.prompts[start : start + job.batch_size]
             batch = _evaluate_batch(job, policy, others, prompts, tokenizer, sampling, generator)
             rows += batch
-            figures = {name: sum(row[name] for row in batch) / len(batch) for name in SHOWN}
+            figures = {name: sum(row[name] for row in batch) / len(batch) for name in shown}
             log.log(start // job.batch_size + 1, figures)
     write_jsonl(directory / "samples.jsonl", rows)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from salsa.artifacts import RunDirectory, Stage, read_jsonl, versions
 from salsa.config import PreferencesConfig, Recipe
+from salsa.evaluate.significance import holm
 from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_figure
 
@@ -19,7 +20,7 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
     """The content of `report.json`. All that may differ between two equal runs lies under `times`."""
     scores = ["proxy", *recipe.eval.scores]
     measured = [*scores, "kl_anchor", "kl_reference", "length", "ended"]
-    tables = {name: _tables(stages, measured) for name, stages in samples.items()}
+    by_arm = {name: tables(stages, measured) for name, stages in samples.items()}
     return {
         "name": recipe.name,
         "method": "SALSA, arXiv 2411.01798",
@@ -27,14 +28,12 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
         "scores": scores,
         "baseline": recipe.eval.baseline,
         "anchor": recipe.eval.anchor,
-        "num_prompts": next(iter(tables.values()))["proxy"].shape[1],
-        "arms": {name: _arm(recipe, name, samples[name], table) for name, table in tables.items()},
+        "num_prompts": next(iter(by_arm.values()))["proxy"].shape[1],
+        "arms": {name: _arm(recipe, name, samples[name], table) for name, table in by_arm.items()},
         "pairs": [
-            _pair(score, candidate, baseline, tables)
+            pair
             for score in scores
-            for baseline, candidate in combinations(
-                _baseline_first(tables, recipe.eval.baseline), 2
-            )
+            for pair in pairs_of_score(score, by_arm, _baseline_first(by_arm, recipe.eval.baseline))
         ],
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
@@ -58,8 +57,8 @@ def notes(recipe: Recipe) -> list[str]:
         )
     elif num_seeds < 4:
         found.append(
-            f"{num_seeds} RL seeds: the intervals resample seeds too, but so few show only part of "
-            "the spread between seeds."
+            f"{num_seeds} RL seeds: the intervals are those of Student's t over prompts or over seeds, whichever is "
+            "wider, and with so few seeds they are wide. More seeds narrow them faster than more prompts."
         )
     found.append(
         f"Every arm used the same β = {recipe.rl.kl_coef:g}. The same β is another constraint once the "
@@ -81,7 +80,7 @@ def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
     )
 
 
-def _tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
+def tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
     """Figure → array [seeds, prompts]."""
     rows = [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
     return {
@@ -107,23 +106,41 @@ def _arm(
             for row, seed in enumerate(recipe.rl.seeds)
         ],
         "mean": {
-            public.get(key, key): _rounded(two_level_mean(values)) for key, values in table.items()
+            public.get(key, key): rounded(two_level_mean(values)) for key, values in table.items()
         },
     }
 
 
+def pairs_of_score(
+    score: str, by_arm: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
+
+    Args:
+        score: which figure decides.
+        by_arm: arm → figure → values [seeds, prompts].
+        arms: in every pair the earlier is the baseline.
+    """
+    found = [
+        _pair(score, candidate, baseline, by_arm) for baseline, candidate in combinations(arms, 2)
+    ]
+    adjusted = holm([pair["p_value"] for pair in found])
+    return [pair | {"p_holm": round_figure(p)} for pair, p in zip(found, adjusted, strict=True)]
+
+
 def _pair(
-    score: str, candidate: str, baseline: str, tables: Mapping[str, Mapping[str, np.ndarray]]
+    score: str, candidate: str, baseline: str, by_arm: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    result = two_level_win_rate(tables[candidate][score], tables[baseline][score])
-    difference = two_level_mean(tables[candidate][score] - tables[baseline][score])
+    first, second = by_arm[candidate][score], by_arm[baseline][score]
+    result = two_level_win_rate(first, second)
     return {
         "score": score,
         "candidate": candidate,
         "baseline": baseline,
-        **_rounded(result),
+        **rounded(result),
         "verdict": result.verdict,
-        "difference": _rounded(difference),
+        "resolution": round_figure(result.resolution),
+        "difference": rounded(two_level_mean(first - second)),
     }
 
 
@@ -132,7 +149,8 @@ def _baseline_first(names: Mapping[str, Any], baseline: str) -> list[str]:
     return ["sft", baseline, *rest]
 
 
-def _rounded(estimate: Any) -> dict[str, Any]:
+def rounded(estimate: Any) -> dict[str, Any]:
+    """The fields of an estimate, shortened to what compares runs."""
     return {
         key: round_figure(value) if isinstance(value, float) else value
         for key, value in asdict(estimate).items()

@@ -1,4 +1,9 @@
-"""Statistics of comparisons. The unit is the prompt; seeds are a second level; what cannot be resolved says so."""
+"""Win rates and differences with intervals. The unit is the prompt; seeds are a second level.
+
+Every interval is a t interval over independent units (`clustered_mean`), except where Wilson's is allowed: one
+comparison per prompt and no tie. An outcome that never varies has no spread to estimate, so its interval is Wilson's
+for as many prompts: thirty wins of thirty are no proof of 100 %.
+"""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -6,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Estimate:
     stderr: float
     low: float
     high: float
+    df: int
+    """Degrees of freedom of the t interval."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,23 @@ class WinRate:
     ties: int
     n: int
     dropped: int
+    """Comparisons without a verdict; they are in none of the other figures."""
+    num_clusters: int = 0
+    """Independent units (prompts) behind the interval."""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """The rate if every dropped comparison had been lost, and if every one had been won."""
+    p_value: float = 1.0
+    """Two-sided, of rate = ½."""
 
     @property
     def verdict(self) -> str:
         """`better`, `worse`, or `not resolved` where the interval includes one half."""
         return "better" if self.low > 0.5 else "worse" if self.high < 0.5 else "not resolved"
+
+    @property
+    def resolution(self) -> float:
+        """The smallest distance from one half that so many prompts can resolve, ties apart."""
+        return resolution(self.num_clusters or self.n)
 
 
 @dataclass(frozen=True)
@@ -63,12 +80,12 @@ def win_rate(
     Args:
         preferences: 1 = the baseline is better, 2 = the candidate, 1.5 = tie; None or NaN = no verdict, which is
             dropped and counted.
-        clusters: what each comparison belongs to (its prompt); standard errors are clustered by it. Without clusters
-            and without ties the interval is Wilson's, else Student's t over the clusters.
+        clusters: what each comparison belongs to (its prompt); standard errors are clustered by it. With one comparison
+            a cluster and no tie the interval is Wilson's, else Student's t over the clusters.
         confidence: level of the interval.
 
     Raises:
-        ValueError: a preference outside [1, 2], or no verdict at all.
+        ValueError: a preference outside [1, 2], no verdict at all, or not one cluster for each preference.
     """
     given = [math.nan if p is None else float(p) for p in preferences]
     keep = [i for i, p in enumerate(given) if not math.isnan(p)]
@@ -81,24 +98,57 @@ def win_rate(
         raise ValueError(
             f"win_rate: preferences lie in [1, 2], got {values.min()} to {values.max()}."
         )
+    if clusters is not None and len(clusters) != len(given):
+        raise ValueError(
+            f"win_rate: {len(given)} preferences and {len(clusters)} clusters. Give one cluster each."
+        )
     groups = [clusters[i] for i in keep] if clusters is not None else list(keep)
-    estimate = clustered_mean(values - 1, groups, confidence=confidence)
-    wins, losses = int((values > 1.5).sum()), int((values < 1.5).sum())
-    low, high = estimate.low, estimate.high
-    decisive = set(np.unique(values)) <= {1.0, 2.0}
-    if clusters is None and decisive:
-        interval = stats.binomtest(wins, len(values)).proportion_ci(confidence, method="wilson")
-        low, high = float(interval.low), float(interval.high)
+    return rate_of(values - 1, groups, dropped=len(given) - len(values), confidence=confidence)
+
+
+def rate_of(
+    outcome: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    seeds: Sequence[Hashable] | None = None,
+    weights: np.ndarray | None = None,
+    dropped: int = 0,
+    confidence: float = 0.95,
+) -> WinRate:
+    """Weighted win rate of outcomes in [0, 1].
+
+    Args:
+        outcome: 1 = the candidate won, 0 = it lost, ½ = tie.
+        clusters: the prompt of each.
+        seeds: the training seed of each, if there are several (`nested_mean`).
+        weights: Arena-Hard's; 1 if not given.
+        dropped: comparisons without a verdict, for the bounds.
+        confidence: level of the interval.
+    """
+    w = np.ones(len(outcome)) if weights is None else weights
+    estimate = nested_mean(outcome, clusters, seeds=seeds, weights=w, confidence=confidence)
+    num_clusters = len(set(clusters))
+    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    p_value = t_test(estimate, 0.5)
+    one_each = num_clusters == len(outcome) and set(np.unique(outcome)) <= {0.0, 1.0}
+    if estimate.stderr == 0 or (one_each and weights is None):
+        low, high = wilson(estimate.mean, num_clusters, confidence)
+    if estimate.stderr == 0 and estimate.mean in (0.0, 1.0):
+        p_value = 2 * 0.5**num_clusters
+    won, total, lost = float((w * outcome).sum()), float(w.sum()), dropped * float(w.max())
     return WinRate(
         rate=estimate.mean,
         stderr=estimate.stderr,
-        low=max(0.0, low),
-        high=min(1.0, high),
-        wins=wins,
-        losses=losses,
-        ties=len(values) - wins - losses,
-        n=len(values),
-        dropped=len(given) - len(values),
+        low=low,
+        high=high,
+        wins=int((outcome > 0.5).sum()),
+        losses=int((outcome < 0.5).sum()),
+        ties=int((outcome == 0.5).sum()),
+        n=len(outcome),
+        dropped=dropped,
+        num_clusters=num_clusters,
+        bounds=(won / (total + lost), (won + lost) / (total + lost)),
+        p_value=min(1.0, p_value),
     )
 
 
@@ -115,65 +165,114 @@ def paired_difference(
             f"paired_difference: {len(a)} and {len(b)} values. Give as many of one as of the other."
         )
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    groups = clusters if clusters is not None else range(len(differences))
-    estimate = clustered_mean(differences, list(groups))
-    num_clusters = len(set(groups))
-    if estimate.stderr == 0:
-        p_value = 1.0 if estimate.mean == 0 else 0.0
-    else:
-        p_value = float(2 * stats.t.sf(abs(estimate.mean / estimate.stderr), num_clusters - 1))
+    groups = list(clusters if clusters is not None else range(len(differences)))
+    estimate = clustered_mean(differences, groups)
     return Difference(
-        estimate.mean, estimate.stderr, estimate.low, estimate.high, p_value, len(differences)
+        estimate.mean,
+        estimate.stderr,
+        estimate.low,
+        estimate.high,
+        t_test(estimate, 0.0),
+        len(differences),
     )
 
 
 def clustered_mean(
-    values: np.ndarray, clusters: Sequence[Hashable], *, confidence: float = 0.95
+    values: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    weights: np.ndarray | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
-    """Mean with a cluster-robust standard error and a t interval with G − 1 degrees of freedom.
+    """Weighted mean with a cluster-robust standard error and a t interval with G − 1 degrees of freedom.
 
-    se² = G/(G−1) · Σ_g (Σ_{i∈g} (x_i − x̄))² / n². With one cluster the interval is infinite.
+    se² = G/(G−1) · Σ_g (Σ_{i∈g} w_i (x_i − x̄))² / (Σ w)². With one cluster the interval is infinite.
     """
+    w = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    mean = float((w * values).sum() / w.sum())
     sums = np.zeros(len(names))
-    np.add.at(sums, [names[name] for name in clusters], values - values.mean())
-    num_clusters, mean = len(names), float(values.mean())
+    np.add.at(sums, [names[name] for name in clusters], w * (values - mean))
+    num_clusters = len(names)
     if num_clusters < 2:
-        return Estimate(mean, math.inf, -math.inf, math.inf)
-    stderr = math.sqrt(num_clusters / (num_clusters - 1) * float((sums**2).sum())) / len(values)
-    half = float(stats.t.ppf((1 + confidence) / 2, num_clusters - 1)) * stderr
-    return Estimate(mean, stderr, mean - half, mean + half)
+        return Estimate(mean, math.inf, -math.inf, math.inf, 0)
+    spread = num_clusters / (num_clusters - 1) * float((sums**2).sum())
+    return _t_interval(mean, math.sqrt(spread) / float(w.sum()), num_clusters, confidence)
 
 
-def two_level_mean(values: np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
-    """Mean of `values` [seeds, prompts], with a bootstrap interval over seeds and prompts.
+def nested_mean(
+    values: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    seeds: Sequence[Hashable] | None = None,
+    weights: np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Mean over prompts and training seeds, with an interval that answers for both.
 
-    Both are resampled with replacement, crossed, `RESAMPLES` times; percentile interval. With one seed only prompts
-    vary, and with two or three the seeds' part of the interval is too narrow: say how many there were.
+    Two t intervals, one over the prompts (`clustered_mean`) and one over the seeds' means; the wider holds. The
+    error of a mean has a part from prompts and a part from seeds; the wider interval answers for the larger one and
+    has its degrees of freedom. Where one part rules it covers at its level, where both are alike a little less, and
+    with two seeds that hardly differ it is wider than need be: one degree of freedom cannot know that (docs/log.md).
     """
-    num_seeds, num_prompts = values.shape
-    rng = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        seeds = np.bincount(rng.integers(num_seeds, size=num_seeds), minlength=num_seeds)
-        prompts = np.bincount(rng.integers(num_prompts, size=num_prompts), minlength=num_prompts)
-        means[i] = seeds @ values @ prompts / (num_seeds * num_prompts)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(values.mean()), float(means.std(ddof=1)), float(low), float(high))
+    prompts = clustered_mean(values, clusters, weights=weights, confidence=confidence)
+    names = list(dict.fromkeys(seeds)) if seeds is not None else []
+    if len(names) < 2:
+        return prompts
+    w = np.ones(len(values)) if weights is None else weights
+    own = [np.array([seed == name for seed in seeds or ()]) for name in names]
+    means = np.array([(w[rows] * values[rows]).sum() / w[rows].sum() for rows in own])
+    over_seeds = clustered_mean(means, names, confidence=confidence)
+    half = (over_seeds.high - over_seeds.low) / 2
+    if half <= prompts.high - prompts.mean:
+        return prompts
+    mean = prompts.mean
+    return Estimate(mean, over_seeds.stderr, mean - half, mean + half, over_seeds.df)
 
 
-def two_level_win_rate(candidate: np.ndarray, baseline: np.ndarray, *, seed: int = 0) -> WinRate:
+def two_level_mean(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+    """`nested_mean` of `values` [seeds, prompts]."""
+    prompts, seeds = _levels(values)
+    return nested_mean(values.ravel(), prompts, seeds=seeds, confidence=confidence)
+
+
+def two_level_win_rate(candidate: np.ndarray, baseline: np.ndarray) -> WinRate:
     """Win rate of scores [seeds, prompts], the k-th seed against the k-th, interval over seeds and prompts."""
     outcome = (candidate > baseline) + 0.5 * (candidate == baseline)
-    estimate = two_level_mean(outcome, seed=seed)
-    return WinRate(
-        rate=estimate.mean,
-        stderr=estimate.stderr,
-        low=estimate.low,
-        high=estimate.high,
-        wins=int((candidate > baseline).sum()),
-        losses=int((candidate < baseline).sum()),
-        ties=int((candidate == baseline).sum()),
-        n=outcome.size,
-        dropped=0,
-    )
+    prompts, seeds = _levels(outcome)
+    return rate_of(outcome.ravel(), prompts, seeds=seeds)
+
+
+def wilson(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share `rate` of `n` independent decisive comparisons."""
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low, high = min(centre - half, rate), max(centre + half, rate)  # rounding must not shut it out
+    return max(0.0, low), min(1.0, high)
+
+
+def resolution(n: int, confidence: float = 0.95) -> float:
+    """Half-width of the interval of a rate near one half without ties: ±11 points for 80 prompts, ±4.4 for 500."""
+    return float(stats.norm.ppf((1 + confidence) / 2)) * 0.5 / math.sqrt(n)
+
+
+def t_test(estimate: Estimate, null: float) -> float:
+    """Two-sided p-value of mean = `null`."""
+    distance = abs(estimate.mean - null)
+    if distance == 0 or math.isinf(estimate.stderr):
+        return 1.0
+    if estimate.stderr == 0:
+        return 0.0
+    return float(2 * stats.t.sf(distance / estimate.stderr, estimate.df))
+
+
+def _t_interval(mean: float, stderr: float, num_units: int, confidence: float) -> Estimate:
+    half = float(stats.t.ppf((1 + confidence) / 2, num_units - 1)) * stderr
+    return Estimate(mean, stderr, mean - half, mean + half, num_units - 1)
+
+
+def _levels(values: np.ndarray) -> tuple[list[int], list[int]]:
+    """The prompt and the seed of every element of [seeds, prompts], in `ravel`'s order."""
+    seeds, prompts = np.indices(values.shape)
+    return prompts.ravel().tolist(), seeds.ravel().tolist()

@@ -48,7 +48,7 @@ def _curve(
         for seed in values:
             data.append(_line(steps, seed, colour(arm, arms), width=1, opacity=0.3))
         data.append(_line(steps, values.mean(axis=0), colour(arm, arms), width=2.5, name=arm))
-    return {"data": data, "layout": _layout(title, "update", "")}
+    return {"data": data, "layout": layout(title, "update", "")}
 
 
 def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Figure:
@@ -62,8 +62,8 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
                 "name": arm,
                 "x": [mean["kl_anchor"]["mean"]],
                 "y": [mean[score]["mean"]],
-                "error_x": _error(mean["kl_anchor"]),
-                "error_y": _error(mean[score]),
+                "error_x": error_bar([mean["kl_anchor"]]),
+                "error_y": error_bar([mean[score]]),
                 "marker": {"color": colour(arm, arms), "size": 13},
             }
         )
@@ -80,7 +80,7 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
         )
     return {
         "data": data,
-        "layout": _layout(score, f"KL to {summary['anchor']} (nats per response)", score),
+        "layout": layout(score, f"KL to {summary['anchor']} (nats per response)", score),
     }
 
 
@@ -98,7 +98,7 @@ def _histogram(
         line = _line(edges, [*shares, shares[-1]], colour(arm, arms), width=2, name=arm)
         line["line"]["shape"] = "hv"
         data.append(line)
-    return {"data": data, "layout": _layout(score, score, "share of replies")}
+    return {"data": data, "layout": layout(score, score, "share of replies")}
 
 
 def _line(
@@ -123,17 +123,19 @@ def _line(
     }
 
 
-def _error(estimate: Mapping[str, float]) -> dict[str, Any]:
+def error_bar(estimates: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Plotly's error bars from intervals."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [estimate["high"] - estimate["mean"]],
-        "arrayminus": [estimate["mean"] - estimate["low"]],
+        "array": [e["high"] - e["mean"] for e in estimates],
+        "arrayminus": [e["mean"] - e["low"] for e in estimates],
         "thickness": 1.5,
     }
 
 
-def _layout(title: str, x: str, y: str) -> dict[str, Any]:
+def layout(title: str, x: str, y: str) -> dict[str, Any]:
+    """Title and axis names; the page adds fonts and colours."""
     return {
         "title": {"text": title},
         "xaxis": {"title": {"text": x}},

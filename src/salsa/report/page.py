@@ -13,6 +13,7 @@ from salsa.artifacts import RunDirectory, Stage, read_jsonl, write_atomic
 from salsa.config import Recipe
 from salsa.evaluate.summary import summarise
 from salsa.report import figures
+from salsa.report.pairs import Pair, matrices, sentence
 from salsa.stages import rl_label
 
 COMPLETIONS = 24
@@ -45,52 +46,51 @@ def render(
         curves: arm → seed → the RL stage's metrics.
         recipe_yaml: the resolved recipe.
     """
+    return render_page(
+        "page.html",
+        figures.all_figures(summary, rows, curves),
+        report=summary,
+        headline=headline(summary),
+        against=against_baseline(summary),
+        matrices=matrices(summary["pairs"]),
+        completions=completions(rows),
+        recipe_yaml=recipe_yaml,
+        total_minutes=sum(summary["times"].values()) / 60,
+    )
+
+
+def render_page(template: str, plots: Mapping[str, figures.Figure], **values: Any) -> str:
+    """A template of this directory with its figures and plotly itself inside; text is escaped."""
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
-    plots = figures.all_figures(summary, rows, curves)
-    return environment.get_template("page.html").render(
-        report=summary,
-        headline=headline(summary),
-        against=against_baseline(summary),
-        completions=completions(rows),
-        recipe_yaml=recipe_yaml,
-        figures=Markup(_script_json(plots)),
+    return environment.get_template(template).render(
+        figures=Markup(script_json(plots)),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        total_minutes=sum(summary["times"].values()) / 60,
+        **values,
     )
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:
     """One sentence per arm and score that compares it with the baseline, intervals and verdict included."""
-    sentences = []
-    for (name, score), pair in against_baseline(summary).items():
-        if name == "sft":
-            continue
-        words = {
-            "better": f"beats {summary['baseline']}",
-            "worse": f"loses to {summary['baseline']}",
-            "not resolved": f"against {summary['baseline']} is not resolved",
-        }
-        sentences.append(
-            f"{name} {words[pair['verdict']]} on {score}: win rate {pair['rate']:.1%} "
-            f"[{pair['low']:.1%}, {pair['high']:.1%}]."
-        )
-    return sentences
+    return [
+        sentence(pair, score)
+        for (name, score), pair in against_baseline(summary).items()
+        if name != "sft"
+    ]
 
 
-def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], Pair]:
     """(arm, score) → its comparison with the baseline, the arm being the candidate."""
-    found = {}
-    for pair in summary["pairs"]:
-        if pair["baseline"] == summary["baseline"]:
-            found[pair["candidate"], pair["score"]] = pair
-        elif pair["candidate"] == summary["baseline"]:
-            found[pair["baseline"], pair["score"]] = _swapped(pair)
-    return found
+    return {
+        (row, score): pair
+        for score, cells in matrices(summary["pairs"]).items()
+        for (row, column), pair in cells.items()
+        if column == summary["baseline"]
+    }
 
 
 def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
@@ -116,28 +116,7 @@ def learning_curves(recipe: Recipe, run: RunDirectory) -> dict[str, list[list[di
     }
 
 
-def _swapped(pair: Mapping[str, Any]) -> dict[str, Any]:
-    verdict = {"better": "worse", "worse": "better"}.get(pair["verdict"], pair["verdict"])
-    difference = pair["difference"]
-    return dict(pair) | {
-        "candidate": pair["baseline"],
-        "baseline": pair["candidate"],
-        "rate": 1 - pair["rate"],
-        "low": 1 - pair["high"],
-        "high": 1 - pair["low"],
-        "wins": pair["losses"],
-        "losses": pair["wins"],
-        "verdict": verdict,
-        "difference": {
-            "mean": -difference["mean"],
-            "stderr": difference["stderr"],
-            "low": -difference["high"],
-            "high": -difference["low"],
-        },
-    }
-
-
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     return (
         json.dumps(value)

@@ -1,0 +1,142 @@
+"""Answers of a policy to conversations of one or two turns: fixed seeds, a temperature each, resumable by the batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from salsa import models
+from salsa.artifacts import Checkpoint, append_jsonl, drop_half_line, read_jsonl, write_jsonl
+from salsa.data import Message, Prompt, as_prompt
+from salsa.errors import DataError
+from salsa.evaluate.inputs import Question
+from salsa.rl import collect_rollout, decode
+from salsa.runtime.local import seed_everything
+from salsa.runtime.tracking import tracker
+
+GREEDY = 1e-8
+"""The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
+
+
+@dataclass(frozen=True)
+class AnswersJob:
+    """One policy and the questions it answers."""
+
+    label: str
+    policy: Checkpoint
+    questions: Sequence[Question]
+    temperatures: Sequence[float]
+    """One a question."""
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    precision: str
+
+
+def write_answers(
+    job: AnswersJob, directory: Path, row: Callable[[Question, Sequence[str]], dict[str, Any]]
+) -> None:
+    """Write `answers.jsonl`: `row(question, answers)` for every question, the second turn after the first's answer."""
+    writer = Writer(job.policy.path, job.max_new_tokens, job.batch_size, job.precision)
+    answers: list[list[str]] = [[] for _ in job.questions]
+    turns = max(len(question.turns) for question in job.questions)
+    for turn in range(turns):
+        asked = [i for i, question in enumerate(job.questions) if turn < len(question.turns)]
+        replies = writer.replies(
+            [_conversation(job.questions[i], answers[i]) for i in asked],
+            [job.temperatures[i] for i in asked],
+            seed=job.seed * 2 + turn,
+            label=f"{job.label} turn {turn + 1}",
+            directory=directory / "resume" / f"turn-{turn + 1}",
+        )
+        for i, reply in zip(asked, replies, strict=True):
+            answers[i].append(reply)
+    rows = [row(q, given) for q, given in zip(job.questions, answers, strict=True)]
+    write_jsonl(directory / "answers.jsonl", rows)
+
+
+class Writer:
+    """A loaded policy that replies to conversations."""
+
+    def __init__(self, path: Path, max_new_tokens: int, batch_size: int, precision: str) -> None:
+        self.path, self.batch_size, self.precision = path, batch_size, precision
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = models.load_tokenizer(path)
+        self.policy = models.load_policy(path)
+        self.context = getattr(self.policy.config, "max_position_embeddings", None)
+
+    def replies(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        temperatures: Sequence[float],
+        *,
+        seed: int,
+        label: str,
+        directory: Path,
+    ) -> list[str]:
+        """A reply to each; finished batches are kept in `directory` and not written again."""
+        prompts = [as_prompt({"messages": list(c)}, self.tokenizer, label) for c in conversations]
+        order = sorted(range(len(prompts)), key=lambda i: (temperatures[i], len(prompts[i].ids), i))
+        batches = _batches(order, temperatures, self.batch_size)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / "replies.jsonl"
+        drop_half_line(file)
+        found = {row["index"]: row["text"] for row in read_jsonl(file)}
+        with tracker(directory, label, len(batches), ("answered",)) as log:
+            log.resume_at(0)
+            for number, batch in enumerate(batches):
+                if not all(i in found for i in batch):
+                    texts = self.batch(
+                        [prompts[i] for i in batch], temperatures[batch[0]], seed, number
+                    )
+                    found |= dict(zip(batch, texts, strict=True))
+                    append_jsonl(file, [{"index": i, "text": found[i]} for i in batch])
+                log.advance(number + 1, {"answered": len(found)})
+        return [found[i] for i in range(len(prompts))]
+
+    def batch(
+        self, prompts: Sequence[Prompt], temperature: float, seed: int, number: int
+    ) -> list[str]:
+        """Replies to one batch of prompts, drawn from (seed, number).
+
+        Raises:
+            DataError: a prompt leaves the model no room to answer.
+        """
+        longest = max(len(prompt.ids) for prompt in prompts)
+        room = self.max_new_tokens
+        if self.context is not None:
+            room = min(room, self.context - longest)
+        if room < 1:
+            raise DataError(
+                f"{self.path}: a conversation of {longest} tokens fills the model's {self.context} positions. "
+                "Lower max_new_tokens, or evaluate a model with a longer context."
+            )
+        sampling = models.sampling(
+            self.path,
+            self.tokenizer,
+            max_new_tokens=room,
+            temperature=temperature or GREEDY,
+            precision=self.precision,
+        )
+        rollout = collect_rollout(self.policy, prompts, sampling, seed_everything(seed, number))
+        return decode(rollout, self.tokenizer)
+
+
+def _conversation(question: Question, answers: Sequence[str]) -> list[Message]:
+    messages = []
+    for number, text in enumerate(question.turns[: len(answers) + 1]):
+        messages.append({"role": "user", "content": text})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": answers[number]})
+    return messages
+
+
+def _batches(order: Sequence[int], temperatures: Sequence[float], size: int) -> list[list[int]]:
+    """Runs of at most `size` of `order`, none with two temperatures."""
+    batches: list[list[int]] = []
+    for i in order:
+        last = batches[-1] if batches else []
+        if not last or len(last) == size or temperatures[last[0]] != temperatures[i]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

@@ -1,0 +1,321 @@
+"""Judgments of any benchmark as comparisons, and what they add up to: rates, bias, and everything that went wrong.
+
+A comparison is one question and turn, answered by two models and judged in two games with the answers' places swapped.
+Benchmarks differ in how two games make an outcome (`salsa.evaluate.mtbench`, `salsa.evaluate.arena_hard`); from there
+on the arithmetic is the same. The unit is the question: all its turns and games are one cluster.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from salsa.artifacts import parse_jsonl
+from salsa.errors import DataError
+from salsa.evaluate.bias import LengthBias, PositionBias, length_bias, position_bias
+from salsa.evaluate.significance import SignTest, sign_test
+from salsa.evaluate.winrate import WinRate, rate_of
+
+PathOrRows = Path | str | Iterable[Mapping[str, Any]]
+
+Lengths = Mapping[str, Mapping[Any, Sequence[int]]]
+"""Model → question → characters of its answer to each turn."""
+
+Arms = Mapping[str, tuple[str, int]]
+"""Model → (arm, training seed)."""
+
+PLACES = {"A": "first", "B": "second", "tie": "tie", None: None}
+"""A verdict's label → the place that won."""
+
+
+class NoVerdict(DataError):
+    """Judgments were read and none of them says anything."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a judgments file, and where it stands, for messages."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models' answers to one question and turn, judged twice."""
+
+    question: Any
+    turn: int
+    category: str
+    candidate: str
+    baseline: str
+    games: tuple[str | None, str | None]
+    """Which place won each game: `first`, `second`, `tie` or None. The candidate is first in game 1."""
+    scores: tuple[tuple[float, float], ...]
+    """(outcome for the candidate: 1, ½ or 0; its weight) of what counts; empty where there is no verdict."""
+    missing: int = 0
+    """How many scores a lost verdict took away."""
+    seed: int = 0
+    """Training seed of both models, where an arm has several."""
+    lengths: tuple[int, int] | None = None
+    """Characters of the candidate's answer and of the baseline's."""
+
+    @property
+    def outcome(self) -> float | None:
+        """Weighted mean of the candidate's outcomes; None where there is no verdict."""
+        weight = sum(w for _, w in self.scores)
+        return sum(s * w for s, w in self.scores) / weight if weight else None
+
+    def turned(self) -> "Comparison":
+        """The same comparison with candidate and baseline exchanged."""
+        return replace(
+            self,
+            candidate=self.baseline,
+            baseline=self.candidate,
+            games=self.games[::-1],
+            scores=tuple((1 - s, w) for s, w in self.scores),
+            lengths=self.lengths[::-1] if self.lengths else None,
+        )
+
+
+@dataclass(frozen=True)
+class PairSummary:
+    """All comparisons of one pair of models."""
+
+    candidate: str
+    baseline: str
+    win_rate: WinRate
+    """The candidate's adjusted win rate, clustered by question."""
+    position: PositionBias
+    sign: SignTest
+    by_category: Mapping[str, WinRate]
+    by_turn: Mapping[int, WinRate]
+    length: LengthBias | None
+
+
+@dataclass(frozen=True)
+class PairsSummary:
+    """Every pair of models in a judgments file."""
+
+    judge: str
+    pairs: Mapping[tuple[str, str], PairSummary]
+    """(candidate, baseline) → summary; the candidate is upstream's `model_1`, or Arena-Hard's `model`."""
+    models: Mapping[str, WinRate]
+    """Model → its rate over all its opponents, as upstream's `pairwise-all` table counts it."""
+    counts: Mapping[str, int]
+    """What was found wrong, and how often: duplicates, verdicts that are missing or unknown, …"""
+    comparisons: Sequence[Comparison] = field(repr=False)
+
+
+def read_rows(source: PathOrRows) -> list[Row]:
+    """Rows of a jsonl file, of every jsonl file in a directory, or as given.
+
+    Raises:
+        DataError: nothing there, or a line that is no JSON object.
+    """
+    if not isinstance(source, str | Path):
+        rows = [Row(f"row {n}", values) for n, values in enumerate(source, start=1)]
+    else:
+        path = Path(source)
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise DataError(f"{path}: no such file. Give a jsonl file, or a directory of them.")
+        rows = []
+        for file in files:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                rows += [Row(f"{file}: line {n}", v) for n, v in parse_jsonl(lines, str(file))]
+    for row in rows:
+        if not isinstance(row.values, Mapping):
+            raise DataError(f"{row.where} is {type(row.values).__name__}, not an object.")
+    if not rows:
+        raise DataError(f"{source if isinstance(source, str | Path) else 'rows'}: no judgments.")
+    return rows
+
+
+def need(row: Row, kind: str, *names: str) -> None:
+    """Raise DataError unless the row has every one of `names`."""
+    missing = [name for name in names if row.values.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{row.where} is no {kind}: it has no {', '.join(missing)} (it has "
+            f"{', '.join(map(str, row.values)) or 'nothing'})."
+        )
+
+
+def need_names(row: Row, *names: str) -> None:
+    """Raise DataError unless these fields are text (or whole numbers): they name a question or a model."""
+    for name in names:
+        value = row.values.get(name)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise DataError(f"{row.where}: {name} is {value!r}. Give text or a number.")
+
+
+def judge_of(row: Row) -> str:
+    """The judge's model; upstream writes its name, or [name, prompt]."""
+    judge = row.values.get("judge")
+    name = judge[0] if isinstance(judge, list | tuple) and judge else judge
+    if not isinstance(name, str):
+        raise DataError(
+            f"{row.where}: judge is {judge!r}. Give the judge's name, or [name, prompt]."
+        )
+    return name
+
+
+def of_one_judge(rows: Sequence[Row], judge: str | None) -> tuple[list[Row], str]:
+    """Rows of `judge`, or of the only judge there is.
+
+    Raises:
+        DataError: several judges and none chosen, or none of the chosen one's rows.
+    """
+    names = Counter(judge_of(row) for row in rows)
+    if judge is None and len(names) > 1:
+        found = ", ".join(f"{name} ({count})" for name, count in names.items())
+        raise DataError(
+            f"{rows[0].where} and after: rows of {len(names)} judges: {found}. Choose one with judge=…"
+        )
+    chosen = judge or next(iter(names))
+    if chosen not in names:
+        raise DataError(
+            f"{rows[0].where} and after: no row of the judge {chosen!r}; there are {', '.join(names)}."
+        )
+    return [row for row in rows if judge_of(row) == chosen], chosen
+
+
+def without_duplicates(
+    rows: Sequence[Row],
+    key: Callable[[Row], Hashable],
+    verdict: Callable[[Row], Any],
+    counts: Counter[str],
+) -> list[Row]:
+    """The first row of each key. Repeats are counted, and those that say something else are counted apart.
+
+    Args:
+        rows: in the file's order.
+        key: row → what it judges.
+        verdict: row → what it says.
+        counts: receives `duplicate rows` and `contradicting duplicates`.
+    """
+    first: dict[Any, Row] = {}
+    for row in rows:
+        earlier = first.setdefault(key(row), row)
+        if earlier is not row:
+            counts["duplicate rows"] += 1
+            counts["contradicting duplicates"] += verdict(earlier) != verdict(row)
+    return list(first.values())
+
+
+def num_unshared(sets: Sequence[set[tuple[Any, int, int]]]) -> int:
+    """How many (question, turn, seed) are in some of the sets and not in all."""
+    return len(set().union(*sets)) - len(sets[0].intersection(*sets[1:]))
+
+
+def summarise(
+    comparisons: Sequence[Comparison],
+    judge: str,
+    counts: Mapping[str, int],
+    lengths: Lengths | None = None,
+    arms: Arms | None = None,
+) -> PairsSummary:
+    """Rates of every pair and of every model (or arm).
+
+    Args:
+        comparisons: one a question, turn and pair.
+        judge: who judged.
+        counts: what reading found wrong.
+        lengths: of the answers, for the length statistics.
+        arms: which models are checkpoints of one arm.
+    """
+    comparisons = [_of_arms(_with_lengths(c, lengths or {}), arms or {}) for c in comparisons]
+    pairs: dict[tuple[str, str], list[Comparison]] = {}
+    models: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        pairs.setdefault((comparison.candidate, comparison.baseline), []).append(comparison)
+        models.setdefault(comparison.candidate, []).append(comparison)
+        models.setdefault(comparison.baseline, []).append(comparison.turned())
+    if not any(comparison.scores for comparison in comparisons):
+        raise NoVerdict(
+            f"{judge}: none of {len(comparisons)} comparisons has a verdict. Look at the judge's texts."
+        )
+    found = dict(counts)
+    if unequal := _questions_not_shared(pairs):
+        found["questions that not every pair was judged on"] = unequal
+    judged = {pair: own for pair, own in pairs.items() if any(c.scores for c in own)}
+    found |= {
+        f"no verdict at all for {a} and {b}": len(pairs[a, b]) for a, b in pairs.keys() - judged
+    }
+    return PairsSummary(
+        judge=judge,
+        pairs={pair: summarise_pair(own) for pair, own in judged.items()},
+        models={model: rate(own) for model, own in models.items() if any(c.scores for c in own)},
+        counts={name: count for name, count in found.items() if count},
+        comparisons=comparisons,
+    )
+
+
+def summarise_pair(comparisons: Sequence[Comparison]) -> PairSummary:
+    """Everything about one pair; the comparisons are all of the same two models, the same way round."""
+    one, judged = comparisons[0], [c for c in comparisons if c.scores]
+    outcome = [float(c.outcome or 0) for c in judged]
+    length = None
+    if all(c.lengths for c in judged):
+        own, other = zip(*(c.lengths for c in judged if c.lengths), strict=True)
+        length = length_bias(outcome, own, other, [c.question for c in judged])
+    return PairSummary(
+        candidate=one.candidate,
+        baseline=one.baseline,
+        win_rate=rate(comparisons),
+        position=position_bias([c.games for c in comparisons]),
+        sign=sign_test(outcome, [c.question for c in judged]),
+        by_category=_by(comparisons, "category"),
+        by_turn=_by(comparisons, "turn"),
+        length=length,
+    )
+
+
+def rate(comparisons: Sequence[Comparison]) -> WinRate:
+    """The candidate's weighted rate, clustered by question.
+
+    With MT-Bench's single outcome a comparison this is (wins + ties/2)/n; with Arena-Hard's two games it is the
+    weighted mean score, and n, wins, losses and ties count games.
+    """
+    counted = [(c.question, c.seed, s, w) for c in comparisons for s, w in c.scores]
+    weights = np.array([w for *_, w in counted])
+    return rate_of(
+        np.array([score for _, _, score, _ in counted]),
+        [question for question, *_ in counted],
+        seeds=[seed for _, seed, *_ in counted],
+        weights=None if (weights == 1).all() else weights,
+        dropped=sum(c.missing for c in comparisons),
+    )
+
+
+def _with_lengths(comparison: Comparison, lengths: Lengths) -> Comparison:
+    own, other = lengths.get(comparison.candidate), lengths.get(comparison.baseline)
+    if own is None or other is None:
+        return comparison
+    question, turn = comparison.question, comparison.turn - 1
+    return replace(comparison, lengths=(own[question][turn], other[question][turn]))
+
+
+def _of_arms(comparison: Comparison, arms: Arms) -> Comparison:
+    candidate, seed = arms.get(comparison.candidate, (comparison.candidate, 0))
+    baseline, _ = arms.get(comparison.baseline, (comparison.baseline, 0))
+    return replace(comparison, candidate=candidate, baseline=baseline, seed=seed)
+
+
+def _by(comparisons: Sequence[Comparison], name: str) -> dict[Any, WinRate]:
+    groups: dict[Any, list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault(getattr(comparison, name), []).append(comparison)
+    return {
+        key: rate(groups[key])
+        for key in sorted(groups)
+        if key != "" and any(c.scores for c in groups[key])
+    }
+
+
+def _questions_not_shared(pairs: Mapping[tuple[str, str], Sequence[Comparison]]) -> int:
+    return num_unshared([{(c.question, c.turn, c.seed) for c in own} for own in pairs.values()])

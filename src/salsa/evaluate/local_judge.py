@@ -1,0 +1,42 @@
+"""A judge in this process: any chat model that transformers loads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from salsa.artifacts import resolve
+from salsa.data import as_prompt
+from salsa.evaluate.answers import Writer
+from salsa.evaluate.judge import Message, Refusal, Reply
+from salsa.evaluate.spec import JudgeConfig
+
+
+class LocalJudge:
+    """Greedy (or sampled) judgments, `concurrency` in a batch."""
+
+    concurrency = 1
+
+    def __init__(self, config: JudgeConfig, precision: str) -> None:
+        assert config.path is not None  # the schema
+        path = resolve(config.path)
+        self.model = config.model or path.resolve().name
+        self.batch_size = config.concurrency
+        self.parameters: dict[str, Any] = config.request | {"precision": precision}
+        self._temperature = config.temperature
+        self._writer = Writer(path, config.max_tokens, config.concurrency, precision)
+
+    async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
+        """One forward pass after another; a conversation that leaves no room for a judgment is refused."""
+        writer = self._writer
+        prompts = [as_prompt({"messages": list(m)}, writer.tokenizer, "judge") for m in batch]
+        room = (writer.context or 10**9) - writer.max_new_tokens
+        fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
+        texts = iter(writer.batch(fitting, self._temperature, 0, 0) if fitting else ())
+        return [
+            Refusal(f"{len(prompt.ids)} tokens and a judgment exceed the model's context")
+            if len(prompt.ids) > room
+            else Reply(next(texts), None, len(prompt.ids), 0)
+            for prompt in prompts
+        ]
+
+    async def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,187 @@
+"""What `salsa eval` of checkpoints is asked to do: strict, frozen, torch-free, like a recipe."""
+
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from salsa.config import explain
+from salsa.errors import ConfigError
+from salsa.schema import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
+
+
+class JudgeConfig(Strict):
+    """Who compares answers: an OpenAI-compatible endpoint, a model in this process, or a file of judgments."""
+
+    url: str | None = None
+    """Base URL of an endpoint, e.g. http://localhost:8000/v1 (vLLM, llama.cpp, Ollama, vendors)."""
+    path: str | None = None
+    """Model directory or hub name, judged with in this process."""
+    replay: str | None = None
+    """A judgments file in FastChat's or Arena-Hard's format: nothing is asked, its texts are read again."""
+    model: str | None = None
+    """The endpoint's name of the model; names the judge in files and tables."""
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key; local servers need none."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature; 0 is greedy."""
+    max_tokens: Count = 2048
+    """Length limit of a judgment."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Further parameters of the request; null takes one away, e.g. {temperature: null} for models that refuse it."""
+    concurrency: Count = 16
+    """Requests under way at once, or judgments per batch in this process."""
+    timeout: Positive = 120.0
+    """Seconds until a request is given up and tried again."""
+    retries: Annotated[int, Field(ge=0)] = 8
+    """Further tries after 408, 409, 429, 5xx, time-outs, broken connections and unusable replies."""
+    price: tuple[NonNegative, NonNegative] | None = None
+    """Price of a million prompt tokens and of a million completion tokens, for the total."""
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> Self:
+        if sum(value is not None for value in (self.url, self.path, self.replay)) != 1:
+            raise ValueError("give exactly one of url, path and replay")
+        if self.url is not None and self.model is None:
+            raise ValueError("an endpoint needs the name of its model; give model")
+        return self
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Parameters of every request: they decide a judgment, so they are part of its key."""
+        values = {"temperature": self.temperature, "max_tokens": self.max_tokens} | self.parameters
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class MTBenchConfig(Strict):
+    """MT-Bench; the files are upstream's (github.com/lm-sys/FastChat, fastchat/llm_judge/data)."""
+
+    questions: str
+    """`question.jsonl`."""
+    judge_prompts: str
+    """`judge_prompts.jsonl`."""
+    references: str
+    """`reference_answer/gpt-4.jsonl`."""
+    corrections: str | None = None
+    """Answers that replace wrong references, in the same format."""
+    max_new_tokens: Count = 1024
+    """Length limit of an answer."""
+
+
+class ArenaHardConfig(Strict):
+    """Arena-Hard; the files are upstream's (github.com/lmarena/arena-hard-auto)."""
+
+    questions: str
+    """`question.jsonl`."""
+    judge_prompt: str
+    """YAML with `system_prompt` and `prompt_template`, such as v0.1's `config/judge_config.yaml`."""
+    baseline: str | None = None
+    """Upstream's `model_answer/<baseline>.jsonl`; the evaluation's own baseline arm if not given."""
+    max_new_tokens: Count = 4096
+    """Length limit of an answer."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature of the answers."""
+
+
+class PromptsConfig(Strict):
+    """Held-out prompts of any kind, e.g. UltraFeedback's; every arm answers, pairs are played by each reward."""
+
+    source: DataSource
+    """Rows with `prompt`, or `messages` whose last turn is the user's."""
+    judge_prompts: str | None = None
+    """MT-Bench's `judge_prompts.jsonl`, to let the judge compare answers with its `pair-v2`."""
+    max_new_tokens: Count = 256
+    """Length limit of a response."""
+    max_prompt_tokens: Count = 1024
+    """Longer prompts are dropped (and counted)."""
+    temperature: Positive = 1.0
+    """Sampling temperature; KL is measured under it."""
+
+
+class RewardModel(Strict):
+    """A reward to score with: a sequence classifier with one label, or a callable."""
+
+    path: str | None = None
+    """Directory or hub name of a reward model."""
+    call: str | None = None
+    """`module:function`, as in a recipe."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.path is None) == (self.call is None):
+            raise ValueError("give exactly one of path and call")
+        if self.call is not None:
+            RewardFunction(call=self.call)
+        return self
+
+
+class EvalSpec(Strict):
+    """Checkpoints, what they answer, and who compares."""
+
+    name: str = "evaluation"
+    """Title of the report."""
+    models: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    """Arm → its checkpoints, one a training seed; directories or hub names."""
+    baseline: str | None = None
+    """The arm that the others are compared with; the first if not given."""
+    prompts: PromptsConfig | None = None
+    mt_bench: MTBenchConfig | None = None
+    arena_hard: ArenaHardConfig | None = None
+    judge: JudgeConfig | None = None
+    rewards: dict[str, RewardModel] = Field(default_factory=dict)
+    """Name → reward; the first is called the proxy if it is what training raised."""
+    kl_to: str | None = None
+    """The one model to which every arm's KL is measured on `prompts`."""
+    batch_size: Count = 16
+    """Responses per forward pass."""
+    seed: int = 1000
+    """Seed of the sampling; the k-th seed of an arm uses seed + k."""
+    precision: str = Field(default="auto", pattern="^(auto|fp32|bf16)$")
+    """Compute type of forward passes."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.baseline is not None and self.baseline not in self.models:
+            raise ValueError(
+                f"baseline={self.baseline!r} is none of the models ({', '.join(self.models)})"
+            )
+        if not (self.prompts or self.mt_bench or self.arena_hard):
+            raise ValueError("nothing to answer; give prompts, mt_bench or arena_hard")
+        if (self.mt_bench or self.arena_hard) and self.judge is None:
+            raise ValueError("MT-Bench and Arena-Hard need a judge")
+        counts = {len(paths) for paths in self.models.values()}
+        if len(counts) > 1:
+            raise ValueError(
+                "every arm needs equally many checkpoints (the k-th seed of one meets the k-th of another)"
+            )
+        if self.prompts and not (self.rewards or (self.judge and self.prompts.judge_prompts)):
+            raise ValueError("prompts need a reward, or a judge with prompts.judge_prompts")
+        if self.kl_to is not None and self.prompts is None:
+            raise ValueError("kl_to is measured on prompts; give prompts")
+        return self
+
+    @classmethod
+    def read(cls, values: dict[str, Any], where: str) -> "EvalSpec":
+        """The evaluation that `values` describe.
+
+        Raises:
+            ConfigError: a value is wrong; one line that says which.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {explain(error, cls)}") from error
+
+    def to_yaml(self) -> str:
+        """What was asked for, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    @property
+    def against(self) -> str:
+        """The baseline arm."""
+        return self.baseline or next(iter(self.models))
+
+    @property
+    def num_seeds(self) -> int:
+        """Checkpoints per arm."""
+        return len(next(iter(self.models.values())))

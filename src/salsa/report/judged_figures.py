@@ -1,0 +1,97 @@
+"""Figures of judged benchmarks: ratings by category as bars and radar, and verdicts against length."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from salsa.report.figures import Figure, colour, error_bar, layout
+
+BINS = 8
+"""Length differences are shown in so many groups of equal size."""
+
+
+def category_bars(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
+    """Mean rating by category, an arm a colour, with 95 % intervals."""
+    data = []
+    for arm, one in singles["arms"].items():
+        groups = one["by_category"]
+        data.append(
+            {
+                "type": "bar",
+                "name": arm,
+                "x": list(groups),
+                "y": [e["mean"] for e in groups.values()],
+                "error_y": error_bar(list(groups.values())),
+                "marker": {"color": colour(arm, arms)},
+            }
+        )
+    return {"data": data, "layout": layout("rating by category", "", "1 to 10")}
+
+
+def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
+    """The same means as a radar, closed."""
+    data = []
+    for arm, one in singles["arms"].items():
+        names = list(one["by_category"])
+        values = [one["by_category"][name]["mean"] for name in names]
+        data.append(
+            {
+                "type": "scatterpolar",
+                "name": arm,
+                "theta": [*names, names[0]],
+                "r": [*values, values[0]],
+                "line": {"color": colour(arm, arms), "width": 2},
+            }
+        )
+    polar = {"polar": {"radialaxis": {"range": [0, 10]}, "domain": {"y": [0, 0.86]}}}
+    return {"data": data, "layout": layout("rating by category", "", "") | polar}
+
+
+def rates_by_category(pairs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Figure:
+    """Win rate by category of every pair against the baseline, with 95 % intervals."""
+    data = [
+        {
+            "type": "bar",
+            "name": f"{pair['candidate']} against {pair['baseline']}",
+            "x": list(pair["by_category"]),
+            "y": [rate["rate"] for rate in pair["by_category"].values()],
+            "error_y": error_bar([r | {"mean": r["rate"]} for r in pair["by_category"].values()]),
+            "marker": {"color": colour(pair["candidate"], arms)},
+        }
+        for pair in pairs
+    ]
+    return {"data": data, "layout": layout("win rate by category", "", "win rate")}
+
+
+def length_against_verdict(rows: Sequence[Mapping[str, Any]], title: str, slot: str) -> Figure:
+    """The candidate's rate where its answer is shorter … longer; flat at any height is a judge without that taste."""
+    judged = [row for row in rows if row["outcome"] is not None and row["lengths"]]
+    difference = np.array([row["lengths"][0] - row["lengths"][1] for row in judged], dtype=float)
+    outcome = np.array([row["outcome"] for row in judged])
+    order = np.argsort(difference, kind="stable")
+    groups = [group for group in np.array_split(order, min(BINS, len(order))) if len(group)]
+    rate = [outcome[group] for group in groups]
+    half = [1.96 * g.std(ddof=1) / len(g) ** 0.5 if len(g) > 1 else 0.0 for g in rate]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "showlegend": False,
+            "hoverinfo": "skip",
+            "opacity": 0.25,
+            "x": difference.tolist(),
+            "y": outcome.tolist(),
+            "marker": {"color": slot, "size": 5},
+        },
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "showlegend": False,
+            "x": [float(np.median(difference[group])) for group in groups],
+            "y": [float(g.mean()) for g in rate],
+            "error_y": {"type": "data", "array": [float(h) for h in half], "thickness": 1.2},
+            "line": {"color": slot, "width": 2},
+        },
+    ]
+    return {"data": data, "layout": layout(title, "characters longer", "candidate wins")}
