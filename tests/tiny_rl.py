@@ -88,7 +88,8 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 def without_times(rows: list[dict]) -> list[dict]:
     """Rows without what may differ between equal runs."""
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    speed = ("seconds_", "tokens_per_second_", "mfu_", "peak_memory_gb_")
+    return [{k: v for k, v in row.items() if not k.startswith(speed)} for row in rows]
 
 
 def first_experience(job: RLJob) -> tuple[Actors, Experience, dict]:

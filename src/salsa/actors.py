@@ -70,6 +70,11 @@ class Actors:
         shared = isinstance(self.critic, ValueHead) and not self.critic.owns_trunk
         return [names] if shared else [(name,) for name in names]
 
+    def modules_of(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """A learner and the trunk that it sits on, which may be the policy's."""
+        model = self.learners[name][0]
+        return model, _trunk(model)
+
     def forget_gradients(self) -> None:
         """Also those that a critic's head left in a trunk that does not learn now."""
         for _, optimizer in self.learners.values():
@@ -210,8 +215,8 @@ def _critic(
     return ValueHead(trunk, owns_trunk=True)
 
 
-def _trunk(model: PreTrainedModel) -> PreTrainedModel:
-    return getattr(model, model.base_model_prefix)
+def _trunk(model: nn.Module) -> PreTrainedModel:
+    return getattr(model, str(model.base_model_prefix))
 
 
 def _save_value_head(
@@ -229,7 +234,7 @@ def _save_value_head(
 def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     parameters = _trained(model).values()
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+        parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=True
     )
 
 

@@ -1,16 +1,20 @@
 """Load and save models; forward passes reduced to what RL needs: logprobs, values, scores of response positions.
 
-Logits are computed for response positions only (`logits_to_keep`); log-softmax and everything after it is fp32.
+Only real tokens are worth computing: padding lies where causal attention cannot see it, logits are made for the N real
+response tokens of a batch and LOGITS_CHUNK of them at a time. Log-softmax and everything after it is fp32.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,8 +25,13 @@ from transformers import (
 
 from salsa.config import ModelConfig
 from salsa.errors import CheckpointError
+from salsa.objectives import categorical_kl
+from salsa.runtime.batching import batches_of
 from salsa.runtime.local import device
 from salsa.types import Rollout, Sampling
+
+LOGITS_CHUNK = 512
+"""Response tokens whose logits are in memory at once; with more, the backward pass makes them again."""
 
 
 class TokenStats(NamedTuple):
@@ -73,8 +82,23 @@ def same_vocabulary(one: Path, other: Path) -> bool:
 
 
 def load_policy(path: Path) -> PreTrainedModel:
-    """A causal language model in fp32, on the device, without dropout."""
-    return _load(AutoModelForCausalLM, path)
+    """A causal language model in fp32, on the device, without dropout.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or it does more to its logits than `_logits` knows of.
+    """
+    model = _load(AutoModelForCausalLM, path)
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        hidden = _trunk(model)(input_ids=token, use_cache=False).last_hidden_state[0]
+        if not torch.allclose(
+            _logits(model, hidden, 1.0), model(token).logits[0], rtol=1e-3, atol=1e-3
+        ):
+            raise CheckpointError(
+                f"{path}: {type(model).__name__} scales its logits in a way that is not known here. "
+                "Use a family whose logits are head(hidden state), soft-capped or not."
+            )
+    return model
 
 
 def load_scorer(path: Path, *, pad_id: int, new_head_seed: int | None = None) -> PreTrainedModel:
@@ -128,77 +152,129 @@ def sampling(
     )
 
 
+@torch.no_grad()
 def response_stats(model: nn.Module, rollout: Rollout, *, temperature: float) -> TokenStats:
     """Log π(y_t | x, y_<t) and the entropy of π(· | x, y_<t), both under `temperature`, in nats."""
-    logits = response_logits(model, rollout, temperature=temperature)
-    logprobs = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-    chosen = logprobs.gather(-1, rollout.response[..., None]).squeeze(-1)
-    return TokenStats(
-        torch.where(rollout.response_mask, chosen, 0),
-        torch.where(rollout.response_mask, entropy, 0),
-    )
+    logprobs, entropy = [], []
+    for logits, targets in _logit_chunks(model, rollout, temperature):
+        distribution = logits.log_softmax(dim=-1)
+        logprobs.append(distribution.gather(-1, targets[:, None]).squeeze(-1))
+        entropy.append(-(distribution.exp() * distribution).sum(dim=-1))
+    mask = rollout.response_mask
+    return TokenStats(unflatten(torch.cat(logprobs), mask), unflatten(torch.cat(entropy), mask))
 
 
-def response_logits(
+def response_logprobs(
     model: nn.Module, rollout: Rollout, *, temperature: float
-) -> Float[Tensor, "B R V"]:
-    """fp32 logits that chose each response token: those of the position before it."""
-    num_response = rollout.response.shape[1]
-    output = model(
-        input_ids=rollout.tokens,
-        attention_mask=rollout.mask.long(),
-        position_ids=position_ids(rollout.mask),
-        logits_to_keep=num_response + 1,
-        use_cache=False,
+) -> Float[Tensor, "B R"]:
+    """Log π(y_t | x, y_<t) under `temperature`, in nats, to be differentiated; 0 outside the mask."""
+    hidden, targets = response_hidden(_trunk(model), rollout), _targets(rollout)
+
+    def chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return -cross_entropy(_logits(model, hidden, temperature), targets, reduction="none")
+
+    pieces = list(zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True))
+    if len(pieces) == 1:
+        return unflatten(chunk(hidden, targets), rollout.response_mask)
+    parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+    return unflatten(torch.cat(parts), rollout.response_mask)
+
+
+@torch.no_grad()
+def response_kl(
+    policy: nn.Module, other: nn.Module, rollout: Rollout, *, temperature: float
+) -> Float[Tensor, "B R"]:
+    """Exact KL(policy ‖ other) of each next-token distribution, in nats; 0 outside the mask."""
+    chunks = zip(
+        _logit_chunks(policy, rollout, temperature),
+        _logit_chunks(other, rollout, temperature),
+        strict=True,
     )
-    return output.logits[:, :-1].float() / temperature
+    parts = [categorical_kl(own, theirs) for (own, _), (theirs, _) in chunks]
+    return unflatten(torch.cat(parts), rollout.response_mask)
 
 
 def response_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B R"]:
-    """V(x, y_<t): the head on the hidden state before each response token; 0 outside the mask."""
-    num_response = rollout.response.shape[1]
-    trunk = getattr(critic, str(critic.base_model_prefix))
+    """V(x, y_<t): the head, in fp32, on the hidden state before each response token; 0 outside the mask."""
+    hidden = response_hidden(_trunk(critic), rollout)
+    return unflatten(_scores(critic, hidden), rollout.response_mask)
+
+
+def response_hidden(trunk: nn.Module, rollout: Rollout) -> Float[Tensor, "N d"]:
+    """The last hidden state before each of the N real response tokens, row after row.
+
+    Rows are moved to the left edge, so that all padding lies behind the real tokens, where a causal model cannot see
+    it: no attention mask is needed, and prompts of different length cost nothing but their difference.
+    """
+    mask = rollout.mask
+    width = int(mask.sum(dim=1).max())
+    order = (~mask).long().argsort(dim=1, stable=True)[:, :width]
     hidden = trunk(
-        input_ids=rollout.tokens,
-        attention_mask=rollout.mask.long(),
-        position_ids=position_ids(rollout.mask),
-        use_cache=False,
-    ).last_hidden_state[:, -num_response - 1 : -1]
-    values = critic.get_submodule("score")(hidden).squeeze(-1).float()
-    return torch.where(rollout.response_mask, values, 0)
+        input_ids=rollout.tokens.gather(1, order), use_cache=False
+    ).last_hidden_state  # (B, T, d)
+    rows, steps = rollout.response_mask.nonzero(as_tuple=True)
+    return hidden[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1]
+
+
+def unflatten(flat: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Put one number per real response token where it belongs, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
 
 
 @torch.no_grad()
 def sequence_scores(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], batch_size: int
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_tokens: int
 ) -> list[float]:
-    """The classifier's score of each token sequence, batched by length so that little is padded.
+    """The classifier's score of each token sequence, `max_tokens` at once.
 
-    Pooling is the model's own (the last token that is not its padding token), as it was trained.
+    Read off where the model was trained to be read off: at the last token that is not its padding token.
     """
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    pad_id = int(model.config.pad_token_id)
     scores = [0.0] * len(sequences)
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        lengths = torch.tensor([len(sequences[i]) for i in chunk])
-        width = int(lengths.max())
-        tokens = torch.full((len(chunk), width), int(model.config.pad_token_id))
-        for row, i in enumerate(chunk):
-            tokens[row, : len(sequences[i])] = torch.tensor(sequences[i])
-        mask = (torch.arange(width) < lengths[:, None]).long()
-        logits = model(
-            input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)
-        ).logits
-        for i, score in zip(chunk, logits.squeeze(-1).float().tolist(), strict=True):
-            scores[i] = score
+    for rows in batches_of([len(ids) for ids in sequences], max_tokens):
+        chunk = [torch.tensor(sequences[row]) for row in rows]
+        tokens = pad_sequence(chunk, batch_first=True, padding_value=pad_id).to(model.device)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        last = (position * (tokens != pad_id)).argmax(dim=1)
+        hidden = _trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state
+        found = _scores(model, hidden[torch.arange(len(chunk)), last])
+        for row, score in zip(rows, found.tolist(), strict=True):
+            scores[row] = score
     return scores
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that start at 0 on each row's first real token."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+def _trunk(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    return getattr(model, str(model.base_model_prefix))
+
+
+def _scores(model: nn.Module, hidden: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
+    """A scalar head in fp32: bf16 would leave a score three digits."""
+    weight = model.get_parameter("score.weight")
+    return linear(hidden.float(), weight.float()).squeeze(-1)
+
+
+def _logits(model: Any, hidden: Float[Tensor, "N d"], temperature: float) -> Tensor:
+    """fp32 logits [N, V] of hidden states, as the model's own forward pass makes them, under `temperature`."""
+    logits = model.get_output_embeddings()(hidden).float()
+    if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits / temperature
+
+
+def _logit_chunks(
+    model: nn.Module, rollout: Rollout, temperature: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [n, V], chosen tokens [n]) of the response tokens, a few at a time."""
+    hidden = response_hidden(_trunk(model), rollout)
+    for states, targets in zip(
+        hidden.split(LOGITS_CHUNK), _targets(rollout).split(LOGITS_CHUNK), strict=True
+    ):
+        yield _logits(model, states, temperature), targets
+
+
+def _targets(rollout: Rollout) -> Int[Tensor, " N"]:
+    return rollout.response[rollout.response_mask]
 
 
 def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:

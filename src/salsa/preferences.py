@@ -20,7 +20,7 @@ from salsa.data import Prompt, Row
 from salsa.errors import DataError
 from salsa.reward_functions import function_scorer
 from salsa.rl import collect_rollout, decode
-from salsa.runtime.local import seed_everything
+from salsa.runtime.local import freeze, seed_everything
 from salsa.runtime.tracking import Tracker, tracker
 
 BATCH = 64
@@ -80,7 +80,8 @@ def _num_batches(authors: Sequence[tuple[int, int]]) -> int:
 def _replies(job: PairsJob, number: int, prompts: Sequence[Prompt], log: Tracker) -> list[str]:
     """One model's replies, a row of metrics a batch."""
     path = job.models[number].path
-    tokenizer, policy = models.load_tokenizer(path), models.load_policy(path)
+    tokenizer = models.load_tokenizer(path)
+    policy = freeze(models.load_policy(path), job.precision)
     sampling = models.sampling(
         path,
         tokenizer,

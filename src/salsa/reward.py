@@ -18,9 +18,10 @@ from salsa.errors import DataError
 from salsa.models import load_scorer, load_tokenizer, save, sequence_scores
 from salsa.reward_functions import Scorer
 from salsa.runtime.hf_trainer import common_arguments, train
-from salsa.runtime.local import autocast
+from salsa.runtime.local import freeze
 
-SCORING_BATCH = 64
+SCORING_TOKENS = 4096
+"""Tokens per forward pass of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,14 @@ def train_reward(job: RewardJob, directory: Path) -> None:
 def model_scorer(path: Path, precision: str) -> Scorer:
     """Score with a reward model; its own template and tokenizer."""
     tokenizer = load_tokenizer(path)
-    model = load_scorer(path, pad_id=int(tokenizer.pad_token_id))
+    model = freeze(load_scorer(path, pad_id=int(tokenizer.pad_token_id)), precision)
 
     def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         sequences = [
             _conversation_ids(prompt, response, tokenizer)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        with autocast(precision):
-            return sequence_scores(model, sequences, SCORING_BATCH)
+        return sequence_scores(model, sequences, SCORING_TOKENS)
 
     return score
 

@@ -10,13 +10,12 @@ give a KL of exactly 0.
 
 import math
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa import models, objectives
@@ -35,12 +34,14 @@ from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.expressions import Anchor
 from salsa.reward_functions import Scorer
+from salsa.runtime.batching import batches_of
 from salsa.runtime.generation import generate
-from salsa.runtime.local import autocast, device, seed_everything
+from salsa.runtime.local import computing, device, freeze, seed_everything
+from salsa.runtime.meter import Meter, Work, forward_flops
 from salsa.runtime.tracking import say, tracker
 from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
 
-SHOWN = ("score", "kl", "length", "tokens_per_second")
+SHOWN = ("score", "kl", "length", "tokens_per_second_rollout")
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,23 @@ def train_rl(job: RLJob, directory: Path) -> None:
         log.resume_at(progress.update)
         alarms = Alarms(job.monitors, read_jsonl(log.file))
         for update in range(progress.update, config.num_updates):
-            clock = [time.perf_counter()]
+            meter = Meter()
             generator = seed_everything(job.seed, update)
             prompts = _draw(job.prompts, config, job.seed, update)
             rollout = collect_rollout(actors.policy, prompts, sampling, generator)
-            clock.append(time.perf_counter())
+            meter.phase_done("rollout")
             experience, figures = compute_experience(
                 actors, rollout, prompts, job, tokenizer, sampling, progress
             )
             _require_finite(job.label, update, figures)
             if update % config.monitor_kl_every == 0 or update + 1 == config.num_updates:
                 figures |= measure_kl(actors, experience, job)
-            clock.append(time.perf_counter())
+            meter.phase_done("experience")
             stats = update_models(actors, experience, job, progress, generator)
-            clock.append(time.perf_counter())
+            meter.phase_done("update")
             _require_finite(job.label, update, stats.figures)
-            row = figures | stats.figures | _timings(clock, rollout)
+            speed = meter.figures(_work(actors, rollout, config), job.precision)
+            row = figures | stats.figures | speed
             log.log(update + 1, row)
             if messages := alarms.observe(row | {"step": update + 1}):
                 write_atomic(directory / "alarms.log", "\n".join(alarms.raised.values()) + "\n")
@@ -137,8 +139,8 @@ def collect_rollout(
     """Sample one response per prompt."""
     batch = collate(prompts, sampling.pad_id)
     prompt, prompt_mask = batch.prompt.to(device()), batch.prompt_mask.to(device())
-    with autocast(sampling.precision):
-        response, response_mask = generate(
+    with computing(sampling.precision, policy):
+        said = generate(
             policy,
             prompt,
             prompt_mask,
@@ -148,7 +150,7 @@ def collect_rollout(
             pad_id=sampling.pad_id,
             generator=generator,
         )
-    return Rollout(prompt, prompt_mask, response, response_mask)
+    return Rollout(prompt, prompt_mask, said.response, said.response_mask)
 
 
 @torch.no_grad()
@@ -240,7 +242,10 @@ def measure_kl(actors: Actors, experience: Experience, job: RLJob) -> dict[str, 
     for name, checkpoint in job.kl_to.items():
         model = here.get(checkpoint.digest) or models.load_policy(checkpoint.path)
         order = microbatches(experience.rollout, job.config)
-        parts = [_stats(model, rows_of(experience.rollout, index), job).logprobs for index in order]
+        with computing(job.precision, model):
+            parts = [
+                _stats(model, rows_of(experience.rollout, index), job).logprobs for index in order
+            ]
         theirs = torch.cat(parts)[torch.cat(order).argsort()]
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         figures[f"kl_{name}"] = kl.mean().item()
@@ -294,9 +299,9 @@ def advance(
 
 
 def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
-    """Row numbers of each forward pass."""
-    rows = torch.arange(len(rollout), device=rollout.response.device)
-    return list(rows.split(config.microbatch))
+    """Row numbers of each forward pass: rows of like length together, `microbatch_tokens` at once."""
+    lengths, here = rollout.mask.sum(dim=1).tolist(), rollout.response.device
+    return [torch.tensor(rows, device=here) for rows in batches_of(lengths, config.microbatch_tokens)]
 
 
 def _optimizer_step(
@@ -315,13 +320,14 @@ def _step(
     """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
     figures: dict[str, Tensor] = {}
-    for index in microbatches(minibatch.rollout, job.config):
-        micro = rows_of(minibatch, index)
-        share = micro.rollout.response_mask.sum() / total_tokens
-        loss, parts = _losses(actors, group, micro, job, kl_coef)
-        (loss * share).backward()
-        for name, part in parts.items():
-            figures[name] = figures.get(name, 0) + part.detach() * share
+    with computing(job.precision, *(m for name in group for m in actors.modules_of(name))):
+        for index in microbatches(minibatch.rollout, job.config):
+            micro = rows_of(minibatch, index)
+            share = micro.rollout.response_mask.sum() / total_tokens
+            loss, parts = _losses(actors, group, micro, job, kl_coef)
+            (loss * share).backward()
+            for name, part in parts.items():
+                figures[name] = figures.get(name, 0) + part.detach() * share
     for name in group:
         model, optimizer = actors.learners[name]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
@@ -341,9 +347,9 @@ def _losses(
         loss, of_policy = _policy_loss(actors.policy, micro, job, kl_coef)
         terms.append(loss)
         figures |= of_policy
-    if "critic" in group:
+    if "critic" in group and actors.critic is not None:
         value = objectives.value_loss(
-            _values(actors.critic, micro.rollout, job),
+            models.response_values(actors.critic, micro.rollout),
             micro.values,
             micro.returns,
             micro.rollout.response_mask,
@@ -359,7 +365,7 @@ def _policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, and β·KL where it is in the loss."""
     config, mask = job.config, micro.rollout.response_mask
-    logprobs = _stats(policy, micro.rollout, job).logprobs
+    logprobs = models.response_logprobs(policy, micro.rollout, temperature=config.temperature)
     clipped = objectives.policy_loss(
         logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
     )
@@ -395,30 +401,25 @@ def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tens
     """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
     parts = []
     order = microbatches(rollout, job.config)
-    for index in order:
-        micro = rows_of(rollout, index)
-        own = _stats(actors.policy, micro, job)
-        ref_logprobs = actors.reference.logprobs(
-            [_stats(model, micro, job).logprobs for model in actors.reference.models]
-        )
-        values = torch.zeros_like(own.logprobs)
-        if actors.critic is not None:
-            values = _values(actors.critic, micro, job)
-        parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
+    everyone = [m for name in actors.learners for m in actors.modules_of(name)]
+    with computing(job.precision, *everyone, *actors.reference.models):
+        for index in order:
+            micro = rows_of(rollout, index)
+            own = _stats(actors.policy, micro, job)
+            ref_logprobs = actors.reference.logprobs(
+                [_stats(model, micro, job).logprobs for model in actors.reference.models]
+            )
+            values = torch.zeros_like(own.logprobs)
+            if actors.critic is not None:
+                values = models.response_values(actors.critic, micro)
+            parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
     back = torch.cat(order).argsort()
     logprobs, entropy, ref_logprobs, values = torch.cat(parts, dim=1)[:, back]
     return logprobs, entropy, ref_logprobs, values
 
 
 def _stats(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> models.TokenStats:
-    with autocast(job.precision):
-        return models.response_stats(model, rollout, temperature=job.config.temperature)
-
-
-def _values(critic: nn.Module | None, rollout: Rollout, job: RLJob) -> Tensor:
-    assert critic is not None  # who asks for values has one
-    with autocast(job.precision):
-        return models.response_values(critic, rollout)
+    return models.response_stats(model, rollout, temperature=job.config.temperature)
 
 
 def _load(job: RLJob, sampling: Sampling) -> Actors:
@@ -433,7 +434,7 @@ def _load(job: RLJob, sampling: Sampling) -> Actors:
             )
     for checkpoint in job.anchor.models:
         checkpoint.verify()
-    return load_actors(
+    actors = load_actors(
         job.config,
         init=job.init,
         critic_init=job.critic_init,
@@ -441,6 +442,10 @@ def _load(job: RLJob, sampling: Sampling) -> Actors:
         pad_id=sampling.pad_id,
         seed=job.seed,
     )
+    if not job.anchor.moves and job.config.lora is None:  # a shared base stays as exact as it is
+        for model in actors.reference.models:
+            freeze(model, job.precision)
+    return actors
 
 
 def _return_to_best(actors: Actors, progress: Progress, states: Path, label: str) -> None:
@@ -473,11 +478,14 @@ def _require_finite(label: str, update: int, figures: Mapping[str, float]) -> No
             )
 
 
-def _timings(clock: Sequence[float], rollout: Rollout) -> dict[str, float]:
-    phases = {
-        f"seconds_{name}": stop - start
-        for name, start, stop in zip(
-            ("rollout", "experience", "update"), clock, clock[1:], strict=False
-        )
+def _work(actors: Actors, rollout: Rollout, config: RLConfig) -> dict[str, Work]:
+    """What each phase computes on a rollout: forward passes, and thrice that where gradients are needed."""
+    tokens, response = int(rollout.mask.sum()), int(rollout.lengths.sum())
+    policy = forward_flops(actors.policy, tokens, response)
+    critic = forward_flops(actors.critic, tokens, 0) if actors.critic is not None else 0.0
+    experience = policy * (1 + len(actors.reference.models)) + critic
+    return {
+        "rollout": Work(response, policy),
+        "experience": Work(tokens, experience),
+        "update": Work(tokens * config.num_epochs, 3 * config.num_epochs * (policy + critic)),
     }
-    return phases | {"tokens_per_second": int(rollout.lengths.sum()) / (clock[-1] - clock[0])}

@@ -91,8 +91,8 @@ class RLConfig(Strict):
     """Responses per prompt; rloo and grpo need 2 or more."""
     minibatch_size: Count | None = None
     """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_size: Count | None = None
-    """Episodes per forward pass; minibatch_size if not given."""
+    microbatch_tokens: Count = 768
+    """Tokens per forward pass, padding included: memory and speed, not the result. One episode at least."""
     num_epochs: Count = 2
     """Passes over each rollout."""
     learning_rate: Positive = 1.0e-6
@@ -159,7 +159,6 @@ class RLConfig(Strict):
     def _batches_divide(self) -> Self:
         check_divides(self.rollout_size, self.group_size, "group_size", "rollout_size")
         check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
-        check_divides(self.minibatch, self.microbatch_size, "microbatch_size", "minibatch_size")
         return self
 
     @model_validator(mode="after")
@@ -204,11 +203,6 @@ class RLConfig(Strict):
     def minibatch(self) -> int:
         """Episodes per optimizer step."""
         return self.minibatch_size or self.rollout_size
-
-    @property
-    def microbatch(self) -> int:
-        """Episodes per forward pass."""
-        return self.microbatch_size or self.minibatch
 
     @property
     def value_weight(self) -> float:

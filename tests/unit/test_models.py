@@ -39,6 +39,72 @@ def test_logprobs_are_those_of_each_row_alone(family, pad_id):
             assert stats.entropy[row, t].item() == pytest.approx(entropy, abs=1e-4)
         assert (stats.logprobs[row, length:] == 0).all()
         assert (stats.entropy[row, length:] == 0).all()
+    learnt = models.response_logprobs(model, rollout, temperature=temperature)
+    assert torch.allclose(learnt, stats.logprobs, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_chunks_of_logits_change_neither_loss_nor_gradient(chunk, monkeypatch):
+    """Oracle: all logits at once, by transformers' own forward pass with a padding mask."""
+    rollout, weights = rollout_of(), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for whole in (True, False):
+        model = tiny_model("llama")
+        if whole:
+            mask, width = rollout.mask.long(), rollout.response.shape[1]
+            position = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            logits = model(rollout.tokens, attention_mask=mask, position_ids=position).logits
+            distribution = logits[:, -width - 1 : -1].log_softmax(-1)
+            logprobs = distribution.gather(-1, rollout.response[..., None]).squeeze(-1)
+            logprobs = logprobs * rollout.response_mask
+        else:
+            monkeypatch.setattr(models, "LOGITS_CHUNK", chunk)
+            logprobs = models.response_logprobs(model, rollout, temperature=1.0)
+        (logprobs * weights).sum().backward()
+        gradients.append((logprobs.detach(), [p.grad for p in model.parameters()]))
+    (expected, slopes), (got, own) = gradients
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(own, slopes, strict=True))
+
+
+def test_exact_kl_against_full_distributions():
+    policy, other, rollout = tiny_model("llama", 0), tiny_model("llama", 1), rollout_of()
+    got = models.response_kl(policy, other, rollout, temperature=0.7)
+    for row, prompt in enumerate(PROMPTS):
+        length = int(rollout.lengths[row])
+        ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])
+        p, q = ((m(ids).logits[0].double() / 0.7).log_softmax(-1) for m in (policy, other))
+        exact = (p.exp() * (p - q)).sum(-1)[len(prompt.ids) - 1 :][:length]
+        assert torch.allclose(got[row, :length].double(), exact, atol=1e-4)
+        assert (got[row, length:] == 0).all()
+
+
+def test_soft_capped_logits_are_the_models_own(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=2.0,
+        final_logit_softcapping=3.0, pad_token_id=0,
+    )  # fmt: skip
+    model, rollout = Gemma2ForCausalLM(config).eval(), rollout_of()
+    logprobs = models.response_logprobs(model, rollout, temperature=1.0)
+    ids = torch.tensor([[*PROMPTS[0].ids, *rollout.response[0, :3].tolist()]])
+    expected = model(ids).logits[0].log_softmax(-1)[3:6].gather(-1, ids[0, 4:, None]).squeeze(-1)
+    assert torch.allclose(logprobs[0, :3], expected, atol=1e-4)
+
+
+def test_families_that_scale_their_logits_otherwise_are_refused(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        vocab_size=261, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, logits_scaling=8.0, initializer_range=1.0,
+    )  # fmt: skip
+    GraniteForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="GraniteForCausalLM scales its logits"):
+        models.load_policy(tmp_path)
 
 
 def test_values_are_read_before_the_token(make_checkpoint):
@@ -60,24 +126,29 @@ def test_values_are_read_before_the_token(make_checkpoint):
 def test_sequence_scores_do_not_depend_on_the_batch(make_checkpoint):
     model = models.load_scorer(make_checkpoint("llama").path, pad_id=0, new_head_seed=3).eval()
     sequences = [[1, 3, 40], [1, 3, 50, 51, 52, 60, 61], [1, 9]]
-    together = models.sequence_scores(model, sequences, batch_size=3)
+    together = models.sequence_scores(model, sequences, max_tokens=21)
+    assert models.sequence_scores(model, sequences, max_tokens=1) == pytest.approx(
+        together, abs=1e-5
+    )
     alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
     assert together == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_agrees_with_transformers_at_low_temperature(family):
-    """A vanishing temperature is greedy decoding: left padding and dropped rows must change nothing.
+@pytest.mark.parametrize("max_rows", [1, 2, 64])
+def test_generation_agrees_with_transformers_at_low_temperature(family, max_rows):
+    """A vanishing temperature is greedy decoding: padding, dropped rows and rows let in late must change nothing.
 
     EOS is made of tokens that the rows say at different steps, so that they end one by one.
     """
     model, batch, steps = tiny_model(family), collate(PROMPTS, 0), 8
     free = [_greedy(model, prompt, steps) for prompt in PROMPTS]
     ends = (free[0][1], free[1][4])
-    response, mask = generate(
+    response, mask, _ = generate(
         model,
         batch.prompt,
         batch.prompt_mask,
+        max_rows=max_rows,
         max_new_tokens=steps,
         temperature=1e-4,
         eos_ids=ends,
@@ -123,7 +194,7 @@ def test_generation_stops_at_eos_and_masks_what_follows():
             self.step += 1
             return type("Output", (), {"logits": logits, "past_key_values": DynamicCache()})
 
-    response, mask = generate(
+    response, mask, _ = generate(
         Scripted(),
         torch.ones(2, 3, dtype=torch.long),
         torch.ones(2, 3, dtype=torch.bool),
@@ -152,16 +223,18 @@ def test_sampling_follows_the_distribution():
             )
 
     count = 20_000
-    response, _ = generate(
+    response, _, logprobs = generate(
         Fixed(),
         torch.zeros(count, 1, dtype=torch.long),
         torch.ones(count, 1, dtype=torch.bool),
+        max_rows=count,
         max_new_tokens=1,
         temperature=2.0,
         eos_ids=(9,),
         pad_id=0,
         generator=torch.Generator().manual_seed(0),
     )
+    assert torch.allclose(logprobs[:, 0], (logits / 2).log_softmax(0)[response[:, 0]])
     observed = torch.bincount(response.flatten(), minlength=4).double().numpy()
     expected = ((logits / 2).softmax(0) * count).double().numpy()
     assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from salsa import models, objectives
+from salsa import models
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.data import Prompt
 from salsa.reward_functions import Scorer
 from salsa.rl import collect_rollout, decode, has_ended
-from salsa.runtime.local import autocast, seed_everything
+from salsa.runtime.local import freeze, seed_everything
 from salsa.runtime.tracking import round_figure, tracker
 from salsa.types import Sampling
 
@@ -44,8 +44,12 @@ class EvalJob:
 def evaluate_policy(job: EvalJob, directory: Path) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
     tokenizer = models.load_tokenizer(job.policy.path)
-    policy = models.load_policy(job.policy.path)
-    others = {name: models.load_policy(c.path) for name, c in job.kl_to.items() if c != job.policy}
+    policy = freeze(models.load_policy(job.policy.path), job.precision)
+    others = {
+        name: freeze(models.load_policy(c.path), job.precision)
+        for name, c in job.kl_to.items()
+        if c != job.policy
+    }
     sampling = models.sampling(
         job.policy.path,
         tokenizer,
@@ -80,12 +84,9 @@ def _evaluate_batch(
     """Rows of one batch of prompts."""
     rollout = collect_rollout(policy, prompts, sampling, generator)
     kl = {name: [0.0] * len(prompts) for name in job.kl_to}
-    with autocast(job.precision):
-        logits = models.response_logits(policy, rollout, temperature=job.temperature)
-        for name, model in others.items():
-            other = models.response_logits(model, rollout, temperature=job.temperature)
-            per_token = objectives.categorical_kl(logits, other) * rollout.response_mask
-            kl[name] = per_token.sum(dim=1).tolist()
+    for name, model in others.items():
+        per_token = models.response_kl(policy, model, rollout, temperature=job.temperature)
+        kl[name] = per_token.sum(dim=1).tolist()
     for name, weights in job.mixed.items():
         kl[name] = [
             sum(w * kl[part][i] for part, w in weights.items()) for i in range(len(prompts))

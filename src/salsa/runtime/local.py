@@ -1,15 +1,19 @@
 """Where it runs when it runs here: one process, one device, its precision, its seeds."""
 
-import contextlib
 import ctypes
 import random
 import sys
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @lru_cache(maxsize=1)
@@ -30,11 +34,52 @@ def computes_bf16(precision: str) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def autocast(precision: str) -> AbstractContextManager:
-    """Context of every forward pass: bf16 matrix products, everything else as the weights are (fp32)."""
+@contextmanager
+def computing(precision: str, *models: nn.Module) -> Iterator[None]:
+    """Inside, the models compute in bf16 if `precision` says so; outside they are fp32, their gradients too.
+
+    The fp32 weights are the master copy (Micikevicius et al. 2018, section 3.1): inside, each parameter holds its
+    bf16 rounding, and what each backward pass finds is added up in fp32. A model that was lowered for good computes
+    the same bits as its fp32 self does in here, so a policy that starts at its reference has a KL of exactly 0.
+    """
     if not computes_bf16(precision):
-        return contextlib.nullcontext()
-    return torch.autocast(device().type, torch.bfloat16)
+        yield
+        return
+    everyone = {id(p): p for model in models for p in model.parameters()}.values()
+    masters = [(p, p.data, p.grad) for p in everyone if p.dtype == torch.float32]
+    sums = {p: grad for p, _, grad in masters if grad is not None}
+
+    def add_up(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # the hook runs when it has just been written
+        found, parameter.grad = parameter.grad, None
+        if parameter in sums:
+            sums[parameter] += found
+        else:
+            sums[parameter] = found.float()
+
+    hooks = []
+    for parameter, master, _ in masters:
+        parameter.grad = None
+        parameter.data = master.to(torch.bfloat16)
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(add_up))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, master, _ in masters:
+            parameter.data = master
+            parameter.grad = sums.get(parameter)
+
+
+def freeze(model: Model, precision: str) -> Model:
+    """Stop a model from learning; its weights become bf16 for good where they would be computed with as bf16."""
+    model.requires_grad_(False)
+    if computes_bf16(precision):
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def seed_everything(seed: int, step: int = 0) -> torch.Generator:

@@ -21,8 +21,8 @@ def plan(recipe: Recipe) -> str:
         _reward_line(recipe),
         f"rl       {rl.algorithm}, {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates "
         f"of {rl.rollout_size} episodes{_groups(recipe)} ({rl.num_updates * rl.rollout_size} in all), "
-        f"{steps} optimizer steps of {rl.minibatch} episodes, each in {rl.minibatch // rl.microbatch} "
-        "forward passes",
+        f"{steps} optimizer steps of {rl.minibatch} episodes, in forward passes of "
+        f"{rl.microbatch_tokens} tokens",
         *(
             f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}, beta {rl.kl_coef:g}"
             for name, arm in rl.arms.items()

@@ -1,0 +1,70 @@
+"""Our half of ppo_vs_trl.py, in a process of its own: `python salsa_side.py JOB.json`."""
+
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+from common import models
+
+from salsa.artifacts import Checkpoint, read_jsonl
+from salsa.config import RLConfig
+from salsa.data import Prompt
+from salsa.reward import model_scorer
+from salsa.rl import RLJob, train_rl
+from salsa.runtime.local import prepare_process
+from salsa.runtime.tracking import quiet_libraries
+
+
+def main() -> None:
+    """One update to warm up, then `job.updates` that count; every update sees the same prompts."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    quiet_libraries()
+    prepare_process(None)
+    model, scorer = Path(job["model"]), Path(job["scorer"])
+    tokenizer = models.load_tokenizer(model)
+    precision = "bf16" if job["bf16"] else "fp32"
+    config = RLConfig(
+        kl_coef=job["kl_coef"],
+        num_updates=job["updates"] + 1,
+        rollout_size=len(job["prompts"]),
+        num_epochs=job["epochs"],
+        learning_rate=job["learning_rate"],
+        max_new_tokens=job["new_tokens"],
+        temperature=job["temperature"],
+        checkpoint_every=10**6,
+        **job.get("config", {}),
+    )
+    checkpoint = Checkpoint.of(model)
+    prompts = [Prompt(tuple(ids), None, tokenizer.decode(ids)) for ids in job["prompts"]]
+    run = RLJob(
+        "ppo",
+        checkpoint,
+        checkpoint,
+        Checkpoint.of(scorer),
+        config,
+        prompts,
+        model_scorer(scorer, precision),
+        job["seed"],
+        precision,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        train_rl(run, Path(folder))
+        rows = read_jsonl(Path(folder) / "metrics.jsonl")
+    phases = [
+        {name: row[f"seconds_{name}"] for name in ("rollout", "experience", "update")}
+        for row in rows
+    ]
+    result = {
+        "seconds": [sum(phase.values()) for phase in phases[1:]],
+        "phases": phases[1:],
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "kl": [row["kl"] for row in rows],
+        "length": [row["length"] for row in rows],
+    }
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""TRL's half of ppo_vs_trl.py, run by a Python that has trl==1.12.0 and no salsa.
+
+    python trl_side.py speed JOB.json      times and peak memory of `trl.experimental.ppo.PPOTrainer`, as a JSON line
+    python trl_side.py loss JOB.json       what the trainer computes on one fixed off-policy batch, into JOB's `out`
+
+The trainer itself is untouched: the loss is read off by recording what its own helper functions return.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+
+class Clock(TrainerCallback):
+    """Seconds of each update: from the end of one to the end of the next."""
+
+    def __init__(self):
+        self.stops = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note the time."""
+        self.stops.append(time.perf_counter())
+
+    on_step_end = on_train_begin
+
+
+def make_trainer(job, **options):
+    """The trainer of a job: fp32 weights, bf16 autocast if `job.bf16`, a critic and a reward model of their own."""
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32) for _ in range(2)
+    )
+    reward, critic = (
+        AutoModelForSequenceClassification.from_pretrained(job["scorer"], dtype=torch.float32)
+        for _ in range(2)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(job["pad_id"])
+    for model in (policy, reference, reward, critic):
+        model.config.pad_token_id = job["pad_id"]
+    episodes, micro = len(job["prompts"]), job["microbatch"]
+    config = PPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="trl-"),
+        bf16=job["bf16"],
+        use_cpu=True,
+        seed=job["seed"],
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=episodes // micro,
+        num_mini_batches=1,
+        response_length=job["new_tokens"],
+        temperature=job["temperature"],
+        stop_token="eos",
+        kl_coef=job["kl_coef"],
+        vf_coef=1.0,
+        adam_beta2=0.95,
+        gradient_checkpointing=job["gradient_checkpointing"],
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        **options,
+    )
+    clock = Clock()
+    trainer = PPOTrainer(
+        config,
+        tokenizer,
+        policy,
+        reference,
+        reward,
+        Dataset.from_dict({"input_ids": job["prompts"]}),
+        critic,
+        callbacks=[clock],
+    )
+    return trainer, clock
+
+
+def speed(job):
+    """One update to warm up, then `job.updates` that count; every update sees the same prompts."""
+    rows = []
+    trainer, clock = make_trainer(
+        job,
+        total_episodes=(job["updates"] + 1) * len(job["prompts"]),
+        num_ppo_epochs=job["epochs"],
+        learning_rate=job["learning_rate"],
+    )
+    trainer.log = lambda metrics, *args, **kwargs: rows.append(metrics)
+    trainer.train()
+    seconds = [b - a for a, b in zip(clock.stops, clock.stops[1:], strict=False)]
+    return {
+        "seconds": seconds[1:],
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "kl": [row["objective/kl"] for row in rows],
+    }
+
+
+def loss(job):
+    """Advantages, returns, policy and value loss of the real `train()` on a batch that is given.
+
+    Old logprobs and values get the job's noise, so that ratios differ from 1 and clipping bites; the learning rate
+    is 0, so that nothing else changes.
+    """
+    given = torch.load(job["batch"])
+    seen = {"whiten": [], "mean": [], "logprob": [], "value": []}
+    real_mean, real_whiten = ppo_trainer.masked_mean, ppo_trainer.masked_whiten
+    real_reward, real_logprob = ppo_trainer.get_reward, ppo_trainer.selective_log_softmax
+
+    def batch_generation(model, queries, size, pad_id, config):
+        sequences = torch.cat([queries, given["response"]], dim=1)
+        output = ppo_trainer.forward(model, sequences, pad_id)
+        return sequences, output.logits[:, queries.shape[1] - 1 : -1] / job["temperature"]
+
+    def selective_log_softmax(logits, index):
+        logprob = real_logprob(logits, index)
+        if not seen["logprob"]:  # the first call: the rollout's own logprobs
+            logprob = logprob + given["logprob_noise"]
+        seen["logprob"].append(logprob.detach().clone())
+        return logprob
+
+    def get_reward(model, sequences, pad_id, context):
+        full, score, lengths = real_reward(model, sequences, pad_id, context)
+        if not seen["value"]:  # the first call: the critic on the rollout
+            full = full.clone()
+            full[:, context - 1 : -1, 0] += given["value_noise"]
+            seen["value"].append(full[:, context - 1 : -1, 0].clone())
+        else:
+            seen["score"] = score = given["scores"].clone()
+        return full, score, lengths
+
+    def masked_mean(values, mask, axis=None):
+        result = real_mean(values, mask, axis)
+        seen["mean"].append(result.detach())
+        return result
+
+    def masked_whiten(values, mask, shift_mean=True):
+        result = real_whiten(values, mask, shift_mean)
+        seen["whiten"].append((values.clone(), result.clone(), mask))
+        seen["mean"].clear()  # what follows are the losses
+        return result
+
+    for function in (
+        batch_generation,
+        selective_log_softmax,
+        get_reward,
+        masked_mean,
+        masked_whiten,
+    ):
+        setattr(ppo_trainer, function.__name__, function)
+    trainer, _ = make_trainer(
+        job, total_episodes=len(job["prompts"]), num_ppo_epochs=1, learning_rate=0.0
+    )
+    trainer.log = lambda *args, **kwargs: None
+    identity = torch.arange(len(job["prompts"])).numpy()
+    ppo_trainer.np.random.permutation = lambda count: identity
+    trainer.get_train_dataloader()
+    trainer.dataloader = [{"input_ids": given["prompt"]}]
+    trainer.train()
+    raw, whitened, mask = seen["whiten"][0]
+    value_loss, _, policy_loss = seen["mean"][:3]
+    torch.save(
+        {
+            "old_logprobs": seen["logprob"][0],
+            "ref_logprobs": seen["logprob"][1],
+            "logprobs": seen["logprob"][2],
+            "old_values": seen["value"][0],
+            "raw_advantages": raw,
+            "advantages": whitened,
+            "mask": mask,
+            "value_loss": value_loss / 2,
+            "policy_loss": policy_loss,
+        },
+        job["out"],
+    )
+    return {"written": job["out"]}
+
+
+def main():
+    """Entry point."""
+    job = json.loads(Path(sys.argv[2]).read_text())
+    torch.manual_seed(job["seed"])
+    result = {"speed": speed, "loss": loss}[sys.argv[1]](job)
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

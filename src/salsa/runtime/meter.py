@@ -1,0 +1,84 @@
+"""What the hardware does: seconds, tokens and floating-point operations of an update's phases, and memory."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from salsa.runtime.local import computes_bf16, device
+
+_GEMM_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase has to do: its tokens, padding not counted, and the FLOPs of their matrix products."""
+
+    tokens: int
+    flops: float
+
+
+class Meter:
+    """Times the phases of one update, one after another."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+
+    def phase_done(self, name: str) -> None:
+        """What has passed since the last call belongs to the phase `name`."""
+        now = time.perf_counter()
+        self._seconds[name], self._last = now - self._last, now
+        self._peaks[name] = peak_memory_gb()
+
+    def figures(self, work: Mapping[str, Work], precision: str) -> dict[str, float]:
+        """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end."""
+        peak = gemm_peak(precision)
+        found = {}
+        for name, seconds in self._seconds.items():
+            found[f"seconds_{name}"] = seconds
+            found[f"tokens_per_second_{name}"] = work[name].tokens / seconds
+            found[f"mfu_{name}"] = work[name].flops / seconds / peak
+            found[f"peak_memory_gb_{name}"] = self._peaks[name]
+        return found
+
+
+def forward_flops(model: Any, tokens: int, logits: int) -> float:
+    """2·(multiply-adds) of a forward pass: every weight matrix once a token, the output head once per logit vector.
+
+    As Chowdhery et al. 2022, appendix B, but without attention scores, which are a few percent at these lengths.
+    """
+    trunk = getattr(model, str(model.base_model_prefix))
+    embedding = trunk.get_input_embeddings().weight
+    matrices = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embedding.numel()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return 2.0 * matrices * tokens + (2.0 * head.weight.numel() * logits if head is not None else 0)
+
+
+@lru_cache(maxsize=2)
+def gemm_peak(precision: str) -> float:
+    """FLOP/s of a large square matrix product here, measured once a process: the best of five."""
+    dtype = torch.bfloat16 if computes_bf16(precision) else torch.float32
+    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype, device=device())
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * _GEMM_SIZE**3 / min(seconds[1:])
+
+
+def peak_memory_gb() -> float:
+    """Most memory so far: the process's resident set on a CPU, what torch allocated on a GPU."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
