@@ -259,7 +259,7 @@ def _logits(model: Any, hidden: Float[Tensor, "N d"], temperature: float) -> Ten
     logits = model.get_output_embeddings()(hidden).float()
     if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
-    return logits / temperature
+    return logits.div_(temperature)
 
 
 def _logit_chunks(

@@ -1,6 +1,7 @@
 """What a stage says while it works: `metrics.jsonl` always; a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -101,10 +102,9 @@ def say(text: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and load reports off the screen; errors still show."""
-    import datasets
     import transformers
 
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when, and if, datasets is imported
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # TRL still sets the name that transformers is leaving behind
