@@ -69,6 +69,12 @@ def theirs(
     return replies
 
 
+def _ratio(rates: dict[str, list[float]]) -> float:
+    """Median over the rounds of ours over theirs."""
+    pairs = zip(rates["salsa"], rates["transformers"], strict=True)
+    return statistics.median(mine / his for mine, his in pairs)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,16 +107,19 @@ def main() -> None:
     same = sum(mine == his for mine, his in pairs)
     say(f"greedy replies that agree: {same} of 8 (ties in bf16 may differ)")
     rates: dict[str, list[float]] = {"salsa": [], "transformers": []}
+    cpu_rates: dict[str, list[float]] = {"salsa": [], "transformers": []}
     lengths: list[int] = []
     for seed in range(args.rounds):
         for name, speak in (("salsa", ours), ("transformers", theirs)):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             replies = speak(model, prompts, sampling, args.rows, seed)
-            seconds = time.perf_counter() - start
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             rates[name].append(sum(map(len, replies)) / seconds)
+            cpu_rates[name].append(sum(map(len, replies)) / cpu_seconds)
             lengths += map(len, replies)
-            say(f"{name}: {sum(map(len, replies))} tokens in {seconds:.1f} s")
-    ratios = [a / b for a, b in zip(rates["salsa"], rates["transformers"], strict=True)]
+            say(
+                f"{name}: {sum(map(len, replies))} tokens in {seconds:.1f} s, {cpu_seconds:.1f} s of CPU"
+            )
     result = {
         "benchmark": "generation",
         "model": Path(path).name,
@@ -122,7 +131,9 @@ def main() -> None:
         "share_at_limit": statistics.mean(n == args.new_tokens for n in lengths),
         "greedy_agreement": same / 8,
         "tokens_per_second": rates,
-        "ratio": statistics.median(ratios),
+        "ratio": _ratio(rates),
+        "tokens_per_cpu_second": cpu_rates,
+        "cpu_ratio": _ratio(cpu_rates),
     }
     print(json.dumps(result))
 

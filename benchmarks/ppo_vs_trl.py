@@ -5,9 +5,10 @@
 
 Same model, prompts, batch, lengths and epochs, fp32 master weights with bf16 compute; a critic, a reward model and a
 reference of their own on either side; each run in a process of its own, so that its peak memory is its own. The
-first update of a run warms up and does not count. Two TRL settings: `like`, with no gradient checkpointing and
-micro-batches of as many rows as ours hold, and `default`, its own defaults (gradient checkpointing, the whole batch at
-once). First of all, both must compute the same loss. Prints one JSON line.
+first update of a run warms up and does not count. CPU seconds stand beside wall time, which a busy machine stretches.
+Two TRL settings: `like`, without gradient checkpointing, in micro-batches of half the batch; and, if asked for,
+`default`, its own (gradient checkpointing, the whole batch at once). First of all, both must compute the same loss.
+Prints one JSON line.
 
 How the loss is compared: one fixed batch whose old logprobs and values are off-policy by a given noise, in fp32; TRL's
 own `train()` runs on it (trl_side.py), and our functions on what it saw. Where responses end before the limit, TRL puts
@@ -145,15 +146,18 @@ def compare_speed(job: dict[str, Any], python: str, rounds: int, full: bool) -> 
             say(f"{name}: {json.dumps(runs[name][-1])}")
     found: dict[str, Any] = {}
     for name, results in runs.items():
-        seconds = [s for result in results for s in result["seconds"]]
-        peak = max(result["peak_gb"] for result in results)
-        found[name] = {"seconds_per_update": seconds, "peak_gb": peak}
+        found[name] = {
+            "seconds_per_update": [s for result in results for s in result["seconds"]],
+            "cpu_seconds_per_update": [s for result in results for s in result["cpu_seconds"]],
+            "peak_gb": max(result["peak_gb"] for result in results),
+        }
     mine = found["salsa"]
     for name in list(sides)[1:]:
-        found[f"speed_over_{name}"] = statistics.median(
-            found[name]["seconds_per_update"]
-        ) / statistics.median(mine["seconds_per_update"])
-        found[f"memory_of_{name}"] = mine["peak_gb"] / found[name]["peak_gb"]
+        for kind in ("seconds", "cpu_seconds"):
+            key = f"{kind}_per_update"
+            ratio = statistics.median(found[name][key]) / statistics.median(mine[key])
+            found[f"{kind}_of_{name}_over_ours"] = ratio
+        found[f"our_memory_over_{name}"] = mine["peak_gb"] / found[name]["peak_gb"]
     found["salsa"]["phases"] = runs["salsa"][-1]["phases"][-1]
     return found
 

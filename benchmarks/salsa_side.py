@@ -4,6 +4,8 @@ import json
 import resource
 import sys
 import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 
 from common import models
@@ -38,6 +40,14 @@ def main() -> None:
     )
     checkpoint = Checkpoint.of(model)
     prompts = [Prompt(tuple(ids), None, tokenizer.decode(ids)) for ids in job["prompts"]]
+    reward, cpu_stops = model_scorer(scorer, precision), []
+
+    def timed_reward(prompts: list[Prompt], responses: list[str]) -> list[float]:
+        cpu_stops.append(
+            time.process_time()
+        )  # once an update, at the same place: the differences are whole updates
+        return reward(prompts, responses)
+
     run = RLJob(
         "ppo",
         checkpoint,
@@ -45,7 +55,7 @@ def main() -> None:
         Checkpoint.of(scorer),
         config,
         prompts,
-        model_scorer(scorer, precision),
+        timed_reward,
         job["seed"],
         precision,
     )
@@ -53,11 +63,15 @@ def main() -> None:
         train_rl(run, Path(folder))
         rows = read_jsonl(Path(folder) / "metrics.jsonl")
     phases = [
-        {name: row[f"seconds_{name}"] for name in ("rollout", "experience", "update")}
+        {key: row[key] for key in row if key.startswith(("seconds_", "mfu_", "tokens_per_second_"))}
         for row in rows
     ]
     result = {
-        "seconds": [sum(phase.values()) for phase in phases[1:]],
+        "seconds": [
+            sum(row[f"seconds_{phase}"] for phase in ("rollout", "experience", "update"))
+            for row in rows[1:]
+        ],
+        "cpu_seconds": [b - a for a, b in pairwise(cpu_stops)],
         "phases": phases[1:],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "kl": [row["kl"] for row in rows],

@@ -301,7 +301,9 @@ def advance(
 def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
     """Row numbers of each forward pass: rows of like length together, `microbatch_tokens` at once."""
     lengths, here = rollout.mask.sum(dim=1).tolist(), rollout.response.device
-    return [torch.tensor(rows, device=here) for rows in batches_of(lengths, config.microbatch_tokens)]
+    return [
+        torch.tensor(rows, device=here) for rows in batches_of(lengths, config.microbatch_tokens)
+    ]
 
 
 def _optimizer_step(

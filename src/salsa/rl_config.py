@@ -91,7 +91,7 @@ class RLConfig(Strict):
     """Responses per prompt; rloo and grpo need 2 or more."""
     minibatch_size: Count | None = None
     """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_tokens: Count = 768
+    microbatch_tokens: Count = 512
     """Tokens per forward pass, padding included: memory and speed, not the result. One episode at least."""
     num_epochs: Count = 2
     """Passes over each rollout."""

@@ -51,7 +51,8 @@ def test_kl_penalty_holds_the_policy_back(job, tmp_path):
     options = {"num_updates": 12, "rollout_size": 32, "minibatch_size": 32, "learning_rate": 3e-3}
     free = run(job, tmp_path / "free", kl_coef=0.0, **options)
     held = run(job, tmp_path / "held", kl_coef=2.0, **options)
-    assert held[-1]["kl"] < free[-1]["kl"] / 2
+    last = [sum(row["kl"] for row in rows[-4:]) for rows in (held, free)]  # one row is noisy
+    assert last[0] < last[1] / 2
 
 
 def test_the_reference_may_not_change_between_kill_and_resume(job, make_checkpoint, tmp_path):

@@ -6,9 +6,12 @@ from pathlib import Path
 from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import Recipe
 
-_BYTES_TRAINED = 16
-"""fp32 weight, gradient and two Adam moments."""
-_BYTES_FROZEN = 4
+_BYTES_TRAINED = 12
+"""fp32 weight and two Adam moments."""
+_BYTES_STEPPING = 6
+"""fp32 gradient and bf16 copy of the model that steps; policy and critic take turns."""
+_BYTES_FROZEN = {"fp32": 4, "auto": 4, "bf16": 2}
+"""A reference or reward model; `auto` is counted as if the device had no bf16."""
 
 
 def plan(recipe: Recipe) -> str:
@@ -79,7 +82,8 @@ def _memory_line(recipe: Recipe) -> str:
     frozen += not recipe.reward.functions
     if rl.lora is not None:
         trained, frozen = 0, frozen + 1
-    gigabytes = count * (trained * _BYTES_TRAINED + frozen * _BYTES_FROZEN) / 1e9
+    frozen_bytes = frozen * _BYTES_FROZEN[recipe.model.precision]
+    gigabytes = count * (trained * _BYTES_TRAINED + _BYTES_STEPPING + frozen_bytes) / 1e9
     adapters = ", adapters and" if rl.lora is not None else ","
     return (
         f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB"
