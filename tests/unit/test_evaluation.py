@@ -250,6 +250,24 @@ def test_templates_are_filled_once():
     assert message["content"] == "{answer_b} {x}|{question}|{{}}"
 
 
+def test_questions_in_the_hubs_format_and_corrected_references(tmp_path):
+    rows = [
+        {"prompt_id": 7, "category": "math", "prompt": ["1 + 1?", "2 + 2?"], "reference": ["3", "5"]},
+        {"prompt_id": 8, "category": "stem", "prompt": ["Why?", "And?"], "reference": []},
+    ]  # fmt: skip
+    file = write(tmp_path / "q.jsonl", rows)
+    first, second = inputs.load_questions(file)
+    assert (
+        first.reference == ("3", "5")
+        and second.reference is None
+        and second.turns == ("Why?", "And?")
+    )
+    corrections = write(tmp_path / "c.jsonl", [reference(7, "2", "4")])
+    assert inputs.load_questions(file, None, corrections)[0].reference == ("2", "4")
+    with pytest.raises(DataError, match="no questions there. Give a file"):
+        inputs.load_questions(tmp_path / "gone.jsonl")
+
+
 @pytest.mark.parametrize(
     ("file", "rows", "message"),
     [
@@ -288,6 +306,10 @@ def test_bad_files_say_where_to_get_good_ones(
         ({"models": ["a=x"], "arena_hard": Path("nowhere")}, "Take it from github.com/lmarena"),
         ({"models": ["a=x"], "settings": ["judge.ulr=x"]}, "unknown key 'judge.ulr'. Did you mean 'url'?"),
         ({"models": ["a=x"], "judge": "http://x/v1"}, "give model"),
+        (
+            {"models": ["a=x"], "prompts": "p", "rewards": ["r=m:f"], "judge": "http://x/v1", "judge_model": "m"},
+            "nothing to judge",
+        ),
         ({"models": ["a=x"], "baseline": "b", "prompts": "p", "rewards": ["r=m:f"]}, "baseline='b' is none of"),
         ({"models": ["a=x"], "spec": Path("gone.yaml")}, "gone.yaml: cannot be read"),
     ],

@@ -28,6 +28,9 @@ def modules_after(import_line: str) -> set[str]:
         "salsa.soup",
         "salsa.runtime.plan",
         "salsa.errors",
+        "salsa.evaluate.command",
+        "salsa.evaluate.judge",
+        "salsa.evaluate.games",
     ],
 )
 def test_doors_import_nothing_heavy(module):

@@ -166,6 +166,14 @@ def test_seeds_may_have_lost_verdicts():
     assert result.high - result.low == pytest.approx(expected.high - expected.low)
 
 
+def test_alpaca_evals_raw_rate():
+    """100·mean(preference − 1), 0 is a tie, null is dropped, SE = 100·sd(ddof 1)/√n."""
+    result = win_rate([2, 1.8, 0, 1, None, 1.2])
+    values = np.array([1, 0.8, 0.5, 0, 0.2])
+    assert result.rate == pytest.approx(values.mean()) and result.dropped == 1 and result.ties == 1
+    assert result.stderr == pytest.approx(values.std(ddof=1) / math.sqrt(5))
+
+
 def test_p_value_of_a_rate():
     assert win_rate([2] * 6).p_value == pytest.approx(2 / 64)
     assert win_rate([1.5] * 6).p_value == 1.0

@@ -13,6 +13,7 @@ from salsa.evaluate.inputs import Question
 from salsa.rl import collect_rollout, decode
 from salsa.runtime.local import seed_everything
 from salsa.runtime.tracking import tracker
+from salsa.types import Rollout
 
 GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
@@ -86,17 +87,17 @@ class Writer:
             log.resume_at(0)
             for number, batch in enumerate(batches):
                 if not all(i in found for i in batch):
-                    texts = self.batch(
+                    rollout = self.batch(
                         [prompts[i] for i in batch], temperatures[batch[0]], seed, number
                     )
-                    found |= dict(zip(batch, texts, strict=True))
+                    found |= dict(zip(batch, decode(rollout, self.tokenizer), strict=True))
                     append_jsonl(file, [{"index": i, "text": found[i]} for i in batch])
                 log.advance(number + 1, {"answered": len(found)})
         return [found[i] for i in range(len(prompts))]
 
     def batch(
         self, prompts: Sequence[Prompt], temperature: float, seed: int, number: int
-    ) -> list[str]:
+    ) -> Rollout:
         """Replies to one batch of prompts, drawn from (seed, number).
 
         Raises:
@@ -118,8 +119,7 @@ class Writer:
             temperature=temperature or GREEDY,
             precision=self.precision,
         )
-        rollout = collect_rollout(self.policy, prompts, sampling, seed_everything(seed, number))
-        return decode(rollout, self.tokenizer)
+        return collect_rollout(self.policy, prompts, sampling, seed_everything(seed, number))
 
 
 def _conversation(question: Question, answers: Sequence[str]) -> list[Message]:

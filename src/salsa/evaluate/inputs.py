@@ -12,6 +12,7 @@ from typing import Any
 from salsa.artifacts import digest_of
 from salsa.errors import DataError
 from salsa.evaluate.judgments import Row, need, read_rows
+from salsa.schema import DataSource
 
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 """Their judge prompts show a reference answer."""
@@ -59,7 +60,8 @@ def load_questions(
     """Questions, with the reference answers of those whose category needs one.
 
     Args:
-        questions: upstream's `question.jsonl`.
+        questions: upstream's `question.jsonl`, or a hub data set such as `HuggingFaceH4/mt_bench_prompts` (columns
+            `prompt_id`, `category`, `prompt`, `reference`).
         references: upstream's `reference_answer/gpt-4.jsonl`, or any file of answers.
         corrections: a file of answers that replace wrong references (13 of upstream's 30 are).
 
@@ -70,23 +72,8 @@ def load_questions(
     if corrections is not None:
         given |= load_answers(corrections)
     found: dict[Any, Question] = {}
-    for row in _file_rows(questions, "questions"):
-        need(row, "MT-Bench question", "question_id", "category", "turns")
-        values = row.values
-        turns = values["turns"]
-        if (
-            not isinstance(turns, list)
-            or not 1 <= len(turns) <= 2
-            or not all(isinstance(t, str) for t in turns)
-        ):
-            raise DataError(f"{row.where}: turns is a list of one or two strings, got {turns!r}.")
-        question = Question(
-            values["question_id"],
-            str(values["category"]),
-            tuple(turns),
-            given.get(values["question_id"]),
-            values.get("required_temperature"),
-        )
+    for row in _rows(questions, "questions"):
+        question = _question(row, given)
         if question.id in found:
             raise DataError(f"{row.where}: question {question.id} is there twice. Remove one.")
         _check_reference(row, question, references)
@@ -101,7 +88,7 @@ def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
         DataError: a row of another shape, or two different answers to one question.
     """
     found: dict[Any, tuple[str, ...]] = {}
-    for row in _file_rows(path, "answers"):
+    for row in _rows(path, "answers"):
         need(row, "MT-Bench answer", "question_id", "choices")
         try:
             turns = tuple(row.values["choices"][0]["turns"])
@@ -129,7 +116,7 @@ def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[s
 def load_judge_prompts(path: Path | str) -> dict[str, JudgePrompt]:
     """Name → judge prompt, from upstream's `judge_prompts.jsonl`."""
     found = {}
-    for row in _file_rows(path, "judge prompts"):
+    for row in _rows(path, "judge prompts"):
         need(row, "judge prompt", "name", "system_prompt", "prompt_template")
         values = row.values
         found[values["name"]] = JudgePrompt(
@@ -182,10 +169,41 @@ def pair_messages(
     return _messages(prompt, question, values)
 
 
-def _file_rows(path: Path | str, what: str) -> list[Row]:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no {what} there. Give a file in the format of {UPSTREAM}.")
-    return read_rows(path)
+def _rows(source: Path | str, what: str) -> list[Row]:
+    """Rows of a file, or of a hub data set."""
+    name = str(source)
+    if Path(name).is_file():
+        return read_rows(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".jsonl"):
+        raise DataError(f"{name}: no {what} there. Give a file in the format of {UPSTREAM}.")
+    from salsa.data import load_rows
+
+    rows = load_rows(DataSource(path=name), [()])
+    return [Row(f"{name}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _question(row: Row, references: Mapping[Any, tuple[str, ...]]) -> Question:
+    """A question in FastChat's format, or in that of the hub's `mt_bench_prompts`."""
+    values = row.values
+    if "prompt_id" in values:
+        own = {"question_id": values["prompt_id"], "turns": values.get("prompt")}
+        values = {**values, **own}
+    need(Row(row.where, values), "MT-Bench question", "question_id", "category", "turns")
+    key, turns = values["question_id"], values["turns"]
+    if (
+        not isinstance(turns, list)
+        or not 1 <= len(turns) <= 2
+        or not all(isinstance(turn, str) for turn in turns)
+    ):
+        raise DataError(f"{row.where}: turns is a list of one or two strings, got {turns!r}.")
+    reference = references.get(key, tuple(values.get("reference") or ()))
+    return Question(
+        key,
+        str(values["category"]),
+        tuple(turns),
+        reference or None,
+        values.get("required_temperature"),
+    )
 
 
 def _check_reference(row: Row, question: Question, references: Path | str | None) -> None:

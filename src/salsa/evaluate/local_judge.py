@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from salsa.artifacts import resolve
-from salsa.data import as_prompt
+from salsa.data import Prompt, as_prompt
 from salsa.evaluate.answers import Writer
 from salsa.evaluate.judge import Message, Refusal, Reply
 from salsa.evaluate.spec import JudgeConfig
+from salsa.rl import decode
 
 
 class LocalJudge:
@@ -30,12 +31,22 @@ class LocalJudge:
         prompts = [as_prompt({"messages": list(m)}, writer.tokenizer, "judge") for m in batch]
         room = (writer.context or 10**9) - writer.max_new_tokens
         fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
-        texts = iter(writer.batch(fitting, self._temperature, 0, 0) if fitting else ())
+        replies = iter(self._replies(fitting) if fitting else ())
         return [
             Refusal(f"{len(prompt.ids)} tokens and a judgment exceed the model's context")
             if len(prompt.ids) > room
-            else Reply(next(texts), None, len(prompt.ids), 0)
+            else next(replies)
             for prompt in prompts
+        ]
+
+    def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        rollout = self._writer.batch(prompts, self._temperature, 0, 0)
+        texts = decode(rollout, self._writer.tokenizer)
+        lengths = rollout.lengths.tolist()
+        limit = self._writer.max_new_tokens
+        return [
+            Reply(text, "length" if length == limit else "stop", len(prompt.ids), length)
+            for prompt, text, length in zip(prompts, texts, lengths, strict=True)
         ]
 
     async def close(self) -> None:

@@ -129,7 +129,7 @@ class EvalSpec(Strict):
     arena_hard: ArenaHardConfig | None = None
     judge: JudgeConfig | None = None
     rewards: dict[str, RewardModel] = Field(default_factory=dict)
-    """Name → reward; the first is called the proxy if it is what training raised."""
+    """Name → reward. Call the one that training raised `proxy`, and give one that it did not see."""
     kl_to: str | None = None
     """The one model to which every arm's KL is measured on `prompts`."""
     batch_size: Count = 16
@@ -156,6 +156,10 @@ class EvalSpec(Strict):
             )
         if self.prompts and not (self.rewards or (self.judge and self.prompts.judge_prompts)):
             raise ValueError("prompts need a reward, or a judge with prompts.judge_prompts")
+        if self.judge and not (
+            self.mt_bench or self.arena_hard or (self.prompts and self.prompts.judge_prompts)
+        ):
+            raise ValueError("the judge has nothing to judge; give prompts.judge_prompts")
         if self.kl_to is not None and self.prompts is None:
             raise ValueError("kl_to is measured on prompts; give prompts")
         return self

@@ -78,8 +78,8 @@ def win_rate(
     """Win rate of the candidate from preferences in [1, 2].
 
     Args:
-        preferences: 1 = the baseline is better, 2 = the candidate, 1.5 = tie; None or NaN = no verdict, which is
-            dropped and counted.
+        preferences: 1 = the baseline is better, 2 = the candidate, 1.5 = tie (or 0, as AlpacaEval writes it); None or
+            NaN = no verdict, which is dropped and counted.
         clusters: what each comparison belongs to (its prompt); standard errors are clustered by it. With one comparison
             a cluster and no tie the interval is Wilson's, else Student's t over the clusters.
         confidence: level of the interval.
@@ -89,7 +89,7 @@ def win_rate(
     """
     given = [math.nan if p is None else float(p) for p in preferences]
     keep = [i for i, p in enumerate(given) if not math.isnan(p)]
-    values = np.array([given[i] for i in keep])
+    values = np.array([given[i] or 1.5 for i in keep])
     if not len(values):
         raise ValueError(
             "win_rate: no preference holds a verdict. Give at least one number in [1, 2]."
