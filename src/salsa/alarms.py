@@ -63,9 +63,9 @@ class Alarms:
         if num >= _STEADY and length < SHORT * first["length"]:
             yield (
                 "KL-Hack",
-                f"responses fell from {first['length']:.1f} to {length:.1f} tokens. With a reference other than the "
-                "start every token costs KL, so silence is cheapest. Lower rl.kl_coef, or start the policy at its "
-                "reference",
+                f"responses fell from {first['length']:.1f} to {length:.1f} tokens. Where the policy leaves its "
+                "reference every token costs KL, so a high β makes silence cheapest. Lower rl.kl_coef or "
+                "rl.learning_rate",
             )
         if last["kl"] + ERRORS * last["kl_stderr"] < 0 and last["kl"] < -NOISE:
             yield (
