@@ -23,7 +23,6 @@ from salsa.data import fingerprint, import_callable
 from salsa.errors import CheckpointError
 from salsa.expressions import Anchor, ingredients_of, shrunk
 from salsa.soup import measure_soup, write_soup
-from salsa.soup.mix import NEED_BASE
 
 
 class Anchors:
@@ -79,7 +78,7 @@ class Anchors:
         """A soup as a stage of the run; options as of `soup.write_soup`, `score` as `module:function`."""
         inputs = {f"ingredient {i}": c.digest for i, c in enumerate(ingredients)}
         given = dict(options)
-        if options.get("method") in NEED_BASE:
+        if "heads" not in options:  # reward models have another architecture than the base
             inputs["base"], given["base"] = self._base.digest, self._base
         if "score" in options:
             inputs["score"] = fingerprint(DataSource(call=options["score"]))
