@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salsa.errors import DataError
@@ -59,6 +59,7 @@ PIECES = st.lists(
 ).map("".join)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_parsers_survive_anything(text):
     rating = parse_rating(text)
@@ -67,6 +68,7 @@ def test_parsers_survive_anything(text):
     assert parse_arena_verdict(text) in {"A>>B", "A>B", "A=B", "B>A", "B>>A", None}
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_a_label_at_the_end_is_the_verdict(text):
     assert parse_pair_verdict(text + "\n[[B]]") == "B"
@@ -83,6 +85,7 @@ KEYS = [
 ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(KEYS), JSON) | JSON, max_size=4))
 def test_readers_survive_any_json(rows):
     """A summary, or DataError: nothing else comes out of a file, whatever is in it."""
@@ -97,6 +100,7 @@ def test_readers_survive_any_json(rows):
             assert str(error)
 
 
+@settings(deadline=None)
 @given(st.sampled_from([0, 1, 2, 3]), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2))
 def test_readers_survive_a_row_with_odd_values(kind, odd):
     rows = [[single(81, 5)], PAIRS, [arena_v1(1, "A=B", "A>B")], [arena_v2("u", "A=B", "A>B")]][
@@ -326,6 +330,12 @@ def test_a_broken_line_is_named(tmp_path):
         mtbench.summarise_pairs(file)
     with pytest.raises(DataError, match="no such file"):
         mtbench.summarise_pairs(tmp_path / "gone.jsonl")
+
+
+def test_rows_that_name_no_judge_are_one_judges():
+    rows = [{k: v for k, v in row.items() if k not in ("judge", "turn")} for row in PAIRS[::2]]
+    summary = mtbench.summarise_pairs(rows)
+    assert summary.judge == "judge not named" and summary.pairs["salsa", "ppo"].win_rate.n == 4
 
 
 def test_one_of_several_judges_can_be_chosen():

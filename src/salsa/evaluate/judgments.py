@@ -154,8 +154,8 @@ def need_names(row: Row, *names: str) -> None:
 
 
 def judge_of(row: Row) -> str:
-    """The judge's model; upstream writes its name, or [name, prompt]."""
-    judge = row.values.get("judge")
+    """The judge's model; upstream writes its name, or [name, prompt]. Rows that do not say are one judge's."""
+    judge = row.values.get("judge", "judge not named")
     name = judge[0] if isinstance(judge, list | tuple) and judge else judge
     if not isinstance(name, str):
         raise DataError(
