@@ -185,6 +185,15 @@ def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, t
     assert any("no verdict at all" in note for note in report["notes"])
 
 
+def test_a_judge_that_rates_everything_alike_is_told(bench, make_checkpoint, tmp_path):
+    models = [f"a={make_checkpoint('llama', 0).path}", f"b={make_checkpoint('llama', 1).path}"]
+    with JudgeServer(lambda prompt: "[[3]] [[A]] [[A=B]]") as server:
+        out = evaluate_checkpoints(spec_of(words(bench, models, server.url)), tmp_path / "out")
+    notes = json.loads((out / "report.json").read_text())["notes"]
+    assert any("every rating of a is 3." in note for note in notes)
+    assert any("only 0% of the verdicts survive" in note for note in notes)
+
+
 def test_a_model_in_this_process_judges(bench, make_checkpoint, tmp_path):
     a, b = make_checkpoint("llama", 0).path, make_checkpoint("llama", 1).path
     spec = spec_of(

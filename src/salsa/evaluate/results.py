@@ -96,6 +96,12 @@ def notes(spec: EvalSpec, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, bench in judged.items():
         for what, count in bench["counts"].items():
             found.append(f"{name}: {count} {what}.")
+        for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
+            if one["score"]["stderr"] == 0:
+                found.append(
+                    f"{name}: every rating of {arm} is {one['score']['mean']:g}. A judge that rates everything alike "
+                    "says nothing, and its interval has no width."
+                )
         for pair in bench["pairs"]:
             consistency = pair["position"]["consistency"]
             if consistency is not None and consistency < DOUBTFUL_CONSISTENCY:
