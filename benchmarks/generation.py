@@ -75,8 +75,7 @@ def _ratio(rates: dict[str, list[float]]) -> float:
     return statistics.median(mine / his for mine, his in pairs)
 
 
-def main() -> None:
-    """Entry point."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--prompts")
@@ -85,7 +84,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point."""
+    args = _arguments()
     quiet_libraries()
     prepare_process(None)
     path = model_directory(args.model)

@@ -162,8 +162,7 @@ def compare_speed(job: dict[str, Any], python: str, rounds: int, full: bool) -> 
     return found
 
 
-def main() -> None:
-    """Entry point."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", required=True, help="a Python that has trl==1.12.0")
     parser.add_argument("--model")
@@ -178,7 +177,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--with-trl-defaults", action="store_true")
     parser.add_argument("--only", choices=("loss", "speed"))
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Entry point."""
+    args = _arguments()
     model = model_directory(args.model)
     prompts = draw_prompts(args.prompts, model, args.episodes, seed=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -116,6 +116,63 @@ def speed(job):
     }
 
 
+class Recorder:
+    """Stands in for the trainer's helpers: gives the fixed batch, adds its noise, notes what the real ones return."""
+
+    HELPERS = (
+        "batch_generation",
+        "selective_log_softmax",
+        "get_reward",
+        "masked_mean",
+        "masked_whiten",
+    )
+
+    def __init__(self, given, temperature):
+        self.given, self.temperature = given, temperature
+        self.real = {name: getattr(ppo_trainer, name) for name in self.HELPERS}
+        self.logprobs, self.values, self.means = [], [], []
+        self.whitened = None
+        for name in self.HELPERS:
+            setattr(ppo_trainer, name, getattr(self, name))
+
+    def batch_generation(self, model, queries, size, pad_id, config):
+        """The given responses instead of new ones."""
+        sequences = torch.cat([queries, self.given["response"]], dim=1)
+        output = ppo_trainer.forward(model, sequences, pad_id)
+        return sequences, output.logits[:, queries.shape[1] - 1 : -1] / self.temperature
+
+    def selective_log_softmax(self, logits, index):
+        """First the rollout's logprobs, which get noise; then the reference's; then the update's."""
+        logprobs = self.real["selective_log_softmax"](logits, index)
+        if not self.logprobs:
+            logprobs = logprobs + self.given["logprob_noise"]
+        self.logprobs.append(logprobs.detach().clone())
+        return logprobs
+
+    def get_reward(self, model, sequences, pad_id, context):
+        """First the critic on the rollout, which gets noise; then the reward model, whose scores are given."""
+        full, score, lengths = self.real["get_reward"](model, sequences, pad_id, context)
+        if self.values:
+            return full, self.given["scores"].clone(), lengths
+        full = full.clone()
+        full[:, context - 1 : -1, 0] += self.given["value_noise"]
+        self.values.append(full[:, context - 1 : -1, 0].clone())
+        return full, score, lengths
+
+    def masked_mean(self, values, mask, axis=None):
+        """After whitening: the value loss, its clip fraction, the policy loss."""
+        result = self.real["masked_mean"](values, mask, axis)
+        self.means.append(result.detach())
+        return result
+
+    def masked_whiten(self, values, mask, shift_mean=True):
+        """The advantages."""
+        result = self.real["masked_whiten"](values, mask, shift_mean)
+        self.whitened = (values.clone(), result.clone(), mask)
+        self.means.clear()
+        return result
+
+
 def loss(job):
     """Advantages, returns, policy and value loss of the real `train()` on a batch that is given.
 
@@ -123,76 +180,26 @@ def loss(job):
     is 0, so that nothing else changes.
     """
     given = torch.load(job["batch"])
-    seen = {"whiten": [], "mean": [], "logprob": [], "value": []}
-    real_mean, real_whiten = ppo_trainer.masked_mean, ppo_trainer.masked_whiten
-    real_reward, real_logprob = ppo_trainer.get_reward, ppo_trainer.selective_log_softmax
-
-    def batch_generation(model, queries, size, pad_id, config):
-        sequences = torch.cat([queries, given["response"]], dim=1)
-        output = ppo_trainer.forward(model, sequences, pad_id)
-        return sequences, output.logits[:, queries.shape[1] - 1 : -1] / job["temperature"]
-
-    def selective_log_softmax(logits, index):
-        logprob = real_logprob(logits, index)
-        if not seen["logprob"]:  # the first call: the rollout's own logprobs
-            logprob = logprob + given["logprob_noise"]
-        seen["logprob"].append(logprob.detach().clone())
-        return logprob
-
-    def get_reward(model, sequences, pad_id, context):
-        full, score, lengths = real_reward(model, sequences, pad_id, context)
-        if not seen["value"]:  # the first call: the critic on the rollout
-            full = full.clone()
-            full[:, context - 1 : -1, 0] += given["value_noise"]
-            seen["value"].append(full[:, context - 1 : -1, 0].clone())
-        else:
-            seen["score"] = score = given["scores"].clone()
-        return full, score, lengths
-
-    def masked_mean(values, mask, axis=None):
-        result = real_mean(values, mask, axis)
-        seen["mean"].append(result.detach())
-        return result
-
-    def masked_whiten(values, mask, shift_mean=True):
-        result = real_whiten(values, mask, shift_mean)
-        seen["whiten"].append((values.clone(), result.clone(), mask))
-        seen["mean"].clear()  # what follows are the losses
-        return result
-
-    for function in (
-        batch_generation,
-        selective_log_softmax,
-        get_reward,
-        masked_mean,
-        masked_whiten,
-    ):
-        setattr(ppo_trainer, function.__name__, function)
+    recorder = Recorder(given, job["temperature"])
     trainer, _ = make_trainer(
         job, total_episodes=len(job["prompts"]), num_ppo_epochs=1, learning_rate=0.0
     )
     trainer.log = lambda *args, **kwargs: None
-    identity = torch.arange(len(job["prompts"])).numpy()
-    ppo_trainer.np.random.permutation = lambda count: identity
-    trainer.get_train_dataloader()
     trainer.dataloader = [{"input_ids": given["prompt"]}]
+    ppo_trainer.np.random.permutation = lambda count: torch.arange(count).numpy()
     trainer.train()
-    raw, whitened, mask = seen["whiten"][0]
-    value_loss, _, policy_loss = seen["mean"][:3]
-    torch.save(
-        {
-            "old_logprobs": seen["logprob"][0],
-            "ref_logprobs": seen["logprob"][1],
-            "logprobs": seen["logprob"][2],
-            "old_values": seen["value"][0],
-            "raw_advantages": raw,
-            "advantages": whitened,
-            "mask": mask,
-            "value_loss": value_loss / 2,
-            "policy_loss": policy_loss,
-        },
-        job["out"],
-    )
+    raw, whitened, mask = recorder.whitened
+    value_loss, _, policy_loss = recorder.means[:3]
+    figures = {
+        "old_logprobs": recorder.logprobs[0],
+        "old_values": recorder.values[0],
+        "raw_advantages": raw,
+        "advantages": whitened,
+        "mask": mask,
+        "value_loss": value_loss / 2,
+        "policy_loss": policy_loss,
+    }
+    torch.save(figures, job["out"])
     return {"written": job["out"]}
 
 

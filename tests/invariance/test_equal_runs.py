@@ -46,6 +46,11 @@ def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path
     _resumes(job, tmp_path, KINDS[kind])
 
 
+def test_bf16_resumes_bit_for_bit_too(job, tmp_path):
+    """fp32 master weights are what a checkpoint holds."""
+    _resumes(replace(job, precision="bf16"), tmp_path, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [{"ema": 0.1}, {"reset_every": 3, "reset_optimizer": True}, {"pulls": False}], ids=str

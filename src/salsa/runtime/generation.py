@@ -86,9 +86,7 @@ class Speakers:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model
         self.rows = torch.empty(0, dtype=torch.long, device=device)
-        self.mask = torch.empty(
-            0, 0, dtype=torch.long, device=device
-        )  # (rows, columns of the cache)
+        self.mask = torch.empty(0, 0, dtype=torch.long, device=device)  # (rows, cache's columns)
         self.cache: Any = DynamicCache()
 
     def read(
