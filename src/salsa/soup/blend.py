@@ -18,7 +18,7 @@ from salsa.soup.files import FLOATS, Tensor, WeightsWriter
 from salsa.soup.ingredients import Ingredient
 from salsa.soup.methods import Factors, Rule, rounded
 
-ELEMENTS_IN_FLIGHT = 1 << 19
+ELEMENTS_IN_FLIGHT = 1 << 18
 """Elements of one piece, all ingredients together."""
 
 Progress = Callable[[int, int], None]
@@ -105,6 +105,10 @@ class _Loop:
         self._values = np.empty((len(self.sources), self.step))
         self._deltas = np.empty((self.count, self.step))
         self._room = np.empty((2, self.step))
+        self._single = np.empty(self.step, np.float32)
+        self._half = np.empty(self.step, FLOATS["BF16"])
+        self._results = np.empty((2, self.step * 8), np.uint8)
+        self._turn = 0
 
     def read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, list[np.ndarray]]]:
         """Pieces with the stored elements of every source, read one ahead of who asks."""
@@ -152,8 +156,10 @@ class _Loop:
             self._factors[key] = self.plan.fixed.get(key) or self.plan.rule(tally.gram)
         soup, spare = self._room[:, : values.shape[1]]
         _weighted_sum(values, self._factors[key], soup, spare)
-        tally.measure_rounding(soup)
-        result = rounded(soup, stored)
+        self._turn = 1 - self._turn  # the other one is still being written
+        room = self._results[self._turn][: len(soup) * FLOATS[stored].itemsize]
+        result = rounded(soup, stored, room.view(FLOATS[stored]))
+        tally.measure_rounding(soup, self._single[: len(soup)], self._half[: len(soup)])
         if not np.isfinite(result).all():
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
         return result
@@ -201,11 +207,19 @@ def _weighted_sum(
     """Into `total`: Σ terms_i θ_i (+ base · θ_base), divided. Zero factors add nothing, not even a sign to a zero."""
     terms = [*factors.terms] + ([factors.base] if len(values) > len(factors.terms) else [])
     used = [(row, term) for row, term in zip(values, terms, strict=True) if term != 0]
-    if not used:
+    if (
+        len(used) > 1 and used[0][1] == used[1][1] == 1
+    ):  # the common case, one pass instead of three
+        np.add(used[0][0], used[1][0], out=total)
+        used = used[2:]
+    elif used:
+        np.multiply(*used[0], out=total)
+        used = used[1:]
+    else:
         total[:] = 0.0
-    for number, (row, term) in enumerate(used):
-        np.multiply(row, term, out=spare if number else total)
-        if number:
-            total += spare
-    if factors.divisor != 1:
+    for row, term in used:
+        total += np.multiply(row, term, out=spare)
+    if factors.divisor == 2:
+        total *= 0.5  # as exact as the division, and faster
+    elif factors.divisor != 1:
         total /= factors.divisor

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from salsa.soup.files import FLOATS
 from salsa.soup.methods import Factors
 
 _ROW = 4096
@@ -57,11 +56,12 @@ class Tally:
                 self.gram[j, i] = self.gram[i, j]
         self.size += values.shape[1]
 
-    def measure_rounding(self, soup: np.ndarray) -> None:
-        """Add what bf16 would lose of a chunk of the soup, (n,)."""
-        loss = soup.astype(np.float32)
-        loss -= loss.astype(FLOATS["BF16"])
-        self.lost += dot(loss, loss)
+    def measure_rounding(self, soup: np.ndarray, single: np.ndarray, half: np.ndarray) -> None:
+        """Add what bf16 would lose of a chunk of the soup, (n,); float32 and bf16 (n,) are room to work in."""
+        np.copyto(single, soup, casting="same_kind")
+        np.copyto(half, single, casting="unsafe")
+        single -= half
+        self.lost += dot(single, single)
 
     def settle(self, factors: Factors, *, with_base: bool) -> None:
         """Derive the soup's place from the factors of this tensor; shares that sum to 1 are taken for granted."""

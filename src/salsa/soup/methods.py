@@ -91,11 +91,14 @@ def model_stock(gram: np.ndarray) -> Factors:
     return wise(uniform(count), min(ratio, 1.0))
 
 
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float64 values, rounded once to a safetensors dtype, ties to even."""
+def rounded(values: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np.ndarray:
+    """float64 values, rounded once to a safetensors dtype, ties to even; into `out` if it is given."""
+    if out is None:
+        out = np.empty(values.shape, FLOATS[dtype])
     with np.errstate(over="ignore", under="ignore"):
         if dtype != "BF16":
-            return values.astype(FLOATS[dtype])
+            np.copyto(out, values, casting="same_kind")
+            return out
         # ml_dtypes goes through float32, and rounding twice can land on the wrong side of a tie: put the float32 on the
         # side of the tie where the float64 is.
         single = values.astype(np.float32)
@@ -105,4 +108,5 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
             size, near = np.abs(values[tie]), np.abs(single[tie].astype(np.float64))
             bits[tie] += size > near
             bits[tie] -= size < near
-        return single.astype(FLOATS["BF16"])
+        np.copyto(out, single, casting="unsafe")
+        return out
