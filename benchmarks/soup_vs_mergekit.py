@@ -9,6 +9,7 @@ imports. The floor is what no program can avoid: reading both inputs and writing
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -62,8 +63,11 @@ def make(directory: Path, seed: int) -> Path:
     return directory
 
 
-def seconds(command: list[str]) -> float:
-    """Wall-clock time of a process that must succeed."""
+def seconds(command: list[str], *, cold: bool = False) -> float:
+    """Wall-clock time of a process that must succeed; `cold` empties the page cache first, which takes root."""
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     elapsed = time.perf_counter() - start
@@ -72,15 +76,17 @@ def seconds(command: list[str]) -> float:
     return elapsed
 
 
-def floor(models: list[Path], scratch: Path) -> float:
+def floor(models: list[Path], scratch: Path, *, cold: bool) -> float:
     """Read both inputs, write one output, with the system's own tools."""
     files = [str(m / "model.safetensors") for m in models]
     (scratch / "copy").unlink(missing_ok=True)
-    reading = seconds(["sh", "-c", f"cat {' '.join(files)} > /dev/null"])
+    reading = seconds(["sh", "-c", f"cat {' '.join(files)} > /dev/null"], cold=cold)
     return reading + seconds(["cp", files[0], str(scratch / "copy")])
 
 
-def measure(models: list[Path], mergekit: Path, rounds: int, scratch: Path) -> dict[str, object]:
+def measure(
+    models: list[Path], mergekit: Path, rounds: int, scratch: Path, *, cold: bool
+) -> dict[str, object]:
     """Alternate the three, `rounds` times."""
     recipe = scratch / "linear.yml"
     entries = "".join(f"  - model: {m}\n    parameters: {{weight: 0.5}}\n" for m in models)
@@ -94,13 +100,13 @@ def measure(models: list[Path], mergekit: Path, rounds: int, scratch: Path) -> d
         "mergekit_imports": [theirs, "-c", "import mergekit.scripts.run_yaml"],
     }
     times: dict[str, list[float]] = {name: [] for name in ("floor", *commands)}
-    floor(models, scratch)  # warm the page cache
+    floor(models, scratch, cold=False)  # warm the page cache
     for _ in range(rounds):
-        times["floor"].append(floor(models, scratch))
+        times["floor"].append(floor(models, scratch, cold=cold))
         for name, command in commands.items():
             for out in (ours_out, theirs_out):
                 shutil.rmtree(out, ignore_errors=True)
-            times[name].append(seconds(command))
+            times[name].append(seconds(command, cold=cold))
             if name == "salsa":
                 ours = load_file(ours_out / "model.safetensors")
             elif name == "mergekit":
@@ -118,6 +124,7 @@ def measure(models: list[Path], mergekit: Path, rounds: int, scratch: Path) -> d
             for name in ("salsa", "mergekit")
         },
         "elements_that_differ": apart,
+        "cold": cold,
         "rounds": rounds,
     }
 
@@ -138,11 +145,13 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--mergekit", type=Path, required=True, help="bin/ of its environment")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="empty the page cache each time (root)")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         models = chosen.models or [make(scratch / n, s) for s, n in enumerate("ab", 1)]
-        print(json.dumps(measure(models, chosen.mergekit, chosen.rounds, scratch)))
+        found = measure(models, chosen.mergekit, chosen.rounds, scratch, cold=chosen.cold)
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
