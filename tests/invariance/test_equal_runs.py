@@ -46,6 +46,7 @@ def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path
     _resumes(job, tmp_path, KINDS[kind])
 
 
+@pytest.mark.slow
 def test_bf16_resumes_bit_for_bit_too(job, tmp_path):
     """fp32 master weights are what a checkpoint holds."""
     _resumes(replace(job, precision="bf16"), tmp_path, {})

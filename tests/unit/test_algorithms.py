@@ -69,6 +69,7 @@ def test_scores_are_normalised_then_clipped_then_fined():
     assert progress.moments.n == 8 and progress.moments.mean == pytest.approx(6.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [RLOO, GRPO], ids=["rloo", "grpo"])
 def test_reward_rises_without_a_critic(algorithm, job, tmp_path):
     rows = run(
@@ -80,6 +81,7 @@ def test_reward_rises_without_a_critic(algorithm, job, tmp_path):
     assert "value_loss" not in rows[0] and not (tmp_path / "a" / "critic").exists()
 
 
+@pytest.mark.slow
 def test_reward_rises_with_a_head_on_the_trunk(job, tmp_path):
     rows = run(
         job, tmp_path / "a", num_updates=20, rollout_size=32, minibatch_size=16, learning_rate=1e-2,

@@ -36,6 +36,7 @@ def test_the_newest_and_the_best_stay(job, tmp_path):
     assert {"policy", "critic", "policy_optimizer", "critic_optimizer", "reference"} < state.keys()
 
 
+@pytest.mark.slow
 def test_select_best_returns_the_best_policy(job, tmp_path, capsys):
     scores = [0.0, 0.0, 5.0, 5.0, 1.0, 1.0, 1.0, 1.0]
     options = {"kl_coef": 0.0, "num_updates": 8, "keep_checkpoints": 1}
@@ -50,6 +51,7 @@ def test_select_best_returns_the_best_policy(job, tmp_path, capsys):
     assert weights(tmp_path / "best") != weights(tmp_path / "last")
 
 
+@pytest.mark.slow
 def test_select_best_keeps_the_last_where_it_is_best(job, tmp_path):
     for name, select in (("a", "best"), ("b", "last")):
         rising = replace(job, reward=scripted(0.0, 1.0, 2.0, 3.0, 4.0))

@@ -40,7 +40,11 @@ def test_check_prints_the_arithmetic(repository):
             ["run", "{recipe}", "rl.kl_coeff=1"],
             "unknown key 'rl.kl_coeff'. Did you mean 'kl_coef'?",
         ),
-        (["run", "{recipe}", "sft.dataset=gone.jsonl", "-o", "out"], "gone.jsonl: no such file."),
+        pytest.param(
+            ["run", "{recipe}", "sft.dataset=gone.jsonl", "-o", "out"],
+            "gone.jsonl: no such file.",
+            marks=pytest.mark.slow,
+        ),
         (
             ["soup", "a/b", "c/d", "-o", "out"],
             "a/b: neither a directory here nor a model that the hub gives out",

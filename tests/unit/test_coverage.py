@@ -7,6 +7,7 @@ from scipy import stats
 from salsa.evaluate.winrate import clustered_mean, two_level_mean, win_rate
 
 EVALUATIONS = 2000
+pytestmark = pytest.mark.slow
 
 
 def outcomes(rng, shape, *, skill, tie, prompt_sd):

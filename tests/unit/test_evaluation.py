@@ -83,6 +83,7 @@ def words(bench, models, url, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_everything_of_three_arms_and_nothing_twice(bench, make_checkpoint, tmp_path):
     models = [
         f"{name}={make_checkpoint('llama', seed).path}"
@@ -147,6 +148,7 @@ def check_files(out: Path, mt, arena):
     )
 
 
+@pytest.mark.slow
 def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, tmp_path):
     paths = [make_checkpoint("llama", seed).path for seed in range(4)]
     models = [f"ppo={paths[0]}", f"salsa={paths[1]}", f"ppo={paths[2]}", f"salsa={paths[3]}"]

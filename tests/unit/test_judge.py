@@ -39,6 +39,7 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "cache.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_fault_is_survived(ask, tmp_path):
     def faults(prompt, attempt):
         return FAULTS[int(prompt)] if attempt == 1 else None
@@ -106,6 +107,7 @@ def test_a_judge_that_cannot_be_asked(ask, status, message):
         ask([talk("a")], server.url)
 
 
+@pytest.mark.slow
 def test_the_key_reaches_the_server_and_nothing_else(ask, tmp_path, capfd):
     """Servers echo keys, in errors and in replies: neither message, cache nor screen may hold it."""
     with JudgeServer(answer=lambda _: f"your key is {KEY} [[A]]") as server:

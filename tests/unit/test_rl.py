@@ -47,6 +47,7 @@ def test_reward_rises(job, tmp_path):
     assert last > first + 0.2
 
 
+@pytest.mark.slow
 def test_kl_penalty_holds_the_policy_back(job, tmp_path):
     options = {"num_updates": 12, "rollout_size": 32, "minibatch_size": 32, "learning_rate": 3e-3}
     free = run(job, tmp_path / "free", kl_coef=0.0, **options)
