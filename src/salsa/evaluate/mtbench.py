@@ -33,7 +33,7 @@ from salsa.evaluate.judgments import (
     summarise,
     without_duplicates,
 )
-from salsa.evaluate.winrate import Difference, Estimate, nested_mean, t_test
+from salsa.evaluate.winrate import Difference, Estimate, difference_of, nested_mean
 
 _RATING = re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]")
 _LABEL = re.compile(r"\[\[([ABC])\]\]")
@@ -295,11 +295,4 @@ def _difference(a: Ratings, b: Ratings) -> Difference | None:
         [question for question, *_ in shared],
         seeds=[seed for *_, seed in shared],
     )
-    return Difference(
-        estimate.mean,
-        estimate.stderr,
-        estimate.low,
-        estimate.high,
-        t_test(estimate, 0.0),
-        len(shared),
-    )
+    return difference_of(estimate, len(shared))

@@ -167,14 +167,13 @@ def paired_difference(
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     groups = list(clusters if clusters is not None else range(len(differences)))
     estimate = clustered_mean(differences, groups)
-    return Difference(
-        estimate.mean,
-        estimate.stderr,
-        estimate.low,
-        estimate.high,
-        t_test(estimate, 0.0),
-        len(differences),
-    )
+    return difference_of(estimate, len(differences))
+
+
+def difference_of(estimate: Estimate, n: int) -> Difference:
+    """An estimated mean of `n` paired differences, with its p-value against 0."""
+    e = estimate
+    return Difference(e.mean, e.stderr, e.low, e.high, t_test(e, 0.0), n)
 
 
 def clustered_mean(

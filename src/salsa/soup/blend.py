@@ -167,8 +167,7 @@ class _Loop:
     def settle(self) -> None:
         """Tell every tally where the soup lies."""
         for key, tally in self.tallies.items():
-            factors = self._factors.get(key) or self.plan.fixed.get(key)
-            tally.settle(factors or self.plan.rule(tally.gram), with_base=self.base is not None)
+            tally.settle(self._factors[key], with_base=self.base is not None)
 
     def _measure(self, piece: _Piece, values: np.ndarray, tally: Tally) -> None:
         base = values[-1] if self.base is not None else None
@@ -207,9 +206,8 @@ def _weighted_sum(
     """Into `total`: Σ terms_i θ_i (+ base · θ_base), divided. Zero factors add nothing, not even a sign to a zero."""
     terms = [*factors.terms] + ([factors.base] if len(values) > len(factors.terms) else [])
     used = [(row, term) for row, term in zip(values, terms, strict=True) if term != 0]
-    if (
-        len(used) > 1 and used[0][1] == used[1][1] == 1
-    ):  # the common case, one pass instead of three
+    if len(used) > 1 and used[0][1] == used[1][1] == 1:
+        # the common case, in one pass instead of three
         np.add(used[0][0], used[1][0], out=total)
         used = used[2:]
     elif used:

@@ -43,7 +43,7 @@ class Pot:
 
     def __init__(self, sources: Sequence[Source], mix: Mix, base: Source | None) -> None:
         mix.check(len(sources), has_base=base is not None)
-        self.sources, self.mix, self.base_source = sources, mix, base
+        self.sources, self.mix = sources, mix
         if len({s.path.resolve() for s in sources}) < len(sources) and not mix.allow_identical:
             raise _identical(sources)
         self.base = Ingredient(base.path, base.name, base.expected) if base is not None else None
