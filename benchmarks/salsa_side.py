@@ -63,7 +63,11 @@ def main() -> None:
         train_rl(run, Path(folder))
         rows = read_jsonl(Path(folder) / "metrics.jsonl")
     phases = [
-        {key: row[key] for key in row if key.startswith(("seconds_", "mfu_", "tokens_per_second_"))}
+        {
+            key: row[key]
+            for key in row
+            if key.startswith(("seconds_", "mfu_", "tokens_per_second_", "peak_"))
+        }
         for row in rows
     ]
     result = {

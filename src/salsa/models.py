@@ -1,7 +1,8 @@
 """Load and save models; forward passes reduced to what RL needs: logprobs, values, scores of response positions.
 
-Only real tokens are worth computing: padding lies where causal attention cannot see it, logits are made for the N real
-response tokens of a batch and LOGITS_CHUNK of them at a time. Log-softmax and everything after it is fp32.
+Only what differs is worth computing: rows are packed without padding, a prefix that they share is read once
+(`salsa.runtime.packing`), and logits are made for the N real response tokens of a batch, LOGITS_CHUNK at a time.
+Log-softmax and everything after it is fp32.
 """
 
 import json
@@ -13,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +26,8 @@ from transformers import (
 from salsa.config import ModelConfig
 from salsa.errors import CheckpointError
 from salsa.objectives import categorical_kl
-from salsa.runtime.batching import batches_of
 from salsa.runtime.local import device
+from salsa.runtime.packing import can_pack, last_hidden, packs_of, take
 from salsa.types import Rollout, Sampling
 
 LOGITS_CHUNK = 512
@@ -201,19 +201,10 @@ def response_values(critic: nn.Module, rollout: Rollout) -> Float[Tensor, "B R"]
 
 
 def response_hidden(trunk: nn.Module, rollout: Rollout) -> Float[Tensor, "N d"]:
-    """The last hidden state before each of the N real response tokens, row after row.
-
-    Rows are moved to the left edge, so that all padding lies behind the real tokens, where a causal model cannot see
-    it: no attention mask is needed, and prompts of different length cost nothing but their difference.
-    """
-    mask = rollout.mask
-    width = int(mask.sum(dim=1).max())
-    order = (~mask).long().argsort(dim=1, stable=True)[:, :width]
-    hidden = trunk(
-        input_ids=rollout.tokens.gather(1, order), use_cache=False
-    ).last_hidden_state  # (B, T, d)
+    """The last hidden state before each of the N real response tokens, row after row."""
+    hidden, paths = last_hidden(trunk, rollout.rows)
     rows, steps = rollout.response_mask.nonzero(as_tuple=True)
-    return hidden[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1]
+    return take(hidden, paths[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1])
 
 
 def unflatten(flat: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
@@ -225,20 +216,20 @@ def unflatten(flat: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Ten
 def sequence_scores(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], max_tokens: int
 ) -> list[float]:
-    """The classifier's score of each token sequence, `max_tokens` at once.
+    """The classifier's score of each token sequence, `max_tokens` distinct ones at once.
 
     Read off where the model was trained to be read off: at the last token that is not its padding token.
     """
     pad_id = int(model.config.pad_token_id)
     scores = [0.0] * len(sequences)
-    for rows in batches_of([len(ids) for ids in sequences], max_tokens):
-        chunk = [torch.tensor(sequences[row]) for row in rows]
-        tokens = pad_sequence(chunk, batch_first=True, padding_value=pad_id).to(model.device)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        last = (position * (tokens != pad_id)).argmax(dim=1)
-        hidden = _trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state
-        found = _scores(model, hidden[torch.arange(len(chunk)), last])
-        for row, score in zip(rows, found.tolist(), strict=True):
+    for pack in packs_of(sequences, max_tokens):
+        hidden, paths = last_hidden(_trunk(model), [sequences[row] for row in pack])
+        last = [
+            max((i for i, token in enumerate(sequences[row]) if token != pad_id), default=0)
+            for row in pack
+        ]
+        found = _scores(model, hidden[paths[range(len(pack)), last]])
+        for row, score in zip(pack, found.tolist(), strict=True):
             scores[row] = score
     return scores
 
@@ -287,6 +278,8 @@ def _load(factory: Any, path: Path, **kwargs: Any) -> PreTrainedModel:
         ) from error
     # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
     model.get_input_embeddings().padding_idx = None
+    trunk = _trunk(model)
+    trunk.packs_rows = can_pack(trunk)  # type: ignore[assignment]
     return model
 
 

@@ -34,10 +34,10 @@ from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.expressions import Anchor
 from salsa.reward_functions import Scorer
-from salsa.runtime.batching import batches_of
 from salsa.runtime.generation import generate
 from salsa.runtime.local import computing, device, freeze, seed_everything
 from salsa.runtime.meter import Meter, Work, forward_flops
+from salsa.runtime.packing import num_distinct, packs_of
 from salsa.runtime.tracking import say, tracker
 from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
 
@@ -299,10 +299,10 @@ def advance(
 
 
 def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
-    """Row numbers of each forward pass: rows of like length together, `microbatch_tokens` at once."""
-    lengths, here = rollout.mask.sum(dim=1).tolist(), rollout.response.device
+    """Row numbers of each forward pass: rows that begin alike together, `microbatch_tokens` distinct ones at once."""
+    here = rollout.response.device
     return [
-        torch.tensor(rows, device=here) for rows in batches_of(lengths, config.microbatch_tokens)
+        torch.tensor(pack, device=here) for pack in packs_of(rollout.rows, config.microbatch_tokens)
     ]
 
 
@@ -481,10 +481,12 @@ def _require_finite(label: str, update: int, figures: Mapping[str, float]) -> No
 
 
 def _work(actors: Actors, rollout: Rollout, config: RLConfig) -> dict[str, Work]:
-    """What each phase computes on a rollout: forward passes, and thrice that where gradients are needed."""
-    tokens, response = int(rollout.mask.sum()), int(rollout.lengths.sum())
-    policy = forward_flops(actors.policy, tokens, response)
-    critic = forward_flops(actors.critic, tokens, 0) if actors.critic is not None else 0.0
+    """What each phase has to compute: forward passes of distinct tokens, and thrice that where gradients are needed."""
+    rows, tokens, response = rollout.rows, int(rollout.mask.sum()), int(rollout.lengths.sum())
+    packs = packs_of(rows, config.microbatch_tokens)
+    distinct = sum(num_distinct([rows[row] for row in pack]) for pack in packs)
+    policy = forward_flops(actors.policy, distinct, response)
+    critic = forward_flops(actors.critic, distinct, 0) if actors.critic is not None else 0.0
     experience = policy * (1 + len(actors.reference.models)) + critic
     return {
         "rollout": Work(response, policy),

@@ -91,8 +91,8 @@ class RLConfig(Strict):
     """Responses per prompt; rloo and grpo need 2 or more."""
     minibatch_size: Count | None = None
     """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_tokens: Count = 512
-    """Tokens per forward pass, padding included: memory and speed, not the result. One episode at least."""
+    microbatch_tokens: Count = 640
+    """Tokens per forward pass, a prefix that episodes share counted once: memory and speed, not the result."""
     num_epochs: Count = 2
     """Passes over each rollout."""
     learning_rate: Positive = 1.0e-6

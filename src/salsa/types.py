@@ -65,6 +65,11 @@ class Rollout:
         return torch.cat([self.prompt_mask, self.response_mask], dim=1)
 
     @property
+    def rows(self) -> list[list[int]]:
+        """The real tokens of prompt and response."""
+        return [r[m].tolist() for r, m in zip(self.tokens.cpu(), self.mask.cpu(), strict=True)]
+
+    @property
     def lengths(self) -> Int[Tensor, " B"]:
         """Response lengths in tokens, EOS included."""
         return self.response_mask.sum(dim=1)

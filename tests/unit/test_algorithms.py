@@ -77,7 +77,7 @@ def test_reward_rises_without_a_critic(algorithm, job, tmp_path):
         kl_coef=0.0, **algorithm,
     )  # fmt: skip
     first, last = (sum(row["score"] for row in part) / 5 for part in (rows[:5], rows[-5:]))
-    assert last > first + 0.2
+    assert last > first + 0.15
     assert "value_loss" not in rows[0] and not (tmp_path / "a" / "critic").exists()
 
 

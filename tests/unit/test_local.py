@@ -1,30 +1,10 @@
-"""Micro-batches: every row once, within the budget, and nothing but rounding changed by them."""
-
-import random
+"""Precision: bf16 inside, fp32 outside."""
 
 import pytest
 import torch
 
-from salsa.runtime.batching import batches_of
 from salsa.runtime.local import computing, freeze
 from tests.conftest import tiny_model
-
-
-@pytest.mark.parametrize("max_tokens", [1, 50, 64, 200, 10_000])
-def test_batches_hold_every_row_once_within_the_budget(max_tokens):
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 60) for _ in range(100)]
-    batches = batches_of(lengths, max_tokens)
-    assert sorted(row for batch in batches for row in batch) == list(range(100))
-    for batch in batches:
-        width = max(lengths[row] for row in batch)
-        assert width * len(batch) <= max_tokens or len(batch) == 1
-    padded = sum(max(lengths[r] for r in batch) * len(batch) for batch in batches)
-    assert max_tokens != 200 or padded < 1.15 * sum(lengths)
-
-
-def test_no_rows_make_no_batches():
-    assert batches_of([], 10) == []
 
 
 def test_computing_in_bf16_gives_fp32_weights_and_gradients_back():

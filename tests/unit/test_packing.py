@@ -1,0 +1,120 @@
+"""Packed rows: every token once, within the budget, and nothing but rounding changed by it."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from salsa.runtime import packing
+from salsa.runtime.packing import can_pack, last_hidden, num_distinct, pack, packs_of, take
+from tests.conftest import FAMILIES, tiny_model
+
+ROWS = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [3, 4], [1, 5, 6, 8, 9], [1, 5], [1, 9, 2, 4, 4, 6]]
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 2, "vocab_size": 50, "initializer_range": 0.5, "pad_token_id": 0,
+}  # fmt: skip
+WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
+OTHERS = {
+    "mistral": {"sliding_window": 3},
+    "gemma2": WINDOW | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "gemma3_text": WINDOW,
+    "qwen2": {},
+    "qwen3": {},
+    "olmo2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gpt2": {"n_embd": 16, "n_head": 4, "n_layer": 2},
+}
+ALONE = {"bloom": {"n_head": 4, "n_layer": 2}, "mamba": {"state_size": 4}}
+
+
+def model_of(family, options):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **SMALL | options)
+    ).eval()  # fmt: skip
+
+
+def test_a_trie_by_hand():
+    found = pack([[7, 8, 9, 5], [7, 8, 4], [7, 8, 9, 6]], torch.device("cpu"))
+    assert found.tokens.tolist() == [[7, 8, 4, 9, 5, 6]]
+    assert num_distinct([[7, 8, 9, 5], [7, 8, 4], [7, 8, 9, 6]]) == 6
+    assert found.positions.tolist() == [[0, 1, 2, 2, 3, 3]]
+    assert found.paths.tolist() == [[0, 1, 3, 4], [0, 1, 2, 0], [0, 1, 3, 5]]
+    assert found.added.tolist() == [[3, 4, 0], [0, 1, 2], [5, 0, 0]]
+    assert found.added.flatten()[found.place].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.visible[0, 0].tolist() == [
+        [True, True, True, False], [True, True, True, True], [True, False, False, False],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 64, 200, 10_000])
+def test_packs_hold_every_row_once_within_the_budget(max_tokens):
+    rng = random.Random(0)
+    rows = [
+        [*range(20), *(rng.randint(30, 99) for _ in range(rng.randint(1, 40)))] for _ in range(100)
+    ]
+    packs = packs_of(rows, max_tokens)
+    assert sorted(row for found in packs for row in found) == list(range(100))
+    sizes = [num_distinct([rows[i] for i in found]) for found in packs]
+    for found, size in zip(packs, sizes, strict=True):
+        assert size <= max_tokens or len(found) == 1
+    distinct = 20 + sum(len(row) - 20 for row in rows)
+    assert max_tokens != 10_000 or (len(packs) == 1 and sizes[0] <= distinct)
+    assert max_tokens != 200 or min(sizes) > 140
+
+
+def test_no_rows_make_no_packs():
+    assert packs_of([], 10) == []
+
+
+@pytest.mark.parametrize("scores", ["at once", "by torch"])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
+    """Oracle: transformers' own forward and backward pass of each row alone."""
+    monkeypatch.setattr(packing, "SHORT", 2**22 if scores == "at once" else 0)
+    model = tiny_model(family) if family in FAMILIES else model_of(family, OTHERS[family])
+    trunk = getattr(model, model.base_model_prefix)
+    assert can_pack(trunk)
+    weights = torch.randn(trunk.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    alone = [trunk(torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
+    sum((h @ weights).square().sum() for h in alone).backward()
+    expected = {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
+    trunk.zero_grad()
+    hidden, paths = last_hidden(trunk, ROWS)
+    assert hidden.shape[0] == 13  # of 24 tokens
+    found = [take(hidden, paths[i, : len(row)]) for i, row in enumerate(ROWS)]
+    sum((h @ weights).square().sum() for h in found).backward()
+    for got, own in zip(found, alone, strict=True):
+        assert torch.allclose(got, own, atol=1e-4)
+    largest = max(slope.abs().max() for slope in expected.values())
+    for name, slope in expected.items():
+        assert torch.allclose(trunk.get_parameter(name).grad, slope, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
+    trunk = (model := model_of(family, ALONE[family])).base_model
+    trunk.packs_rows = can_pack(trunk)
+    hidden, paths = last_hidden(trunk, ROWS)
+    assert not trunk.packs_rows and hidden.shape[0] == 36
+    for i, row in enumerate(ROWS):
+        own = model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0]
+        assert torch.allclose(hidden[paths[i, : len(row)]], own, atol=1e-4)
+
+
+def test_gradients_of_a_shared_prefix_are_summed_in_fp32():
+    """One by one in bf16, a sum of ones would stop at 256."""
+    flat = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    take(flat, torch.zeros(40, 25, dtype=torch.long)).sum().backward()
+    assert flat.grad.tolist() == [[1000.0] * 3, [0.0] * 3]
+
+
+def test_the_models_attention_is_what_it_was_afterwards():
+    trunk = tiny_model().base_model
+    before = trunk.config._attn_implementation
+    with pytest.raises(IndexError):
+        last_hidden(trunk, [[10**6]])
+    assert trunk.config._attn_implementation == before != "salsa_packed"
