@@ -5,9 +5,11 @@ import torch
 
 from salsa import models
 from salsa.data import Prompt, collate
-from salsa.runtime.generation import generate
+from salsa.runtime.generation import SPARE_COLUMNS, generate
+from salsa.runtime.packing import can_pack, num_distinct
 from salsa.types import Rollout
 from tests.conftest import FAMILIES, tiny_model
+from tests.families import PACKED, model_of
 
 ENDS = (2, 40, 41, 42, 43, 44, 45, 46)  # several, so that lengths are mixed
 
@@ -37,11 +39,13 @@ def say(model, prompts, *, pad_id=0, max_rows=64, steps=24, ends=ENDS, seed=0):
     return said, Rollout(batch.prompt, batch.prompt_mask, said.response, said.response_mask)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*PACKED, "bloom"])
 @pytest.mark.parametrize("max_rows", [3, 64])
 def test_logprobs_are_those_of_teacher_forcing(family, max_rows):
-    model = tiny_model(family)
-    said, rollout = say(model, prompts_of(20), max_rows=max_rows)
+    model = model_of(family)
+    model.base_model.packs_rows = can_pack(model.base_model)
+    assert model.base_model.packs_rows == (family != "bloom")
+    said, rollout = say(model, prompts_of(20), max_rows=max_rows, ends=range(2, 261, 12))
     again = models.response_stats(model, rollout, temperature=0.8).logprobs
     assert len(set(rollout.lengths.tolist())) > 5
     assert torch.allclose(said.logprobs, again, atol=1e-4)
@@ -67,7 +71,7 @@ def test_pad_equal_to_eos_changes_only_the_padding():
 
 
 def test_samples_of_one_prompt_share_its_reading_and_differ():
-    """Four samples each of three prompts: the model reads three rows, and says what it says to twelve."""
+    """Four samples each of three prompts: the model reads three prompts, and says what it says to twelve."""
     model, prompts = tiny_model("llama"), [p for p in prompts_of(3) for _ in range(4)]
     read = []
     hook = model.register_forward_pre_hook(
@@ -75,7 +79,8 @@ def test_samples_of_one_prompt_share_its_reading_and_differ():
     )
     shared, _ = say(model, prompts)
     hook.remove()
-    assert read[0][0] == 3 and read[1][0] <= 12
+    assert read[0] == (1, num_distinct([p.ids for p in prompts]))
+    assert read[1][0] == 1 and read[1][1] <= 12
     assert len({tuple(row.tolist()) for row in shared.response[:4]}) == 4
     again = models.response_stats(model, say(model, prompts)[1], temperature=0.8).logprobs
     assert torch.allclose(shared.logprobs, again, atol=1e-4)
@@ -89,6 +94,117 @@ def test_rows_are_let_in_while_others_still_speak():
     lengths = say(model, prompts, max_rows=4)[1].lengths
     hook.remove()
     assert len(calls) < sum(int(lengths[i : i + 4].max()) for i in range(0, 32, 4))
+
+
+def test_slots_grow_with_what_is_said():
+    model, steps = tiny_model("llama"), 2 * SPARE_COLUMNS + 9
+    said, rollout = say(model, prompts_of(3), steps=steps, ends=())
+    again = models.response_stats(model, rollout, temperature=0.8).logprobs
+    assert said.response.shape == (3, steps)
+    assert torch.allclose(said.logprobs, again, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_rows", [1, 2, 64])
+def test_agrees_with_transformers_at_low_temperature(family, max_rows):
+    """A vanishing temperature is greedy decoding: dropped rows and rows let in late must change nothing.
+
+    EOS is made of tokens that the rows say at different steps, so that they end one by one.
+    """
+    prompts = [(1, 3, 40, 41), (1, 3, 50, 51, 52, 53, 54), (1,)]
+    model, batch, steps = tiny_model(family), collate([Prompt(p, None, "") for p in prompts], 0), 8
+    free = [_greedy(model, prompt, steps) for prompt in prompts]
+    ends = (free[0][1], free[1][4])
+    response, mask, _ = generate(
+        model,
+        batch.prompt,
+        batch.prompt_mask,
+        max_rows=max_rows,
+        max_new_tokens=steps,
+        temperature=1e-4,
+        eos_ids=ends,
+        pad_id=0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    lengths = set()
+    for row, said in enumerate(free):
+        stop = next((t + 1 for t, token in enumerate(said) if token in ends), steps)
+        assert response[row][mask[row]].tolist() == said[:stop]
+        assert (response[row, stop:] == 0).all() and not mask[row, stop:].any()
+        lengths.add(stop)
+    assert len(lengths) > 1
+
+
+def _greedy(model, prompt, steps) -> list[int]:
+    """What transformers says to one prompt alone, never ending."""
+    ids = torch.tensor([prompt])
+    said = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return said[0, ids.shape[1] :].tolist()
+
+
+class Scripted(torch.nn.Module):
+    """In place of the output head: 7, then EOS (2) in row 0 only, then 7 for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+
+    def forward(self, hidden):
+        logits = torch.full((*hidden.shape[:2], 10), -1e9)
+        logits[..., 7] = 0
+        if self.step == 1:
+            logits[0, 0, 7], logits[0, 0, 2] = -1e9, 0
+        self.step += 1
+        return logits
+
+
+@pytest.mark.parametrize("pad_id", [2, 5])
+def test_stops_at_eos_and_masks_what_follows(pad_id):
+    model = tiny_model("llama")
+    model.lm_head = Scripted()
+    said, _ = say(model, [Prompt((1, 1, 1), None, "")] * 2, ends=(2,), pad_id=pad_id, steps=4)
+    assert said.response.tolist() == [[7, 2, pad_id, pad_id], [7, 7, 7, 7]]
+    assert said.response_mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+class Fixed(torch.nn.Module):
+    """In place of the output head: always the same logits."""
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+    def forward(self, hidden):
+        return self.logits.expand(*hidden.shape[:2], 4)
+
+
+def test_sampling_follows_the_distribution():
+    """Chi-square against softmax(logits / T): a wrong temperature or a biased draw fails."""
+    from scipy.stats import chisquare
+
+    model, count = tiny_model("llama"), 20_000
+    model.lm_head = Fixed()
+    response, _, logprobs = generate(
+        model,
+        torch.ones(count, 1, dtype=torch.long),
+        torch.ones(count, 1, dtype=torch.bool),
+        max_rows=count,
+        max_new_tokens=1,
+        temperature=2.0,
+        eos_ids=(9,),
+        pad_id=0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    logits = Fixed.logits
+    assert torch.allclose(logprobs[:, 0], (logits / 2).log_softmax(0)[response[:, 0]])
+    observed = torch.bincount(response.flatten(), minlength=4).double().numpy()
+    expected = ((logits / 2).softmax(0) * count).double().numpy()
+    assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
 
 
 def test_the_same_seed_says_the_same():

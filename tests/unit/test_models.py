@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from salsa import models
 from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError
-from salsa.runtime.generation import generate
 from salsa.types import Rollout
 from tests.conftest import FAMILIES, tiny_model
 
@@ -132,112 +130,6 @@ def test_sequence_scores_do_not_depend_on_the_batch(make_checkpoint):
     )
     alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
     assert together == pytest.approx(alone, abs=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("max_rows", [1, 2, 64])
-def test_generation_agrees_with_transformers_at_low_temperature(family, max_rows):
-    """A vanishing temperature is greedy decoding: padding, dropped rows and rows let in late must change nothing.
-
-    EOS is made of tokens that the rows say at different steps, so that they end one by one.
-    """
-    model, batch, steps = tiny_model(family), collate(PROMPTS, 0), 8
-    free = [_greedy(model, prompt, steps) for prompt in PROMPTS]
-    ends = (free[0][1], free[1][4])
-    response, mask, _ = generate(
-        model,
-        batch.prompt,
-        batch.prompt_mask,
-        max_rows=max_rows,
-        max_new_tokens=steps,
-        temperature=1e-4,
-        eos_ids=ends,
-        pad_id=0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    lengths = set()
-    for row, said in enumerate(free):
-        stop = next((t + 1 for t, token in enumerate(said) if token in ends), steps)
-        assert response[row][mask[row]].tolist() == said[:stop]
-        assert (response[row, stop:] == 0).all() and not mask[row, stop:].any()
-        lengths.add(stop)
-    assert len(lengths) > 1
-
-
-def _greedy(model, prompt, steps) -> list[int]:
-    """What transformers says to one prompt alone, never ending."""
-    ids = torch.tensor([prompt.ids])
-    said = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=steps,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return said[0, ids.shape[1] :].tolist()
-
-
-def test_generation_stops_at_eos_and_masks_what_follows():
-    class Scripted(torch.nn.Module):
-        """Says 7, then EOS (2) in row 0 only, then 7 for ever."""
-
-        def __init__(self):
-            super().__init__()
-            self.step = 0
-
-        def forward(self, input_ids, **kwargs):
-            logits = torch.full((len(input_ids), 1, 10), -1e9)
-            logits[:, 0, 7] = 0
-            if self.step == 1:
-                logits[0, 0, 7], logits[0, 0, 2] = -1e9, 0
-            self.step += 1
-            return type("Output", (), {"logits": logits, "past_key_values": DynamicCache()})
-
-    response, mask, _ = generate(
-        Scripted(),
-        torch.ones(2, 3, dtype=torch.long),
-        torch.ones(2, 3, dtype=torch.bool),
-        max_new_tokens=4,
-        temperature=1.0,
-        eos_ids=(2,),
-        pad_id=2,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert response.tolist() == [[7, 2, 2, 2], [7, 7, 7, 7]]
-    assert mask.tolist() == [[True, True, False, False], [True] * 4]
-
-
-def test_sampling_follows_the_distribution():
-    """Chi-square against softmax(logits / T): a wrong temperature or a biased draw fails."""
-    from scipy.stats import chisquare
-
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-
-    class Fixed(torch.nn.Module):
-        def forward(self, input_ids, **kwargs):
-            return type(
-                "Output",
-                (),
-                {"logits": logits.expand(len(input_ids), 1, 4), "past_key_values": None},
-            )
-
-    count = 20_000
-    response, _, logprobs = generate(
-        Fixed(),
-        torch.zeros(count, 1, dtype=torch.long),
-        torch.ones(count, 1, dtype=torch.bool),
-        max_rows=count,
-        max_new_tokens=1,
-        temperature=2.0,
-        eos_ids=(9,),
-        pad_id=0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert torch.allclose(logprobs[:, 0], (logits / 2).log_softmax(0)[response[:, 0]])
-    observed = torch.bincount(response.flatten(), minlength=4).double().numpy()
-    expected = ((logits / 2).softmax(0) * count).double().numpy()
-    assert chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-3
 
 
 def test_missing_models_are_named(tmp_path):

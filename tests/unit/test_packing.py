@@ -4,37 +4,12 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from salsa.runtime import packing
 from salsa.runtime.packing import can_pack, last_hidden, num_distinct, pack, packs_of, take
-from tests.conftest import FAMILIES, tiny_model
+from tests.families import ALONE, PACKED, model_of
 
 ROWS = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [3, 4], [1, 5, 6, 8, 9], [1, 5], [1, 9, 2, 4, 4, 6]]
-SMALL = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
-    "num_key_value_heads": 2, "vocab_size": 50, "initializer_range": 0.5, "pad_token_id": 0,
-}  # fmt: skip
-WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
-OTHERS = {
-    "mistral": {"sliding_window": 3},
-    "gemma2": WINDOW | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
-    "gemma3_text": WINDOW,
-    "qwen2": {},
-    "qwen3": {},
-    "olmo2": {},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
-    "gpt2": {"n_embd": 16, "n_head": 4, "n_layer": 2},
-}
-ALONE = {"bloom": {"n_head": 4, "n_layer": 2}, "mamba": {"state_size": 4}}
-
-
-def model_of(family, options):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **SMALL | options)
-    ).eval()  # fmt: skip
 
 
 def test_a_trie_by_hand():
@@ -71,11 +46,11 @@ def test_no_rows_make_no_packs():
 
 
 @pytest.mark.parametrize("scores", ["at once", "by torch"])
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", PACKED)
 def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
     """Oracle: transformers' own forward and backward pass of each row alone."""
     monkeypatch.setattr(packing, "SHORT", 2**22 if scores == "at once" else 0)
-    model = tiny_model(family) if family in FAMILIES else model_of(family, OTHERS[family])
+    model = model_of(family)
     trunk = getattr(model, model.base_model_prefix)
     assert can_pack(trunk)
     weights = torch.randn(trunk.config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -96,7 +71,7 @@ def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
 
 @pytest.mark.parametrize("family", ALONE)
 def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
-    trunk = (model := model_of(family, ALONE[family])).base_model
+    trunk = (model := model_of(family)).base_model
     trunk.packs_rows = can_pack(trunk)
     hidden, paths = last_hidden(trunk, ROWS)
     assert not trunk.packs_rows and hidden.shape[0] == 36
@@ -113,7 +88,7 @@ def test_gradients_of_a_shared_prefix_are_summed_in_fp32():
 
 
 def test_the_models_attention_is_what_it_was_afterwards():
-    trunk = tiny_model().base_model
+    trunk = model_of("llama").base_model
     before = trunk.config._attn_implementation
     with pytest.raises(IndexError):
         last_hidden(trunk, [[10**6]])

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,13 @@ from transformers import AttentionInterface
 
 SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: on a CPU, twice as fast as a flash kernel there."""
+
+
+class Memory(Protocol):
+    """What wants to keep keys and values, e.g. a generator."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """A layer's keys and values of all rows, each [B, K, T, D], 0 behind a row's end or any other number."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,19 @@ def last_hidden(
 ) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
     """The last hidden states of all tokens, and where each row's are among them; see `take`."""
     here = next(trunk.parameters()).device
-    if not getattr(trunk, "packs_rows", True):
+    if not packs_rows(trunk):
         tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(here)
         hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1), torch.arange(tokens.numel(), device=here).view(tokens.shape)
     packing = pack(rows, here)
-    with attending_in_rows(trunk):
+    with attending_by("salsa_packed", trunk):
         hidden = trunk(**arguments(packing), use_cache=False).last_hidden_state
     return hidden[0], packing.paths
+
+
+def packs_rows(model: nn.Module) -> bool:
+    """What `can_pack` found when the model was loaded; most can."""
+    return getattr(getattr(model, str(model.base_model_prefix), model), "packs_rows", True)
 
 
 def can_pack(trunk: nn.Module) -> bool:
@@ -140,11 +152,11 @@ def arguments(packing: Packing) -> dict[str, Any]:
 
 
 @contextmanager
-def attending_in_rows(model: Any) -> Iterator[None]:
-    """Inside, the model's attention is `packed_attention`."""
+def attending_by(attention: str, model: Any) -> Iterator[None]:
+    """Inside, the model's attention is the one that is registered under that name."""
     config = model.config.get_text_config()
     usual = config._attn_implementation
-    config._attn_implementation = "salsa_packed"
+    config._attn_implementation = attention
     try:
         yield
     finally:
@@ -180,6 +192,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     packing: Packing,
+    memory: Memory | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -187,13 +200,11 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 N H D"], None]:
     """Attention of each row's added tokens to the row's path; K key heads serve H query heads in groups."""
     keys, values = (_rows(x, packing.paths) for x in (key, value))  # (B, K, T, D)
+    if memory is not None:
+        memory.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
     queries = _rows(query, packing.added)  # (B, H, Q, D)
-    visible = packing.visible
-    if sliding_window is not None:
-        seen_from = packing.positions[0][packing.added][:, None, :, None]
-        visible = visible & (seen_from - torch.arange(keys.shape[2], device=key.device) < sliding_window)  # fmt: skip
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = _attend(queries, keys, values, visible, scaling, softcap)  # (B, H, Q, D)
+    visible = within(sliding_window, packing.visible, packing.positions[0][packing.added])
+    attended = attend(queries, keys, values, visible, scaling, softcap)  # (B, H, Q, D)
     flat = attended.transpose(1, 2).flatten(0, 1).flatten(1)
     return take(flat, packing.place).view(1, *query.shape[2:0:-1], -1), None
 
@@ -206,19 +217,31 @@ def _rows(heads: Float[Tensor, "1 H N D"], index: Int[Tensor, "B L"]) -> Float[T
     return take(flat, index).unflatten(-1, (heads.shape[1], -1)).transpose(1, 2)
 
 
-def _attend(
+def within(
+    window: int | None, visible: Bool[Tensor, "B 1 Q T"], positions: Int[Tensor, "B Q"]
+) -> Bool[Tensor, "B 1 Q T"]:
+    """What is visible of the last `window` tokens, for queries at these positions."""
+    if window is None:
+        return visible
+    ago = positions[:, None, :, None] - torch.arange(visible.shape[-1], device=visible.device)
+    return visible & (ago < window)
+
+
+def attend(
     queries: Float[Tensor, "B H Q D"],
     keys: Float[Tensor, "B K T D"],
     values: Float[Tensor, "B K T D"],
     visible: Bool[Tensor, "B 1 Q T"],
-    scaling: float,
+    scaling: float | None,
     softcap: float | None,
 ) -> Float[Tensor, "B H Q D"]:
+    """Scaled dot-product attention of grouped heads; up to SHORT scores by plain matrix products."""
     heads, groups = keys.shape[1], queries.shape[1] // keys.shape[1]
     if softcap is None and visible.numel() * queries.shape[1] > SHORT:
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
         return scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scaling)
     grouped = queries.unflatten(1, (heads, groups)).flatten(2, 3)  # (B, K, G·Q, D)
+    scaling = queries.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (grouped @ keys.mT).unflatten(2, (groups, -1)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
