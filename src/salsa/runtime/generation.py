@@ -104,7 +104,7 @@ class Speakers:
         self.longest = 0
         """Columns in use."""
         self.keys: dict[int, Tensor] = {}
-        """Layer → keys, (slots, heads, columns, size)."""
+        """Layer → keys, (slots, heads, columns, size); fp32 on a CPU, whose bf16 products copy what is not contiguous."""
         self.values: dict[int, Tensor] = {}
 
     def read(self, rows: Int[Tensor, " new"], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -162,7 +162,8 @@ class Speakers:
         """A layer's slots, with room for `longest` columns; what is not written yet is 0."""
         if layer not in store:
             shape = (self.slots, like.shape[1], self.longest + SPARE_COLUMNS, like.shape[3])
-            store[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+            store[layer] = torch.zeros(shape, dtype=dtype, device=like.device)
         elif (columns := store[layer].shape[2]) < self.longest:
             store[layer] = pad(store[layer], (0, 0, 0, max(columns, self.longest - columns)))
         return store[layer]
@@ -174,10 +175,12 @@ class Speakers:
             self._room(self.keys, layer, key),
             self._room(self.values, layer, value),
         )
-        keys[rows, :, self.lengths] = key[0].transpose(0, 1)
-        values[rows, :, self.lengths] = value[0].transpose(0, 1)
+        keys[rows, :, self.lengths] = key[0].transpose(0, 1).to(keys.dtype)
+        values[rows, :, self.lengths] = value[0].transpose(0, 1).to(values.dtype)
         seen = slice(len(rows)), slice(None), slice(self.longest)
-        return attend(query.transpose(0, 2), keys[seen], values[seen], *given)[:, :, 0][None]
+        queries = query.transpose(0, 2).to(keys.dtype)
+        found = attend(queries, keys[seen], values[seen], *given)
+        return found[:, :, 0][None].to(query.dtype)
 
 
 def _speaking_attention(
