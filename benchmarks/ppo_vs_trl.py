@@ -6,9 +6,9 @@
 Same model, prompts, batch, lengths and epochs, fp32 master weights with bf16 compute; a critic, a reward model and a
 reference of their own on either side; each run in a process of its own, so that its peak memory is its own. The
 first update of a run warms up and does not count. CPU seconds stand beside wall time, which a busy machine stretches.
-Two TRL settings: `like`, without gradient checkpointing, in micro-batches of half the batch; and, if asked for,
-`default`, its own (gradient checkpointing, the whole batch at once). First of all, both must compute the same loss.
-Prints one JSON line.
+Two settings of ours: its defaults, and `lean`, one forward pass a step with gradient checkpointing. Two of TRL:
+`like`, without gradient checkpointing, in micro-batches of half the batch; and, if asked for, `default`, its own
+(gradient checkpointing, the whole batch at once). First of all, both must compute the same loss. Prints one JSON line.
 
 How the loss is compared: one fixed batch whose old logprobs and values are off-policy by a given noise, in fp32; TRL's
 own `train()` runs on it (trl_side.py), and our functions on what it saw. Where responses end before the limit, TRL puts
@@ -132,8 +132,11 @@ def _differences(
 def compare_speed(job: dict[str, Any], python: str, rounds: int, full: bool) -> dict[str, Any]:
     """Seconds per update and peak memory of each side, run after run in turn."""
     trl = [python, str(HERE / "trl_side.py"), "speed"]
+    own = [sys.executable, str(HERE / "salsa_side.py")]
+    lean = job["config"] | {"gradient_checkpointing": True, "microbatch_tokens": 2048}
     sides: dict[str, tuple[list[str], dict[str, Any]]] = {
-        "salsa": ([sys.executable, str(HERE / "salsa_side.py")], {}),
+        "salsa": (own, {}),
+        "salsa_lean": (own, {"config": lean}),
         "trl_like": (trl, {"gradient_checkpointing": False}),
     }
     if full:
@@ -141,8 +144,8 @@ def compare_speed(job: dict[str, Any], python: str, rounds: int, full: bool) -> 
         sides["trl_default"] = (trl, whole)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for seed in range(rounds):
-        for name, (command, own) in sides.items():
-            runs[name].append(run_child(command, job | own | {"seed": seed}))
+        for name, (command, options) in sides.items():
+            runs[name].append(run_child(command, job | options | {"seed": seed}))
             say(f"{name}: {json.dumps(runs[name][-1])}")
     found: dict[str, Any] = {}
     for name, results in runs.items():
@@ -151,14 +154,18 @@ def compare_speed(job: dict[str, Any], python: str, rounds: int, full: bool) -> 
             "cpu_seconds_per_update": [s for result in results for s in result["cpu_seconds"]],
             "peak_gb": max(result["peak_gb"] for result in results),
         }
-    mine = found["salsa"]
-    for name in list(sides)[1:]:
-        for kind in ("seconds", "cpu_seconds"):
-            key = f"{kind}_per_update"
-            ratio = statistics.median(found[name][key]) / statistics.median(mine[key])
-            found[f"{kind}_of_{name}_over_ours"] = ratio
-        found[f"our_memory_over_{name}"] = mine["peak_gb"] / found[name]["peak_gb"]
-    found["salsa"]["phases"] = runs["salsa"][-1]["phases"][-1]
+    ours, theirs = ([name for name in sides if name.startswith(who)] for who in ("salsa", "trl"))
+    for name in ours:
+        found[name]["phases"] = runs[name][-1]["phases"][-1]
+        for other in theirs:
+            pair = f"{other}_over_{name}"
+            for kind in ("seconds", "cpu_seconds"):
+                key = f"{kind}_per_update"
+                ratio = statistics.median(found[other][key]) / statistics.median(found[name][key])
+                found[f"{kind}_of_{pair}"] = ratio
+            found[f"memory_of_{name}_over_{other}"] = (
+                found[name]["peak_gb"] / found[other]["peak_gb"]
+            )
     return found
 
 

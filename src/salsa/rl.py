@@ -11,6 +11,7 @@ give a KL of exactly 0.
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from salsa.reward_functions import Scorer
 from salsa.runtime.generation import generate
 from salsa.runtime.local import computing, device, freeze, seed_everything
 from salsa.runtime.meter import Meter, Work, forward_flops
-from salsa.runtime.packing import num_distinct, packs_of
+from salsa.runtime.packing import num_distinct, packs_of, recomputing
 from salsa.runtime.tracking import say, tracker
 from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
 
@@ -322,7 +323,9 @@ def _step(
     """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
     figures: dict[str, Tensor] = {}
-    with computing(job.precision, *(m for name in group for m in actors.modules_of(name))):
+    modules = [module for name in group for module in actors.modules_of(name)]
+    saving = recomputing(*modules) if job.config.gradient_checkpointing else nullcontext()
+    with computing(job.precision, *modules), saving:
         for index in microbatches(minibatch.rollout, job.config):
             micro = rows_of(minibatch, index)
             share = micro.rollout.response_mask.sum() / total_tokens

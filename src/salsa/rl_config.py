@@ -93,6 +93,8 @@ class RLConfig(Strict):
     """Episodes per optimizer step; rollout_size if not given."""
     microbatch_tokens: Count = 640
     """Tokens per forward pass, a prefix that episodes share counted once: memory and speed, not the result."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a forward pass more per epoch, the same bits."""
     num_epochs: Count = 2
     """Passes over each rollout."""
     learning_rate: Positive = 1.0e-6

@@ -42,6 +42,16 @@ def test_one_forward_pass_of_eight_equals_several_of_fewer(kind, tokens, job, tm
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
+def test_recomputed_activations_change_no_bit(kind, job, tmp_path):
+    rows = [
+        run(job, tmp_path / str(on), num_updates=2, gradient_checkpointing=on, **KINDS[kind])
+        for on in (False, True)
+    ]
+    assert without_times(rows[0]) == without_times(rows[1])
+    assert weights(tmp_path / "False") == weights(tmp_path / "True")
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path):
     _resumes(job, tmp_path, KINDS[kind])
 

@@ -1,12 +1,22 @@
 """Packed rows: every token once, within the budget, and nothing but rounding changed by it."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from salsa.errors import CheckpointError
 from salsa.runtime import packing
-from salsa.runtime.packing import can_pack, last_hidden, num_distinct, pack, packs_of, take
+from salsa.runtime.packing import (
+    can_pack,
+    last_hidden,
+    num_distinct,
+    pack,
+    packs_of,
+    recomputing,
+    take,
+)
 from tests.families import ALONE, PACKED, model_of
 
 ROWS = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [3, 4], [1, 5, 6, 8, 9], [1, 5], [1, 9, 2, 4, 4, 6]]
@@ -78,6 +88,30 @@ def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
     for i, row in enumerate(ROWS):
         own = model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0]
         assert torch.allclose(hidden[paths[i, : len(row)]], own, atol=1e-4)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_recomputed_activations_give_the_same_bits(family, packs):
+    trunk, slopes = model_of(family).base_model, []
+    trunk.packs_rows = packs
+    forward = type(trunk.layers[0]).forward
+    for saving in (nullcontext(), recomputing(trunk)):
+        with saving:
+            hidden, _ = last_hidden(trunk, ROWS)
+            hidden.square().sum().backward()
+        slopes.append([p.grad.clone() for p in trunk.parameters() if p.grad is not None])
+        trunk.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+    assert trunk.layers[0].forward.__func__ is forward
+
+
+def test_models_without_layers_to_recompute_are_refused():
+    with (
+        pytest.raises(CheckpointError, match=r"Linear has no layers.*gradient_checkpointing"),
+        recomputing(torch.nn.Linear(2, 2)),
+    ):
+        pass
 
 
 def test_gradients_of_a_shared_prefix_are_summed_in_fp32():

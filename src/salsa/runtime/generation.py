@@ -104,7 +104,7 @@ class Speakers:
         self.longest = 0
         """Columns in use."""
         self.keys: dict[int, Tensor] = {}
-        """Layer → keys, (slots, heads, columns, size); fp32 on a CPU, whose bf16 products copy what is not contiguous."""
+        """Layer → keys, (slots, heads, columns, size); fp32 on a CPU: its bf16 products copy what is not contiguous."""
         self.values: dict[int, Tensor] = {}
 
     def read(self, rows: Int[Tensor, " new"], prompts: Sequence[Sequence[int]]) -> Tensor:

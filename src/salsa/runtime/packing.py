@@ -13,8 +13,9 @@ transformers offers for that. A model that cannot be run so is run on padded row
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -23,7 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from salsa.errors import CheckpointError
 
 SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: on a CPU, twice as fast as a flash kernel there."""
@@ -151,16 +156,53 @@ def arguments(packing: Packing) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def attending_by(attention: str, model: Any) -> Iterator[None]:
+def attending_by(attention: str, model: Any) -> AbstractContextManager[None]:
     """Inside, the model's attention is the one that is registered under that name."""
-    config = model.config.get_text_config()
+    return _attending(model.config.get_text_config(), attention)
+
+
+@contextmanager
+def _attending(config: Any, attention: str) -> Iterator[None]:
     usual = config._attn_implementation
     config._attn_implementation = attention
     try:
         yield
     finally:
         config._attn_implementation = usual
+
+
+@contextmanager
+def recomputing(*models: Any) -> Iterator[None]:
+    """Inside, layers keep nothing but their input for the backward pass and compute the rest again (Chen et al. 2016).
+
+    The same bits, less memory, a forward pass more.
+
+    Raises:
+        CheckpointError: a model has no layers that transformers marks for this.
+    """
+    layers: dict[nn.Module, Any] = {}
+    for model in models:
+        found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not found:
+            raise CheckpointError(
+                f"{type(model).__name__} has no layers that can be recomputed. Remove rl.gradient_checkpointing."
+            )
+        layers |= {layer: partial(_as_now, model.config.get_text_config()) for layer in found}
+    for layer, contexts in layers.items():
+        layer.forward = partial(  # type: ignore[method-assign]
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
+            context_fn=contexts,
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _as_now(config: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a layer's forward pass and of its repetition, which attends as the first did."""
+    return nullcontext(), _attending(config, config._attn_implementation)
 
 
 def take(flat: Float[Tensor, "N d"], index: Int[Tensor, "*I"]) -> Float[Tensor, "*I d"]:
