@@ -18,7 +18,7 @@ from salsa.artifacts import Checkpoint, read_jsonl, write_jsonl
 from salsa.config import PreferencesConfig
 from salsa.data import Prompt, Row
 from salsa.errors import DataError
-from salsa.reward_functions import function_scorer
+from salsa.reward_functions import FunctionScorer
 from salsa.rl import collect_rollout, decode
 from salsa.runtime.local import freeze, seed_everything
 from salsa.runtime.tracking import Tracker, tracker
@@ -113,7 +113,7 @@ def label_pairs(
 
     Pairs of equal replies teach nothing and are dropped.
     """
-    scorer = function_scorer([config.labeller])
+    scorer = FunctionScorer([config.labeller])
     rng = random.Random(config.seed)
     rows = []
     scored = zip(

@@ -25,32 +25,54 @@ PAUSE_SECONDS = 1.0
 """Before the first retry; each further one waits twice as long."""
 
 
+class FunctionScorer:
+    """Weighted sum of callables `score(prompts, responses) -> scores`, which see lists of strings.
+
+    Raises WorkFailed when a callable fails once more than it has retries, or returns the wrong number of scores, or one
+    that is no finite number.
+    """
+
+    def __init__(self, functions: Sequence[RewardFunction]) -> None:
+        """Import the callables."""
+        self._loaded = [(function, import_callable(function.call)) for function in functions]
+
+    def begin(
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
+    ) -> Callable[[], list[float]]:
+        """Start all callables; what is returned waits for them."""
+        texts = [prompt.text for prompt in prompts]
+        begun = [
+            (function.weight, _begun(function, call, texts, list(responses)))
+            for function, call in self._loaded
+        ]
+
+        def total() -> list[float]:
+            found = [[weight * s for s in scores.result()] for weight, scores in begun]
+            return [sum(parts) for parts in zip(*found, strict=True)]
+
+        return total
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Scores, once all are there."""
+        return self.begin(prompts, responses)()
+
+
+def begin(
+    scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> Callable[[], list[float]]:
+    """Start what may wait for something outside; a scorer that computes here and now starts when it is waited for."""
+    if isinstance(scorer, FunctionScorer):
+        return scorer.begin(prompts, responses)
+    return lambda: scorer(prompts, responses)
+
+
 def function_scorers(functions: Sequence[RewardFunction]) -> dict[str, Scorer]:
     """A scorer per callable, its weight included; a callable that is named twice gets a number."""
     scorers: dict[str, Scorer] = {}
     for number, function in enumerate(functions):
         name = function.call if function.call not in scorers else f"{function.call} ({number})"
-        scorers[name] = function_scorer([function])
+        scorers[name] = FunctionScorer([function])
     return scorers
-
-
-def function_scorer(functions: Sequence[RewardFunction]) -> Scorer:
-    """Weighted sum of callables `score(prompts, responses) -> scores`, which see lists of strings.
-
-    The scorer raises WorkFailed when a callable fails once more than it has retries, or returns the wrong number of
-    scores, or one that is no finite number.
-    """
-    loaded = [(function, import_callable(function.call)) for function in functions]
-
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        texts = [prompt.text for prompt in prompts]
-        total = [0.0] * len(responses)
-        for function, call in loaded:
-            scores = _scores(function, call, texts, list(responses))
-            total = [t + function.weight * s for t, s in zip(total, scores, strict=True)]
-        return total
-
-    return score
 
 
 def function_digest(function: RewardFunction) -> str:
@@ -58,27 +80,26 @@ def function_digest(function: RewardFunction) -> str:
     return fingerprint(DataSource(call=function.call)) + str(function.weight)
 
 
-def _scores(
+def _begun(
     function: RewardFunction, call: Callable[..., Any], prompts: list[str], responses: list[str]
-) -> list[float]:
-    """All batches of one callable, checked."""
+) -> Future[list[float]]:
+    """All batches of one callable, checked, under way in the event loop."""
     size = function.batch_size or max(len(responses), 1)
     batches = [
         (prompts[start : start + size], responses[start : start + size])
         for start in range(0, len(responses), size)
     ]
 
-    async def all_batches() -> list[list[float]]:
+    async def all_batches() -> list[float]:
         slots = asyncio.Semaphore(function.concurrency)
 
         async def one(batch: tuple[list[str], list[str]]) -> list[float]:
             async with slots:
                 return _checked(function.call, await _tried(function, call, *batch), batch[1])
 
-        return await asyncio.gather(*map(one, batches))
+        return [score for scores in await asyncio.gather(*map(one, batches)) for score in scores]
 
-    results = asyncio.run_coroutine_threadsafe(all_batches(), _loop()).result()
-    return [score for result in results for score in result]
+    return asyncio.run_coroutine_threadsafe(all_batches(), _loop())
 
 
 async def _tried(

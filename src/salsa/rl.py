@@ -34,7 +34,7 @@ from salsa.config import RLConfig
 from salsa.data import Prompt, collate
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.expressions import Anchor
-from salsa.reward_functions import Scorer
+from salsa.reward_functions import Scorer, begin
 from salsa.runtime.generation import generate
 from salsa.runtime.local import computing, device, freeze, seed_everything
 from salsa.runtime.meter import Meter, Work, forward_flops
@@ -166,12 +166,13 @@ def compute_experience(
 ) -> tuple[Experience, dict[str, float]]:
     """Logprobs, values, scores, rewards and advantages of a rollout, and what is worth logging of them."""
     config, mask = job.config, rollout.response_mask
-    logprobs, entropy, ref_logprobs, values = _forward(actors, rollout, job)
     texts = decode(rollout, tokenizer)
+    pending = {name: begin(scorer, prompts, texts) for name, scorer in job.rewards.items()}
+    logprobs, entropy, ref_logprobs, values = _forward(actors, rollout, job)
     ended = has_ended(rollout, sampling.eos_ids)
     parts = {
-        name: torch.tensor(scorer(prompts, texts), dtype=torch.float32, device=mask.device)
-        for name, scorer in job.rewards.items()
+        name: torch.tensor(scores(), dtype=torch.float32, device=mask.device)
+        for name, scores in pending.items()
     }
     raw_scores = torch.stack(list(parts.values())).sum(dim=0)
     scores = shape_scores(raw_scores, ended, config, progress)
@@ -244,9 +245,7 @@ def measure_kl(actors: Actors, experience: Experience, job: RLJob) -> dict[str, 
         model = here.get(checkpoint.digest) or models.load_policy(checkpoint.path)
         order = microbatches(experience.rollout, job.config)
         with computing(job.precision, model):
-            parts = [
-                _stats(model, rows_of(experience.rollout, index), job).logprobs for index in order
-            ]
+            parts = [_logprobs(model, rows_of(experience.rollout, index), job) for index in order]
         theirs = torch.cat(parts)[torch.cat(order).argsort()]
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         figures[f"kl_{name}"] = kl.mean().item()
@@ -370,7 +369,7 @@ def _policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, and β·KL where it is in the loss."""
     config, mask = job.config, micro.rollout.response_mask
-    logprobs = models.response_logprobs(policy, micro.rollout, temperature=config.temperature)
+    logprobs = _logprobs(policy, micro.rollout, job)
     clipped = objectives.policy_loss(
         logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
     )
@@ -410,9 +409,9 @@ def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tens
     with computing(job.precision, *everyone, *actors.reference.models):
         for index in order:
             micro = rows_of(rollout, index)
-            own = _stats(actors.policy, micro, job)
+            own = models.response_stats(actors.policy, micro, temperature=job.config.temperature)
             ref_logprobs = actors.reference.logprobs(
-                [_stats(model, micro, job).logprobs for model in actors.reference.models]
+                [_logprobs(model, micro, job) for model in actors.reference.models]
             )
             values = torch.zeros_like(own.logprobs)
             if actors.critic is not None:
@@ -423,8 +422,8 @@ def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tens
     return logprobs, entropy, ref_logprobs, values
 
 
-def _stats(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> models.TokenStats:
-    return models.response_stats(model, rollout, temperature=job.config.temperature)
+def _logprobs(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> Tensor:
+    return models.response_logprobs(model, rollout, temperature=job.config.temperature)
 
 
 def _load(job: RLJob, sampling: Sampling) -> Actors:

@@ -91,7 +91,7 @@ class RLConfig(Strict):
     """Responses per prompt; rloo and grpo need 2 or more."""
     minibatch_size: Count | None = None
     """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_tokens: Count = 640
+    microbatch_tokens: Count = 1024
     """Tokens per forward pass, a prefix that episodes share counted once: memory and speed, not the result."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a forward pass more per epoch, the same bits."""

@@ -26,7 +26,7 @@ from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.expressions import ingredients_of
 from salsa.preferences import PairsJob, read_pairs, sample_pairs
 from salsa.reward import Reward, RewardJob, model_scorer, train_reward
-from salsa.reward_functions import function_digest, function_scorer, function_scorers
+from salsa.reward_functions import FunctionScorer, function_digest, function_scorers
 from salsa.rl import RLJob, train_rl
 from salsa.runtime.tracking import say
 from salsa.sft import SFTJob, train_sft
@@ -127,7 +127,7 @@ class Stages:
         init = anchors[section.arms[arm].init]
         reference = anchors.resolved(section.arms[arm].anchor)
         monitored = self._monitored(anchors)
-        monitors = {name: function_scorer([f]) for name, f in self.recipe.eval.scores.items()}
+        monitors = {name: FunctionScorer([f]) for name, f in self.recipe.eval.scores.items()}
         job = RLJob(
             label=rl_label(arm, seed),
             init=init,
@@ -164,7 +164,7 @@ class Stages:
         anchor = anchors[config.anchor]
         references, mixed = self._references(arm, policy, anchors, anchor)
         scorers = {"proxy": reward.score} | {
-            n: function_scorer([f]) for n, f in config.scores.items()
+            n: FunctionScorer([f]) for n, f in config.scores.items()
         }
         job = EvalJob(
             label=f"eval {arm} seed {section.seeds[number]}",

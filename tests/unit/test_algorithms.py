@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+import threading
+import types
 from dataclasses import replace
 
 import pytest
@@ -11,8 +14,9 @@ from salsa import models, objectives
 from salsa import rl as rl_module
 from salsa.actors import Progress, ValueHead
 from salsa.artifacts import Checkpoint
-from salsa.config import RLConfig
+from salsa.config import RewardFunction, RLConfig
 from salsa.expressions import Anchor
+from salsa.reward_functions import FunctionScorer
 from salsa.rl import RLJob, estimate_advantages, shape_scores
 from tests.tiny_rl import GRPO, RLOO, ascii_share, changed, first_experience, run, without_times
 
@@ -249,3 +253,24 @@ def test_job_is_what_the_public_api_says():
     from salsa import RLJob as exported
 
     assert exported is RLJob and json.dumps(RLConfig(kl_coef=0.1).model_dump(mode="json"))
+
+
+def test_functions_score_while_the_models_compute(job, tmp_path, monkeypatch):
+    """Scoring and the forward passes wait for each other: one after the other, they would time out."""
+    meet = threading.Barrier(2, timeout=10)
+
+    def score(prompts, responses):
+        meet.wait()
+        return ascii_share(prompts, responses)
+
+    def forward(*args):
+        meet.wait()
+        return original(*args)
+
+    original = rl_module._forward
+    monkeypatch.setitem(sys.modules, "slow_rewards", types.SimpleNamespace(score=score))
+    reward = FunctionScorer([RewardFunction(call="slow_rewards:score")])
+    inline = run(job, tmp_path / "inline", num_updates=1)
+    monkeypatch.setattr(rl_module, "_forward", forward)
+    overlapped = run(replace(job, reward=reward), tmp_path / "overlapped", num_updates=1)
+    assert without_times(overlapped) == without_times(inline)

@@ -12,7 +12,7 @@ from salsa import reward_functions
 from salsa.config import RewardFunction
 from salsa.data import Prompt
 from salsa.errors import WorkFailed
-from salsa.reward_functions import function_digest, function_scorer, function_scorers
+from salsa.reward_functions import FunctionScorer, function_digest, function_scorers
 
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
 FUNCTIONS = {
@@ -38,7 +38,7 @@ def module(monkeypatch):
 
 
 def scorer(*names_and_weights, **options):
-    return function_scorer(
+    return FunctionScorer(
         [RewardFunction(call=f"my_rewards:{n}", weight=w, **options) for n, w in names_and_weights]
     )
 
@@ -46,6 +46,13 @@ def scorer(*names_and_weights, **options):
 def test_weighted_sum():
     assert scorer(("lengths", 1.0), ("prompts", 0.5))(PROMPTS, ["xx", "yyy"]) == [7.0, 13.0]
     assert scorer(("numpy", 2.0))(PROMPTS, ["x", "y"]) == [2.0, 2.0]
+
+
+def test_several_wait_at_the_same_time(module):
+    """Each waits for the other: one after the other, they would time out."""
+    meet = threading.Barrier(2, timeout=5)
+    module.one = module.other = lambda prompts, responses: [float(meet.wait() >= 0)] * 2
+    assert scorer(("one", 1.0), ("other", 2.0))(PROMPTS, ["x", "y"]) == [3.0, 3.0]
 
 
 def test_each_of_several_by_name():

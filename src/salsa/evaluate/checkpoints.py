@@ -40,7 +40,7 @@ from salsa.evaluate.results import Bench, Results
 from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.reward import model_scorer
-from salsa.reward_functions import Scorer, function_digest, function_scorer
+from salsa.reward_functions import FunctionScorer, Scorer, function_digest
 from salsa.runtime.local import prepare_process
 from salsa.runtime.tracking import quiet_libraries, say
 from salsa.schema import RewardFunction
@@ -360,7 +360,7 @@ def _temperature(question: Question, fixed: float | None) -> float:
 
 def _scorer(reward: RewardModel, precision: str) -> Scorer:
     if reward.call is not None:
-        return function_scorer([RewardFunction(call=reward.call)])
+        return FunctionScorer([RewardFunction(call=reward.call)])
     return model_scorer(resolve(str(reward.path)), precision)
 
 

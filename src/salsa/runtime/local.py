@@ -117,18 +117,12 @@ def reuse_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def release_freed_memory() -> None:
-    """Give back what glibc kept, between phases: each needs other sizes, and the leftovers would add up."""
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
-
-
 @lru_cache(maxsize=1)
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return libc if libc.mallopt and libc.malloc_trim else None
+        return libc if libc.mallopt else None
     except (OSError, AttributeError):  # another C library
         return None

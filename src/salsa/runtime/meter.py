@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from salsa.runtime.local import computes_bf16, device, release_freed_memory
+from salsa.runtime.local import computes_bf16, device
 
 _GEMM_SIZE = 2048
 
@@ -32,11 +32,10 @@ class Meter:
         self._peaks: dict[str, float] = {}
 
     def phase_done(self, name: str) -> None:
-        """What has passed since the last call belongs to the phase `name`; what it freed goes back to the system."""
+        """What has passed since the last call belongs to the phase `name`."""
         now = time.perf_counter()
         self._seconds[name], self._last = now - self._last, now
         self._peaks[name] = peak_memory_gb()
-        release_freed_memory()
 
     def figures(self, work: Mapping[str, Work], precision: str) -> dict[str, float]:
         """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end."""
