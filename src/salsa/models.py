@@ -30,7 +30,7 @@ from salsa.runtime.local import device
 from salsa.runtime.packing import can_pack, last_hidden, packs_of, take
 from salsa.types import Rollout, Sampling
 
-LOGITS_CHUNK = 512
+LOGITS_CHUNK = 256
 """Response tokens whose logits are in memory at once; with more, the backward pass makes them again."""
 
 
