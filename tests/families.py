@@ -21,7 +21,15 @@ PACKED = {
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
     "gpt2": {"n_embd": 16, "n_head": 4, "n_layer": 2},
 }
-ALONE = {"bloom": {"n_head": 4, "n_layer": 2}, "mamba": {"state_size": 4}}
+ALONE = {
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "mamba": {"state_size": 4},
+    "llama4_text": {
+        "attention_chunk_size": 64,
+        "num_local_experts": 1,
+        "intermediate_size_mlp": 32,
+    },
+}
 
 
 def model_of(family: str):

@@ -114,6 +114,14 @@ def test_models_without_layers_to_recompute_are_refused():
         pass
 
 
+def test_layers_that_do_not_tell_their_window_are_not_packed():
+    """What reaches further back than the four rows on trial would be wrong in silence."""
+    trunk = model_of("gemma2").base_model
+    trunk.layers[0].self_attn.sliding_window = None
+    trunk.config.sliding_window = 100
+    assert not can_pack(trunk)
+
+
 def test_gradients_of_a_shared_prefix_are_summed_in_fp32():
     """One by one in bf16, a sum of ones would stop at 256."""
     flat = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)

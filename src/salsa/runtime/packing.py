@@ -130,20 +130,36 @@ def packs_rows(model: nn.Module) -> bool:
 
 
 def can_pack(trunk: nn.Module) -> bool:
-    """Whether `last_hidden` of packed rows is the trunk's own of padded rows: tried on four rows."""
+    """Whether packed rows give the trunk's own states of padded rows, tried on four; and its layers tell their windows.
+
+    Four short rows would not show a limit that reaches further back, e.g. attention in chunks.
+    """
     rows = [[0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1], [6, 7, 8, 9, 10, 11]]
+    packing, windows = pack(rows, next(trunk.parameters()).device), []  # type: ignore[var-annotated]
     with torch.no_grad():
         trunk.packs_rows = False  # type: ignore[assignment]
         plain, where = last_hidden(trunk, rows)
         trunk.packs_rows = True  # type: ignore[assignment]
         try:
-            packed, paths = last_hidden(trunk, rows)
-        except (TypeError, ValueError, RuntimeError):
+            with attending_by("salsa_packed", trunk):
+                packed = trunk(**arguments(packing), windows=windows, use_cache=False)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
             return False
-    return all(
-        torch.allclose(plain[where[i, : len(row)]], packed[paths[i, : len(row)]], rtol=1e-3, atol=1e-3)
+    config: Any = trunk.config
+    by_default = (
+        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    )
+    kinds = getattr(config, "layer_types", None) or [by_default] * len(windows)
+    told = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return told == list(kinds) and all(
+        torch.allclose(
+            plain[where[i, : len(row)]],
+            packed.last_hidden_state[0, packing.paths[i, : len(row)]],
+            rtol=1e-3,
+            atol=1e-3,
+        )
         for i, row in enumerate(rows)
-    )  # fmt: skip
+    )
 
 
 def arguments(packing: Packing) -> dict[str, Any]:
@@ -235,6 +251,7 @@ def packed_attention(
     *,
     packing: Packing,
     memory: Memory | None = None,
+    windows: list[int | None] | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -242,6 +259,8 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 N H D"], None]:
     """Attention of each row's added tokens to the row's path; K key heads serve H query heads in groups."""
     keys, values = (_rows(x, packing.paths) for x in (key, value))  # (B, K, T, D)
+    if windows is not None:
+        windows.append(sliding_window)
     if memory is not None:
         memory.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
     queries = _rows(query, packing.added)  # (B, H, Q, D)
