@@ -24,11 +24,6 @@ PACKED = {
 ALONE = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "mamba": {"state_size": 4},
-    "llama4_text": {
-        "attention_chunk_size": 64,
-        "num_local_experts": 1,
-        "intermediate_size_mlp": 32,
-    },
 }
 
 
