@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -322,9 +323,10 @@ def _step(
     """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
     total_tokens = minibatch.rollout.response_mask.sum()
     figures: dict[str, Tensor] = {}
-    modules = [module for name in group for module in actors.modules_of(name)]
-    saving = recomputing(*modules) if job.config.gradient_checkpointing else nullcontext()
-    with computing(job.precision, *modules), saving:
+    models_and_trunks = [actors.modules_of(name) for name in group]
+    trunks = [trunk for _, trunk in models_and_trunks]
+    saving = recomputing(*trunks) if job.config.gradient_checkpointing else nullcontext()
+    with computing(job.precision, *chain(*models_and_trunks)), saving:
         for index in microbatches(minibatch.rollout, job.config):
             micro = rows_of(minibatch, index)
             share = micro.rollout.response_mask.sum() / total_tokens
