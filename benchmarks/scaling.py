@@ -109,6 +109,8 @@ def plot(
             panel.loglog(x, [row[phase] for row in rows], style, ms=3,
                          label=f"{name}: x^{exponents[axis][phase]:.2f}")  # fmt: skip
         panel.set_xlabel(labels[axis])
+        panel.set_xticks(x, [f"{value / 1e6:.1f} M" if value > 1e6 else value for value in x])
+        panel.minorticks_off()
         panel.legend(fontsize=7, frameon=False)
         panel.grid(alpha=0.3, which="both", lw=0.4)
     panels[0].set_ylabel("seconds per update")
