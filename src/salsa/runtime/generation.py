@@ -143,6 +143,8 @@ class Speakers:
     def keep(self, which: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"]:
         """Let the others go and fill their slots from the end; where each of those that stay was before."""
         count = int(which.sum())
+        if count == len(which):
+            return torch.arange(count, device=which.device)
         holes = (~which[:count]).nonzero().squeeze(1)
         movers = which[count:].nonzero().squeeze(1) + count
         order = torch.arange(count, device=which.device)
