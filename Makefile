@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# a process per core; a file's tests stay together, for they share what is slow to make
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test fast check lint types base-model clean
 
@@ -9,10 +11,10 @@ demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
 
 test: $(VENV)/installed        ## every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(VENV)/installed        ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: lint types test         ## what CI runs
 
