@@ -10,11 +10,11 @@ from pathlib import Path
 
 from common import models
 
+from salsa import rl
 from salsa.artifacts import Checkpoint, read_jsonl
 from salsa.config import RLConfig
 from salsa.data import Prompt
 from salsa.reward import model_scorer
-from salsa.rl import RLJob, train_rl
 from salsa.runtime.local import prepare_process
 from salsa.runtime.tracking import quiet_libraries
 
@@ -40,27 +40,28 @@ def main() -> None:
     )
     checkpoint = Checkpoint.of(model)
     prompts = [Prompt(tuple(ids), None, tokenizer.decode(ids)) for ids in job["prompts"]]
-    reward, cpu_stops = model_scorer(scorer, precision), []
-
-    def timed_reward(prompts: list[Prompt], responses: list[str]) -> list[float]:
-        cpu_stops.append(
-            time.process_time()
-        )  # once an update, at the same place: the differences are whole updates
-        return reward(prompts, responses)
-
-    run = RLJob(
+    run = rl.RLJob(
         "ppo",
         checkpoint,
         checkpoint,
         Checkpoint.of(scorer),
         config,
         prompts,
-        timed_reward,
+        model_scorer(scorer, precision),
         job["seed"],
         precision,
     )
+    stops, cpu_stops, advance = [], [], rl.advance
+
+    def timed_advance(*args) -> None:
+        """What an update does last, and the time."""
+        advance(*args)
+        stops.append(time.perf_counter())
+        cpu_stops.append(time.process_time())
+
+    rl.advance = timed_advance
     with tempfile.TemporaryDirectory() as folder:
-        train_rl(run, Path(folder))
+        rl.train_rl(run, Path(folder))
         rows = read_jsonl(Path(folder) / "metrics.jsonl")
     phases = [
         {
@@ -71,10 +72,7 @@ def main() -> None:
         for row in rows
     ]
     result = {
-        "seconds": [
-            sum(row[f"seconds_{phase}"] for phase in ("rollout", "experience", "update"))
-            for row in rows[1:]
-        ],
+        "seconds": [b - a for a, b in pairwise(stops)],
         "cpu_seconds": [b - a for a, b in pairwise(cpu_stops)],
         "phases": phases[1:],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,

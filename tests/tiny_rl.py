@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from salsa import models
-from salsa.actors import Actors, Progress, load_actors
+from salsa.actors import Actors, Progress
 from salsa.config import RLConfig
-from salsa.data import as_prompt
-from salsa.rl import RLJob, _draw, collect_rollout, compute_experience, train_rl
+from salsa.data import Prompt, as_prompt, draw_prompts
+from salsa.rl import RLJob, collect_rollout, compute_experience, load, train_rl
 from salsa.runtime.local import seed_everything
 from salsa.types import Experience
 from tests.conftest import tiny_tokenizer
@@ -92,25 +91,16 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(speed)} for row in rows]
 
 
+def drawn(job: RLJob, update: int) -> list[Prompt]:
+    """The prompts of one update."""
+    config = job.config
+    return draw_prompts(job.prompts, config.rollout_size, config.group_size, job.seed, update)
+
+
 def first_experience(job: RLJob) -> tuple[Actors, Experience, dict]:
     """The models of a job, its first experience and the figures of it."""
-    tokenizer = models.load_tokenizer(job.init.path)
-    sampling = models.sampling(
-        job.init.path,
-        tokenizer,
-        max_new_tokens=job.config.max_new_tokens,
-        temperature=job.config.temperature,
-        precision=job.precision,
-    )
-    actors = load_actors(
-        job.config,
-        init=job.init,
-        critic_init=job.critic_init,
-        anchor=job.anchor,
-        pad_id=sampling.pad_id,
-        seed=job.seed,
-    )
-    prompts = _draw(job.prompts, job.config, job.seed, 0)
+    actors, tokenizer, sampling = load(job)
+    prompts = drawn(job, update=0)
     rollout = collect_rollout(actors.policy, prompts, sampling, seed_everything(job.seed))
     progress = Progress(kl_coef=job.config.kl_coef)
     experience, figures = compute_experience(

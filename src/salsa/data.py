@@ -240,6 +240,25 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     return PromptBatch(ids, mask)
 
 
+def draw_prompts(
+    prompts: Sequence[Prompt], count: int, group_size: int, seed: int, update: int
+) -> list[Prompt]:
+    """The `count` prompts of an update, each `group_size` times in a row.
+
+    Consecutive slices of one shuffled pass after another: they depend on seed and update only.
+    """
+    distinct = count // group_size
+    drawn: list[Prompt] = []
+    position = update * distinct
+    while len(drawn) < distinct:
+        epoch, start = divmod(position, len(prompts))
+        order = random.Random(f"{seed}-{epoch}").sample(range(len(prompts)), len(prompts))
+        chosen = order[start : start + distinct - len(drawn)]
+        drawn += [prompts[i] for i in chosen]
+        position += len(chosen)
+    return [prompt for prompt in drawn for _ in range(group_size)]
+
+
 def _pair(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Row:
     """Prompt and completion in one kind: both conversations, or both bare text."""
     messages = as_messages(prompt, tokenizer, where)

@@ -9,7 +9,6 @@ give a KL of exactly 0.
 """
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from salsa.actors import (
 from salsa.alarms import Alarms
 from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
 from salsa.config import RLConfig
-from salsa.data import Prompt, collate
+from salsa.data import Prompt, collate, draw_prompts
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.expressions import Anchor
 from salsa.reward_functions import Scorer, begin
@@ -86,15 +85,7 @@ def train_rl(job: RLJob, directory: Path) -> None:
         WorkFailed: a reward failed, or a loss is no longer finite.
     """
     config, states = job.config, directory / "resume"
-    tokenizer = models.load_tokenizer(job.init.path)
-    sampling = models.sampling(
-        job.init.path,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        precision=job.precision,
-    )
-    actors = _load(job, sampling)
+    actors, tokenizer, sampling = load(job)
     progress = load_progress(actors, states) or Progress(config.kl_coef * job.anchor.pulls)
     with tracker(directory, job.label, config.num_updates, SHOWN) as log:
         log.resume_at(progress.update)
@@ -102,7 +93,9 @@ def train_rl(job: RLJob, directory: Path) -> None:
         for update in range(progress.update, config.num_updates):
             meter = Meter()
             generator = seed_everything(job.seed, update)
-            prompts = _draw(job.prompts, config, job.seed, update)
+            prompts = draw_prompts(
+                job.prompts, config.rollout_size, config.group_size, job.seed, update
+            )
             rollout = collect_rollout(actors.policy, prompts, sampling, generator)
             meter.phase_done("rollout")
             experience, figures = compute_experience(
@@ -428,8 +421,12 @@ def _logprobs(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> Tensor:
     return models.response_logprobs(model, rollout, temperature=job.config.temperature)
 
 
-def _load(job: RLJob, sampling: Sampling) -> Actors:
-    """Load the run's models, after checking that they share a vocabulary and are what their digests say."""
+def load(job: RLJob) -> tuple[Actors, PreTrainedTokenizerBase, Sampling]:
+    """The run's models, the policy's tokenizer and how it samples.
+
+    Raises:
+        CheckpointError: the models do not share a vocabulary, or one is not what its digest says.
+    """
     named = {"critic": job.critic_init} | {
         f"reference {i}" if i else "reference": c for i, c in enumerate(job.anchor.models)
     }
@@ -440,18 +437,26 @@ def _load(job: RLJob, sampling: Sampling) -> Actors:
             )
     for checkpoint in job.anchor.models:
         checkpoint.verify()
+    config, tokenizer = job.config, models.load_tokenizer(job.init.path)
+    sampling = models.sampling(
+        job.init.path,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        precision=job.precision,
+    )
     actors = load_actors(
-        job.config,
+        config,
         init=job.init,
         critic_init=job.critic_init,
         anchor=job.anchor,
         pad_id=sampling.pad_id,
         seed=job.seed,
     )
-    if not job.anchor.moves and job.config.lora is None:  # a shared base stays as exact as it is
+    if not job.anchor.moves and config.lora is None:  # a shared base stays as exact as it is
         for model in actors.reference.models:
             freeze(model, job.precision)
-    return actors
+    return actors, tokenizer, sampling
 
 
 def _return_to_best(actors: Actors, progress: Progress, states: Path, label: str) -> None:
@@ -459,20 +464,6 @@ def _return_to_best(actors: Actors, progress: Progress, states: Path, label: str
     if progress.best is not None and progress.best[1] > progress.reward:
         say(f"{label}: returns to update {progress.best[0]}, mean reward {progress.best[1]:.4g}")
         load_progress(actors, states, progress.best[0])
-
-
-def _draw(prompts: Sequence[Prompt], config: RLConfig, seed: int, update: int) -> list[Prompt]:
-    """The update's prompts, each `group_size` times: consecutive slices of one shuffled pass after another."""
-    count = config.rollout_size // config.group_size
-    drawn: list[Prompt] = []
-    position = update * count
-    while len(drawn) < count:
-        epoch, start = divmod(position, len(prompts))
-        order = random.Random(f"{seed}-{epoch}").sample(range(len(prompts)), len(prompts))
-        chosen = order[start : start + count - len(drawn)]
-        drawn += [prompts[i] for i in chosen]
-        position += len(chosen)
-    return [prompt for prompt in drawn for _ in range(config.group_size)]
 
 
 def _require_finite(label: str, update: int, figures: Mapping[str, float]) -> None:

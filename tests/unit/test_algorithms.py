@@ -15,6 +15,7 @@ from salsa import rl as rl_module
 from salsa.actors import Progress, ValueHead
 from salsa.artifacts import Checkpoint
 from salsa.config import RewardFunction, RLConfig
+from salsa.data import draw_prompts
 from salsa.expressions import Anchor
 from salsa.reward_functions import FunctionScorer
 from salsa.rl import RLJob, estimate_advantages, shape_scores
@@ -122,7 +123,7 @@ def test_kl_falls_where_it_is_all_there_is(options, job, make_checkpoint, tmp_pa
 
 
 def test_responses_of_a_group_answer_one_prompt(job):
-    drawn = rl_module._draw(job.prompts, config(group_size=2), seed=0, update=0)
+    drawn = draw_prompts(job.prompts, 4, group_size=2, seed=0, update=0)
     assert len(drawn) == 4 and drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 

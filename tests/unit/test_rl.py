@@ -9,9 +9,8 @@ import torch
 
 from salsa import make_soup, objectives
 from salsa.errors import CheckpointError, WorkFailed
-from salsa.rl import _draw
 from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
-from tests.tiny_rl import CONFIG, run, run_killed
+from tests.tiny_rl import drawn, run, run_killed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -110,10 +109,9 @@ def test_missing_eos_penalty_lowers_the_reward_of_cut_responses(job, tmp_path):
 
 
 def test_prompts_are_drawn_in_passes_that_miss_nobody(job):
-    drawn = [p for update in range(3) for p in _draw(job.prompts, CONFIG, seed=0, update=update)]
-    assert sorted(p.text for p in drawn) == sorted(p.text for p in job.prompts * 2)
-    assert _draw(job.prompts, CONFIG, 0, 1) == _draw(job.prompts, CONFIG, 0, 1)
-    assert _draw(job.prompts, CONFIG, 0, 1) != _draw(job.prompts, CONFIG, 1, 1)
+    everyone = [prompt for update in range(3) for prompt in drawn(job, update)]
+    assert sorted(p.text for p in everyone) == sorted(p.text for p in job.prompts * 2)
+    assert drawn(job, 1) == drawn(job, 1) != drawn(replace(job, seed=1), 1)
 
 
 def test_states_are_written_whole_or_not_at_all(tmp_path):
