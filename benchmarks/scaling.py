@@ -1,6 +1,6 @@
 """How the cost of a PPO update grows with batch, response length and model size: a table, a plot, exponents.
 
-    python benchmarks/scaling.py [--plot docs/scaling.png]      (the plot needs matplotlib: the extra `bench`)
+    python benchmarks/scaling.py [--plot docs/scaling.png]      (the plot: pip install matplotlib)
 
 Random Llamas, so that nothing but the size matters; prompts of 24 tokens; responses do not end early. Each axis moves
 one number, the others stay at the middle. An exponent is the slope of log seconds over log axis; 1 is proportional.
