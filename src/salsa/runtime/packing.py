@@ -301,13 +301,15 @@ def attend(
     if softcap is None and visible.numel() * queries.shape[1] > SHORT:
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
         return scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scaling)
-    grouped = queries.unflatten(1, (heads, groups)).flatten(2, 3)  # (B, K, G·Q, D)
     scaling = queries.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (grouped @ keys.mT).unflatten(2, (groups, -1)) * scaling
+    grouped = (queries * scaling).unflatten(1, (heads, groups)).flatten(2, 3)  # (B, K, G·Q, D)
+    scores = (grouped @ keys.mT).unflatten(2, (groups, -1))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    hidden = ~visible[:, :, None]
-    weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    hidden = torch.zeros(visible.shape, dtype=scores.dtype, device=scores.device)
+    hidden.masked_fill_(~visible, torch.finfo(scores.dtype).min / 2)
+    scores += hidden[:, :, None]  # in place, its gradient is free: a layer's largest tensor
+    weights = scores.softmax(dim=-1)
     return (weights.flatten(2, 3) @ values).unflatten(2, (groups, -1)).flatten(1, 2)
 
 
