@@ -64,8 +64,8 @@ class Alarms:
             yield (
                 "KL-Hack",
                 f"responses fell from {first['length']:.1f} to {length:.1f} tokens. Where the policy leaves its "
-                "reference every token costs KL, so a high β makes silence cheapest. Lower rl.kl_coef or "
-                "rl.learning_rate",
+                "reference every token costs KL, so a high β makes silence cheapest. Lower rl.learning_rate, "
+                "raise rl.rollout_size, or lower rl.kl_coef until the score counts again",
             )
         if last["kl"] + ERRORS * last["kl_stderr"] < 0 and last["kl"] < -NOISE:
             yield (
