@@ -100,15 +100,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/klhack"))
     parser.add_argument("--plot")
     args = parser.parse_args()
-    found = {}
+    found, results = {}, {}
     for name, setting in SETTINGS.items():
         found[name] = train(setting, args.out)
-        say(f"{name}: { ({arm: summary(stages) for arm, stages in found[name].items()}) }")
+        results[name] = {arm: summary(stages) for arm, stages in found[name].items()}
+        say(f"{name}: {json.dumps(results[name])}")
     if args.plot:
         plot(found, args.plot)
-    results = {
-        name: {arm: summary(stages) for arm, stages in arms.items()} for name, arms in found.items()
-    }
     print(json.dumps({"benchmark": "klhack", "kl_coef": BETA, "updates": UPDATES, **results}))
 
 
