@@ -1,4 +1,4 @@
-"""Rows in, prompts out. Rows come from a hub data set, a local file or a callable, in TRL's formats:
+"""Rows in, prompts out; torch-free. Rows come from a hub data set, a local file or a callable, in TRL's formats:
 
     SFT          messages | prompt + completion
     preferences  prompt + chosen + rejected | chosen + rejected (conversations that share their beginning)
@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from salsa.artifacts import digest_of, parse_jsonl, sha256_file
 from salsa.config import DataSource
 from salsa.errors import ConfigError, DataError
 from salsa.runtime.tracking import say
-from salsa.types import PromptBatch
 
 SFT_COLUMNS = [("messages",), ("prompt", "completion")]
 PREFERENCE_COLUMNS = [("chosen", "rejected")]
@@ -227,17 +224,6 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
             {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
         )
     return result
-
-
-def collate(prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
-    """Left-pad prompts to the longest; the mask comes from the lengths."""
-    width = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        mask[row, width - len(prompt.ids) :] = True
-    return PromptBatch(ids, mask)
 
 
 def draw_prompts(

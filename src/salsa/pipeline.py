@@ -1,67 +1,119 @@
 """SALSA on one screen: which stage feeds which.
 
     base ─► SFT × N ─► soup ─┐ reference
-              │              ├─► PPO per arm × seed ─► evaluation ─► report
-              └─► reward ────┘
+              │              ├─► RL per arm × seed ─► evaluation ─► report
+              └─► preferences ─► reward ─┘
 
-Every stage is a directory named by the digest of what goes into it: a finished one is reused, an interrupted one goes
-on from its last checkpoint (`salsa.artifacts`, `salsa.stages`).
+`stages_of` names every stage and loads nothing; `run_recipe` finishes them. A stage is a directory named by the digest
+of what decides its result: a finished one is reused, an interrupted one goes on from its last checkpoint.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from salsa.anchors import Anchors
-from salsa.artifacts import RunDirectory
+from salsa.artifacts import FileHashes
 from salsa.config import Recipe
-from salsa.report.page import write_report
-from salsa.runtime.local import prepare_process
-from salsa.runtime.tracking import quiet_libraries, say
-from salsa.stages import Stages
+from salsa.resolve import Models
+from salsa.runtime.executors.local import local_executor
+from salsa.runtime.tracking import say
+from salsa.stages import nodes
+from salsa.stages.directory import RunDirectory
+from salsa.stages.graph import Graph, Node
 
 Until = Literal["sft", "reward", "rl", "eval", "report"]
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The nodes of a recipe's stages."""
+
+    sft: list[Node]
+    reward: list[Node]
+    """Empty where the rewards are functions."""
+    policies: dict[str, list[Node]]
+    """Arm → seed → policy."""
+    samples: dict[str, list[Node]]
+    """Arm, and `sft` for the model that arms are measured to → seed → evaluated samples."""
+
+
+def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
+    """Which stage feeds which; nothing is loaded or run."""
+    base = nodes.base(recipe, hashes)
+    sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
+    models = Models(recipe, base, sft, hashes)
+    preferences = nodes.preferences(recipe, sft)
+    reward = nodes.reward(recipe, models, preferences, hashes)
+    policies = {
+        arm: [
+            nodes.policy(recipe, arm, seed, models, reward, preferences) for seed in recipe.rl.seeds
+        ]
+        for arm in recipe.rl.arms
+    }
+    compared = {"sft": [models[recipe.eval.shown]] * len(recipe.rl.seeds)} | policies
+    samples = {
+        arm: [
+            nodes.samples(recipe, arm, k, policy, models, reward) for k, policy in enumerate(of_arm)
+        ]
+        for arm, of_arm in compared.items()
+    }
+    return Stages(sft, [reward] if reward else [], policies, samples)
+
+
 def run_recipe(
-    recipe: Recipe, *, out: Path | None = None, until: Until = "report", force: bool = False
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    until: Until = "report",
+    force: bool = False,
+    jobs: int | None = None,
+    verify: bool = False,
 ) -> Path:
     """Run a recipe from the base model to the report, or `until` an earlier stage; returns the run directory.
+
+    Args:
+        recipe: what to run.
+        out: the run directory; `runs/<name>` if not given.
+        until: the last stage to finish.
+        force: replace another recipe's run; its finished stages are reused where they apply.
+        jobs: independent stages that run at once, in processes of their own; the recipe's if not given.
+        verify: hash all that is used again, also where size and time are as recorded.
 
     Raises:
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
-    directory = RunDirectory(out or Path("runs") / recipe.name)
-    with directory.opened(recipe.to_yaml(), force=force) as run:
-        prepare_process(recipe.engine.threads)
-        quiet_libraries()
-        _run(recipe, run, until)
+    directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
+    executor = local_executor(jobs or recipe.engine.jobs, recipe.engine.threads)
+    with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
+        stages = stages_of(recipe, run.hashes)
+        graph = Graph(
+            run,
+            executor,
+            precision=recipe.model.precision,
+            before_work=lambda: nodes.check_inputs(recipe, run.hashes),
+        )
+        try:
+            _finish(recipe, graph, stages, until)
+        finally:
+            executor.close()
     return directory.path
 
 
-def _run(recipe: Recipe, run: RunDirectory, until: Until) -> None:
-    stages, arms, seeds = Stages(recipe, run), recipe.rl.arms, recipe.rl.seeds
-    stages.check_inputs()
-
-    sft = [stages.sft(index) for index in range(recipe.sft.count)]
-    anchors = Anchors(run, stages.base, sft, recipe.soup)
+def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
+    graph.finish(stages.sft)
     if until == "sft":
         return
-
-    reward = stages.reward(anchors, sft)
+    graph.finish(stages.reward)
     if until == "reward":
         return
-
-    policies = {arm: [stages.rl(arm, seed, anchors, reward) for seed in seeds] for arm in arms}
+    graph.finish(node for of_arm in stages.policies.values() for node in of_arm)
     if until == "rl":
         return
-
-    compared = {"sft": [anchors[recipe.eval.anchor]] * len(seeds)} | policies
-    samples = {
-        arm: [stages.evaluate(arm, k, policy, anchors, reward) for k, policy in enumerate(of_arm)]
-        for arm, of_arm in compared.items()
-    }
+    graph.finish(node for of_arm in stages.samples.values() for node in of_arm)
     if until == "eval":
         return
+    from salsa.report import write_run_report
 
-    write_report(recipe, run, samples)
-    say(f"report: {run.path / 'report.html'}")
+    samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
+    write_run_report(recipe, graph.run, samples)
+    say(f"report: {graph.run.path / 'report.html'}")

@@ -1,4 +1,5 @@
-"""Rewards that are functions: sync or async, in batches, some at once, with a time limit and retries.
+"""What RL maximises: functions, or a reward model. Functions may be sync or async; they are called in batches, several
+at once, with a time limit and retries.
 
 `async def` functions run in one event loop that lives as long as the process, so a client that they keep open stays
 usable. Other functions run in a thread of their own, so that one that hangs can be given up: the thread is a daemon and
@@ -9,20 +10,58 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from salsa.artifacts import Checkpoint
 from salsa.config import DataSource, RewardFunction
 from salsa.data import Prompt, fingerprint, import_callable
 from salsa.errors import WorkFailed
+
+if TYPE_CHECKING:
+    from salsa.runtime.engine import Engine
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[float]]
 
 PAUSE_SECONDS = 1.0
 """Before the first retry; each further one waits twice as long."""
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """What is maximised, as data: functions or a reward model's checkpoint, one of the two."""
+
+    functions: tuple[RewardFunction, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def digest(self) -> str:
+        """Digest of all that decides the scores."""
+        if self.checkpoint is not None:
+            return self.checkpoint.digest
+        return " ".join(function_digest(function) for function in self.functions)
+
+    def load(self, engine: "Engine") -> dict[str, Scorer]:
+        """Name → scorer; the reward is their sum."""
+        if self.checkpoint is None:
+            return function_scorers(self.functions)
+        from salsa.models import RewardModel
+
+        return {"model": RewardModel.load(self.checkpoint.path, engine)}
+
+
+def sum_of(scorers: Mapping[str, Scorer]) -> Scorer:
+    """One scorer that returns the sum of several."""
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        columns = [scorer(prompts, responses) for scorer in scorers.values()]
+        return [sum(row) for row in zip(*columns, strict=True)]
+
+    return score
 
 
 class FunctionScorer:

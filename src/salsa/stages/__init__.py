@@ -1,0 +1,1 @@
+"""A stage is a job: plain data that knows its identity and how to run. Importing this package loads no torch."""

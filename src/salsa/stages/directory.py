@@ -1,0 +1,238 @@
+"""The run directory. What exists in it is complete; everything else ends in `.partial`.
+
+    runs/<name>/recipe.yaml                     the resolved recipe
+    runs/<name>/stages/<stage>-<digest>/        a finished stage: outputs, metrics.jsonl, stage.json
+    runs/<name>/stages/<stage>-<digest>.partial an unfinished one; `resume/` inside is its last checkpoint
+    runs/<name>/hashes.json                     sha256 of every file that was read or written, by size and time
+    runs/<name>/report.html, report.json
+
+A stage's digest covers what decides its result: settings, input digests and the arithmetic (fp32 or bf16). How it is
+computed (micro-batches, threads, checkpoints, concurrency) is recorded beside it and is no part of it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from salsa.artifacts import (
+    Checkpoint,
+    FileHashes,
+    digest_of,
+    finish_directory,
+    locked,
+    read_jsonl,
+    sha256_tree,
+    versions,
+    write_atomic,
+)
+from salsa.errors import CheckpointError, ConfigError, accessing
+
+if TYPE_CHECKING:
+    from salsa.runtime.engine import Engine
+
+LAYOUT_VERSION = 2
+"""Part of every stage's digest: raise it when the same settings and inputs come to mean another result."""
+
+
+class Job(Protocol):
+    """The work of one stage as plain data: frozen, picklable, made without loading a model."""
+
+    label: str
+    """Names the directory and the report's row, e.g. `sft[0]`."""
+    needs_engine: ClassVar[bool]
+    """Whether the work computes with torch, so that its arithmetic is part of its identity."""
+
+    def identity(self) -> dict[str, Any]:
+        """`{"config": …, "inputs": {name: digest}}`: all that decides the result, as JSON values."""
+
+    def execution(self) -> dict[str, Any]:
+        """How it is computed, which does not decide the result; recorded beside the identity."""
+
+    def run(self, directory: Path, engine: "Engine | None") -> None:
+        """Fill `directory`; what is kept in `directory/resume` survives a kill and is dropped at the end."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One finished stage: its directory, what it was made from and how long it took."""
+
+    label: str
+    path: Path
+    record: dict[str, Any] = field(repr=False)
+    """The content of stage.json."""
+    reused: bool
+
+    @property
+    def digest(self) -> str:
+        """The same digest, the same result."""
+        return self.record["digest"]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What this stage wrote, a model or data."""
+        return Checkpoint(self.path, self.record["output"])
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """What the stage logged, a row a step."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job's stage lies, finished or not."""
+
+    label: str
+    final: Path
+    identity: dict[str, Any]
+
+    @property
+    def partial(self) -> Path:
+        """The directory while the work lasts."""
+        return self.final.with_name(self.final.name + ".partial")
+
+
+class RunDirectory:
+    """`runs/<name>`: opened by one process at a time, holding one recipe."""
+
+    def __init__(self, path: Path, *, verify: bool = False) -> None:
+        """`verify` hashes every file again, also where size and time are as recorded."""
+        self.path = path
+        self.finished: list[Stage] = []
+        self.hashes = FileHashes(path / "hashes.json", verify=verify)
+
+    @contextmanager
+    def opened(
+        self,
+        recipe_text: str,
+        *,
+        force: bool = False,
+        decisive: Callable[[str], Any] = lambda text: text,
+    ) -> Iterator["RunDirectory"]:
+        """Claim the directory for `recipe_text`.
+
+        Args:
+            recipe_text: the resolved recipe, kept as recipe.yaml.
+            force: replace another recipe; its report goes, its stages stay.
+            decisive: what of a recipe's text must be equal for it to count as the same recipe.
+
+        Raises:
+            ConfigError: another process holds it, or it belongs to another recipe and `force` is off.
+        """
+        self._check_ours()
+        with accessing(self.path, "write"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            self._take_recipe(recipe_text, force, decisive)
+            try:
+                yield self
+            finally:
+                self.hashes.save()
+
+    def place(self, job: Job, precision: str) -> Place:
+        """Where `job` lies if it is computed in `precision`."""
+        identity = {"layout": LAYOUT_VERSION, "stage": job.label, **job.identity()}
+        if job.needs_engine:
+            identity["precision"] = precision
+        digest = digest_of(identity)
+        slug = "".join(c if c.isalnum() else "-" for c in job.label).strip("-")
+        final = self.path / "stages" / f"{slug}-{digest[:12]}"
+        return Place(job.label, final, identity | {"digest": digest})
+
+    def find(self, place: Place) -> Stage | None:
+        """The finished stage there, its bytes verified; None if it is not finished.
+
+        Raises:
+            CheckpointError: its files are no longer those that were written.
+        """
+        if not (place.final / "stage.json").exists():
+            if not (place.partial / "stage.json").exists():
+                return None
+            os.replace(place.partial, place.final)  # killed just before the rename
+        shutil.rmtree(place.final / "resume", ignore_errors=True)  # killed just after it
+        record = json.loads((place.final / "stage.json").read_text(encoding="utf-8"))
+        if (digest := self.hashes.tree(place.final)) != record["output"]:
+            raise CheckpointError(
+                f"{place.final}: changed since it was made (digest {digest[:12]}, recorded "
+                f"{record['output'][:12]}). Delete that directory and run the recipe again to rebuild it."
+            )
+        return Stage(place.label, place.final, record, reused=True)
+
+    def _check_ours(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(
+                f"{self.path}: is a file. Choose another output directory with --out."
+            )
+        with accessing(self.path, "read"):
+            names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        if names and not names & {"stages", ".lock"}:
+            raise ConfigError(
+                f"{self.path}: holds files that are not a run's. Choose another directory with --out."
+            )
+
+    def _take_recipe(self, text: str, force: bool, decisive: Callable[[str], Any]) -> None:
+        file = self.path / "recipe.yaml"
+        before = file.read_text(encoding="utf-8") if file.exists() else None
+        if before is not None and before != text and decisive(before) != decisive(text):
+            if not force:
+                raise ConfigError(
+                    f"{self.path}: made by another recipe ({_first_difference(before, text)}). "
+                    "Give --out another directory, or --force to replace the recipe and report there "
+                    "(finished stages are kept and reused where they still apply)."
+                )
+            for name in ("report.html", "report.json"):  # they show the recipe that goes
+                (self.path / name).unlink(missing_ok=True)
+        with accessing(self.path, "write"):
+            (self.path / "stages").mkdir(exist_ok=True)
+            if before != text:
+                write_atomic(file, text)
+
+
+def perform(place: Place, job: Job, engine: "Engine | None") -> None:
+    """Do the work of a stage and rename its directory into place; may run in another process.
+
+    The record is written before the rename and `resume/` goes after it, so that a kill in between repeats nothing.
+    """
+    partial = place.partial
+    with accessing(partial, "write"):
+        partial.mkdir(exist_ok=True)
+    started, clock = time.time(), time.monotonic()
+    job.run(partial, engine)
+    record = place.identity | {
+        "execution": job.execution() | ({"threads": engine.threads} if engine else {}),
+        "output": sha256_tree(partial),
+        "versions": versions(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.monotonic() - clock, 2),
+    }
+    if engine is not None:
+        record["precision_reason"] = engine.reason
+    write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
+    finish_directory(partial, place.final)
+    shutil.rmtree(place.final / "resume", ignore_errors=True)
+
+
+def _cpu() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _first_difference(before: str, after: str) -> str:
+    old, new = before.splitlines(), after.splitlines()
+    for there, here in zip(old, new, strict=False):
+        if there != here:
+            return f"there {there.strip()!r}, now {here.strip()!r}"
+    return f"there {len(old)} lines, now {len(new)}"
