@@ -15,7 +15,7 @@ from typing import Literal
 from salsa.artifacts import FileHashes
 from salsa.config import Recipe
 from salsa.resolve import Models
-from salsa.runtime.executors.local import local_executor
+from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory
@@ -83,19 +83,22 @@ def run_recipe(
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
     directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
-    executor = local_executor(jobs or recipe.engine.jobs, recipe.engine.threads)
+    jobs, threads = jobs or recipe.engine.jobs, recipe.engine.threads
     with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
         stages = stages_of(recipe, run.hashes)
+        pool = ProcessPool(jobs, threads) if jobs > 1 else None
         graph = Graph(
             run,
-            executor,
             precision=recipe.model.precision,
-            before_work=lambda: nodes.check_inputs(recipe, run.hashes),
+            threads=threads,
+            executor=pool,
+            before_work=lambda: nodes.check_inputs(recipe),
         )
         try:
             _finish(recipe, graph, stages, until)
         finally:
-            executor.close()
+            if pool is not None:
+                pool.close()
     return directory.path
 
 

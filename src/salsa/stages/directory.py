@@ -195,8 +195,9 @@ class RunDirectory:
                 write_atomic(file, text)
 
 
-def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """Do the work of a stage and rename its directory into place; may run in another process.
+@contextmanager
+def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
+    """The stage's unfinished directory; at the end of the block it gets its record and its final name.
 
     The record is written before the rename and `resume/` goes after it, so that a kill in between repeats nothing.
     """
@@ -204,17 +205,16 @@ def perform(place: Place, job: Job, engine: "Engine | None") -> None:
     with accessing(partial, "write"):
         partial.mkdir(exist_ok=True)
     started, clock = time.time(), time.monotonic()
-    job.run(partial, engine)
+    yield partial
     record = place.identity | {
         "execution": job.execution() | ({"threads": engine.threads} if engine else {}),
+        "precision_reason": engine.reason if engine else None,
         "output": sha256_tree(partial),
         "versions": versions(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - clock, 2),
     }
-    if engine is not None:
-        record["precision_reason"] = engine.reason
     write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     finish_directory(partial, place.final)
     shutil.rmtree(place.final / "resume", ignore_errors=True)

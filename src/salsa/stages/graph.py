@@ -1,18 +1,21 @@
 """The lazy graph of stages: nodes say what they need and how to make their job; nothing is loaded to enumerate them.
 
-A finished stage is found by its job's identity and skipped. Others run as soon as what they need is there, `jobs` of
-them at once, each in a process of its own if `jobs` > 1.
+A finished stage is found by its job's identity and skipped. Others run one after another in this process, or, with an
+executor, elsewhere and at once as soon as what they need is there.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
 from salsa.errors import ConfigError
 from salsa.runtime.executors import Executor
 from salsa.runtime.tracking import say
-from salsa.stages.directory import Job, Place, RunDirectory, Stage, perform
+from salsa.stages.directory import Job, Place, RunDirectory, Stage, filling
+
+if TYPE_CHECKING:
+    from salsa.runtime.engine import Engine
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -33,17 +36,23 @@ class Graph:
     def __init__(
         self,
         run: RunDirectory,
-        executor: Executor,
         *,
         precision: str = "auto",
+        threads: int | None = None,
+        executor: Executor | None = None,
         before_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_work` is called once, before the first job that is not finished runs."""
-        self.run, self.executor, self.precision = run, executor, precision
+        """Without an executor jobs run here. `before_work` is called once, before the first job that is not finished."""
+        self.run, self.precision, self.executor = run, precision, executor
+        self._threads = executor.threads if executor else threads
         self._before_work = before_work
         self._started = False
+        self._the_engine: Engine | None = None
         self._outputs: dict[Node, Checkpoint] = {}
-        self._made: dict[Node, Job | Checkpoint] = {}
+
+    def __getitem__(self, node: Node) -> Checkpoint:
+        """What a finished node wrote."""
+        return self._outputs[node]
 
     def finish(self, wanted: Iterable[Node]) -> None:
         """Finish `wanted` and all that they need.
@@ -52,86 +61,95 @@ class Graph:
             SalsaError: an input is bad or the work failed; finished stages are kept.
         """
         waiting = [node for node in _closure(wanted) if node not in self._outputs]
+        if self.executor is not None:
+            self._finish_elsewhere(waiting, self.executor)
+            return
+        for node in waiting:
+            job = self._skip(node)
+            if job is not None:
+                place, engine = self._begin(job)
+                with filling(place, job, engine) as directory:
+                    job.run(directory, engine)
+                self._end(node, place)
+
+    def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
+        """As `finish`, as many jobs at once as the executor has slots."""
+        jobs: dict[Node, Job] = {}
         running: dict[Any, tuple[Node, Place]] = {}
-        while waiting or running:
-            self._submit_ready(waiting, running)
-            if running:
-                handle = self.executor.wait(list(running))
-                node, place = running.pop(handle)
-                self._keep(node, place, reused=False)
-
-    def __getitem__(self, node: Node) -> Checkpoint:
-        """What a finished node wrote."""
-        return self._outputs[node]
-
-    def _submit_ready(self, waiting: list[Node], running: dict[Any, tuple[Node, Place]]) -> None:
-        """Skip what is finished and start what is ready, in order, as long as there is room."""
-        progressed = True
-        while progressed:
-            progressed = False
-            for node in list(waiting):
-                if not all(need in self._outputs for need in node.needs):
-                    continue
-                made = self._make(node)
-                if isinstance(made, Checkpoint):
-                    self._outputs[node] = made
-                elif (stage := self._finished(made)) is not None:
-                    self._record(node, stage)
-                elif len(running) < self.executor.slots:
-                    place = self._place(made)
-                    running[self._submit(place, made)] = node, place
-                else:
-                    continue
+        while waiting or jobs or running:
+            for node in [n for n in waiting if all(need in self._outputs for need in n.needs)]:
                 waiting.remove(node)
-                progressed = True
+                if (job := self._skip(node)) is not None:
+                    jobs[node] = job
+            for node in list(jobs)[: executor.slots - len(running)]:
+                job = jobs.pop(node)
+                place, engine = self._begin(job)
+                running[executor.submit(perform, place, job, engine)] = node, place
+            if running:
+                self._end(*running.pop(executor.wait(list(running))))
 
-    def _make(self, node: Node) -> Job | Checkpoint:
-        """The node's job, made once."""
-        if node not in self._made:
-            self._made[node] = node.make(*(self._outputs[need] for need in node.needs))
-        return self._made[node]
+    def _skip(self, node: Node) -> Job | None:
+        """The node's job, if there is anything left to do."""
+        job = node.make(*(self._outputs[need] for need in node.needs))
+        if isinstance(job, Checkpoint):
+            self._outputs[node] = job
+            return None
+        if (stage := self._finished(job)) is None:
+            return job
+        self._record(node, stage)
+        return None
 
     def _finished(self, job: Job) -> Stage | None:
         """The job's finished stage; with precision `auto`, in whichever arithmetic it was computed."""
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
-        stages = [self.run.find(self.run.place(job, choice)) for choice in choices]
-        finished = [stage for stage in stages if stage is not None]
+        places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
+        finished = [stage for p in places.values() if (stage := self.run.find(p)) is not None]
         return max(finished, key=lambda stage: stage.record["started"], default=None)
 
-    def _place(self, job: Job) -> Place:
-        """Where the job will be computed; what was begun in one arithmetic is not continued in another."""
+    def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
+        """Where the job will be computed and by what; what was begun in one arithmetic stays in it."""
         if not self._started:
             self._before_work()
             self._started = True
         if not job.needs_engine:
-            return self.run.place(job, "")
-        engine = self.executor.resolve(self.precision)
+            return self.run.place(job, ""), None
+        engine = self._engine()
         place = self.run.place(job, engine.precision)
         for other in set(PRECISIONS) - {engine.precision}:
             begun = self.run.place(job, other).partial
-            if self.precision == "auto" and begun.exists() and not place.partial.exists():
+            if begun.exists() and not place.partial.exists():
                 raise ConfigError(
-                    f"{begun}: {job.label} was begun in {other}, and here auto means {engine.precision} "
-                    f"({engine.reason}). Set model.precision={other} to go on from its checkpoint, or delete "
-                    f"that directory to begin anew."
+                    f"{begun}: {job.label} was begun in {other}, and model.precision={self.precision} means "
+                    f"{engine.precision} here ({engine.reason}). Set model.precision={other} to go on from its "
+                    "checkpoint, or delete that directory to begin anew."
                 )
-        return place
+        return place, engine
 
-    def _submit(self, place: Place, job: Job) -> Any:
-        if not job.needs_engine:
-            return self.executor.submit(perform, place, job, None)
-        return self.executor.submit(perform, place, job, self.executor.resolve(self.precision))
+    def _engine(self) -> "Engine":
+        """Made before the first job that computes with torch."""
+        if self._the_engine is None:
+            from salsa.runtime.engine import Engine
 
-    def _keep(self, node: Node, place: Place, *, reused: bool) -> None:
+            self._the_engine = Engine.create(self.precision, threads=self._threads)
+            say(f"precision: {self._the_engine.precision} ({self._the_engine.reason})")
+        return self._the_engine
+
+    def _end(self, node: Node, place: Place) -> None:
         stage = self.run.find(place)
-        assert stage is not None  # the executor raises if the work failed
-        self._record(node, Stage(stage.label, stage.path, stage.record, reused))
+        assert stage is not None  # the work raised nothing
+        self._record(node, Stage(stage.label, stage.path, stage.record, reused=False))
 
     def _record(self, node: Node, stage: Stage) -> None:
         self.run.finished.append(stage)
         self._outputs[node] = stage.checkpoint
         how = "reused" if stage.reused else f"done in {stage.record['seconds']:.0f} s"
         say(f"{stage.label}: {how}")
+
+
+def perform(place: Place, job: Job, engine: "Engine | None") -> None:
+    """The work of a stage in the process that an executor chose."""
+    with filling(place, job, engine) as directory:
+        job.run(directory, engine)
 
 
 def _closure(wanted: Iterable[Node]) -> list[Node]:

@@ -180,7 +180,7 @@ def samples(
     return Node(label, (policy, *measured.values(), *owned, *([reward] if reward else [])), job)
 
 
-def check_inputs(recipe: Recipe, hashes: FileHashes) -> None:
+def check_inputs(recipe: Recipe) -> None:
     """Touch every data set and callable before any work: a typo must not surface after an hour of SFT."""
     from salsa.models import load_tokenizer
     from salsa.runtime.tracking import quiet_libraries

@@ -1,4 +1,4 @@
-"""Who runs a job: this process, or a pool of local processes. An executor knows no stage and no algorithm."""
+"""Where jobs run when they do not run in this process. An executor knows no stage and no algorithm."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,9 +11,8 @@ class Executor(Protocol):
     """Runs calls `work(place, job, engine)`, at most `slots` at once."""
 
     slots: int
-
-    def resolve(self, precision: str) -> "Engine":
-        """The engine that jobs get; `auto` is measured here, once, so that all of them compute alike."""
+    threads: int
+    """Of each job."""
 
     def submit(
         self, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"

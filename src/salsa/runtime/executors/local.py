@@ -1,72 +1,30 @@
-"""Jobs on this machine: one after another in this process, or several processes with the threads divided."""
+"""Several processes on this machine, the threads divided among them."""
 
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
-
-from salsa.runtime.executors import Executor
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
-
-
-def local_executor(jobs: int, threads: int | None) -> Executor:
-    """The executor of `jobs` jobs at once; `threads` are shared among them."""
-    return InProcess(threads) if jobs == 1 else ProcessPool(jobs, threads)
-
-
-class InProcess:
-    """One job at a time, here; `submit` returns when its work is done."""
-
-    slots = 1
-
-    def __init__(self, threads: int | None) -> None:
-        self._threads = threads
-        self.resolve = cache(self._resolve)
-
-    def _resolve(self, precision: str) -> "Engine":
-        from salsa.runtime.engine import Engine
-
-        return Engine.create(precision, threads=self._threads)
-
-    def submit(
-        self, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
-    ) -> Any:
-        """Do the work now."""
-        work(place, job, engine)
-        return object()
-
-    def wait(self, handles: Sequence[Any]) -> Any:
-        """Whatever was submitted has ended."""
-        return handles[0]
-
-    def close(self) -> None:
-        """Nothing runs."""
+    from salsa.stages.directory import Job, Place
 
 
 class ProcessPool:
-    """`jobs` processes with their share of the threads; each is started anew (spawn), so that no state leaks in."""
+    """`jobs` processes; each is started anew (spawn), so that no state of this one leaks in."""
 
     def __init__(self, jobs: int, threads: int | None) -> None:
         self.slots = jobs
-        self._threads = max(1, (threads or os.cpu_count() or 1) // jobs)
+        self.threads = max(1, (threads or os.cpu_count() or 1) // jobs)
         self._pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-        self.resolve = cache(self._resolve)
-
-    def _resolve(self, precision: str) -> "Engine":
-        from salsa.runtime.engine import Engine
-
-        return Engine.create(precision, threads=self._threads)
 
     def submit(
-        self, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
+        self, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
     ) -> "Future[None]":
         """Start the work in a process."""
-        return self._pool.submit(_in_worker, self._threads, work, place, job, engine)
+        return self._pool.submit(_in_worker, self.threads, work, place, job, engine)
 
     def wait(self, handles: Sequence["Future[None]"]) -> "Future[None]":
         """The first that has ended; raises what it raised."""
@@ -82,7 +40,7 @@ class ProcessPool:
 
 
 def _in_worker(
-    threads: int, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
+    threads: int, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
 ) -> None:
     """What a worker process does with a call: prepare itself like the process that sent it."""
     if engine is not None:
