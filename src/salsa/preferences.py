@@ -7,44 +7,38 @@ the labeller likes, not what people like, and the report says so.
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy.special import expit
 
-from salsa import models
-from salsa.artifacts import Checkpoint, read_jsonl, write_jsonl
+from salsa.artifacts import write_jsonl
 from salsa.config import PreferencesConfig
-from salsa.data import Prompt, Row
+from salsa.data import Prompt, Row, load_prompts
 from salsa.errors import DataError
-from salsa.reward_functions import FunctionScorer
-from salsa.rl import collect_rollout, decode
-from salsa.runtime.local import freeze, seed_everything
+from salsa.models import LanguageModel, load_tokenizer, sampling_for
+from salsa.rewards import FunctionScorer
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import Tracker, tracker
+from salsa.stages.jobs import PreferencesJob
 
 BATCH = 64
+"""Replies sampled at once."""
 
 
-@dataclass(frozen=True)
-class PairsJob:
-    """Two replies per prompt, of two SFT models (or of one, twice)."""
-
-    label: str
-    models: Sequence[Checkpoint]
-    config: PreferencesConfig
-    prompts: Sequence[Prompt]
-    precision: str
-
-
-def sample_pairs(job: PairsJob, directory: Path) -> None:
+def sample_pairs(job: PreferencesJob, directory: Path, engine: Engine) -> None:
     """Write `pairs.jsonl`: prompt, chosen, rejected, and whether the noisy label agrees with the scorer.
 
     Raises:
         DataError: no prompt got two different replies.
     """
-    authors = _authors(len(job.models), len(job.prompts), job.config.seed)
-    replies: list[list[str]] = [["", ""] for _ in job.prompts]
+    config = job.config
+    assert config.prompts is not None  # the schema: prompts and labeller, or a data set
+    tokenizer = load_tokenizer(job.models[0].path)
+    prompts = load_prompts(config.prompts, tokenizer, max_tokens=job.max_prompt_tokens)
+    authors = _authors(len(job.models), len(prompts), config.seed)
+    replies: list[list[str]] = [["", ""] for _ in prompts]
     with tracker(directory, job.label, _num_batches(authors), ("length",)) as log:
         log.resume_at(0)
         for number in range(len(job.models)):
@@ -54,10 +48,10 @@ def sample_pairs(job: PairsJob, directory: Path) -> None:
                 for side in (0, 1)
                 if pair[side] == number
             ]
-            texts = _replies(job, number, [job.prompts[row] for row, _ in own], log)
+            texts = _replies(job, number, [prompts[row] for row, _ in own], log, engine)
             for (row, side), text in zip(own, texts, strict=True):
                 replies[row][side] = text
-    rows = label_pairs(job.prompts, [r[0] for r in replies], [r[1] for r in replies], job.config)
+    rows = label_pairs(prompts, [r[0] for r in replies], [r[1] for r in replies], config)
     if not rows:
         raise DataError("preferences: no prompt got two different replies. Give more prompts.")
     write_jsonl(directory / "pairs.jsonl", rows)
@@ -77,30 +71,27 @@ def _num_batches(authors: Sequence[tuple[int, int]]) -> int:
     return sum(-(-count // BATCH) for count in counts.values())
 
 
-def _replies(job: PairsJob, number: int, prompts: Sequence[Prompt], log: Tracker) -> list[str]:
+def _replies(
+    job: PreferencesJob, number: int, prompts: Sequence[Prompt], log: Tracker, engine: Engine
+) -> list[str]:
     """One model's replies, a row of metrics a batch."""
     path = job.models[number].path
-    tokenizer = models.load_tokenizer(path)
-    policy = freeze(models.load_policy(path), job.precision)
-    sampling = models.sampling(
+    tokenizer = load_tokenizer(path)
+    sampler = LocalSampler(LanguageModel.load(path, engine))
+    sampling = sampling_for(
         path,
         tokenizer,
         max_new_tokens=job.config.max_new_tokens,
         temperature=job.config.temperature,
-        precision=job.precision,
     )
-    generator = seed_everything(job.config.seed, number)
+    generator = engine.generator(job.config.seed, number)
     texts: list[str] = []
     for start in range(0, len(prompts), BATCH):
-        rollout = collect_rollout(policy, prompts[start : start + BATCH], sampling, generator)
-        texts += decode(rollout, tokenizer)
+        batch = [prompt.ids for prompt in prompts[start : start + BATCH]]
+        rollout = sampler.generate(batch, sampling, generator).rollout
+        texts += rollout.texts(tokenizer)
         log.log(log.step + 1, {"length": rollout.lengths.float().mean().item()})
     return texts
-
-
-def read_pairs(directory: Path) -> list[Row]:
-    """Rows that `sample_pairs` wrote."""
-    return read_jsonl(directory / "pairs.jsonl")
 
 
 def label_pairs(
@@ -113,6 +104,7 @@ def label_pairs(
 
     Pairs of equal replies teach nothing and are dropped.
     """
+    assert config.labeller is not None  # the schema
     scorer = FunctionScorer([config.labeller])
     rng = random.Random(config.seed)
     rows = []

@@ -1,58 +1,58 @@
-"""KL-anchored policy optimization, as an outline: collect_rollout → compute_experience → update_models.
+"""Policy optimisation with a KL penalty, as an outline: collect_rollout → compute_experience → update.
 
     L(π) = −R(x, y) + β·KL(π(y|x) ‖ π_reference(y|x))        (SALSA; plain PPO where the reference is one SFT model)
 
-PPO, RLOO and GRPO are one loop: only `estimate_advantages` differs. The KL penalty is part of the per-token reward, or
-a term of the loss. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a straight
-run, bit for bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference: equal weights
-give a KL of exactly 0.
+PPO, RLOO and GRPO are one loop: only `objectives.estimate_advantages` differs. The KL penalty is part of the per-token
+reward, or a term of the loss. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a
+straight run, bit for bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference:
+equal weights give a KL of exactly 0.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from salsa import models, objectives
-from salsa.actors import (
-    Actors,
-    Progress,
-    load_actors,
-    load_progress,
-    save_actors,
-    save_progress,
-)
+from salsa import objectives
 from salsa.alarms import Alarms
 from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
 from salsa.config import RLConfig
-from salsa.data import Prompt, collate, draw_prompts
+from salsa.config.expressions import ReferenceRule
+from salsa.data import Prompt, draw_prompts
 from salsa.errors import CheckpointError, WorkFailed
-from salsa.expressions import Anchor
-from salsa.reward_functions import Scorer, begin
-from salsa.runtime.generation import generate
-from salsa.runtime.local import computing, device, freeze, seed_everything
+from salsa.models import LanguageModel, load_tokenizer, same_vocabulary, sampling_for
+from salsa.objectives import Moments
+from salsa.rewards import Scorer, begin
+from salsa.rl_models import (
+    Progress,
+    RLModels,
+    load_models,
+    load_progress,
+    save_models,
+    save_progress,
+)
+from salsa.runtime.engine import Engine
 from salsa.runtime.meter import Meter, Work, forward_flops
-from salsa.runtime.packing import num_distinct, packs_of, recomputing
+from salsa.runtime.packing import num_distinct, packs_of
+from salsa.runtime.sampler import LocalSampler, Sampler
 from salsa.runtime.tracking import say, tracker
-from salsa.types import Experience, Rollout, Sampling, UpdateStats, rows_of
+from salsa.types import Experience, Generation, Rollout, Sampling, UpdateStats, rows_of
 
 SHOWN = ("score", "kl", "length", "tokens_per_second_rollout")
 
 
 @dataclass(frozen=True)
-class RLJob:
-    """One RL run: an arm and a seed."""
+class RLSetup:
+    """What one RL run is made of: an arm and a seed, with prompts and rewards loaded."""
 
     label: str
     init: Checkpoint
-    reference: Checkpoint | Anchor[Checkpoint]
-    """What the KL pulls towards; a bare checkpoint is an anchor that stands still."""
+    reference: Checkpoint | ReferenceRule[Checkpoint]
+    """What the KL pulls towards; a bare checkpoint is a reference that stands still."""
     critic_init: Checkpoint
     """A sequence classifier (the reward model), or a language model whose trunk gets a new head."""
     config: RLConfig
@@ -60,7 +60,6 @@ class RLJob:
     reward: Scorer | Mapping[str, Scorer]
     """What is maximised; of several, by name, the sum, and each is logged."""
     seed: int
-    precision: str = "auto"
     monitors: Mapping[str, Scorer] = field(default_factory=dict)
     """Further scores to log, e.g. `gold`; they do not train anything."""
     kl_to: Mapping[str, Checkpoint] = field(default_factory=dict)
@@ -72,104 +71,117 @@ class RLJob:
         return {"reward": self.reward} if callable(self.reward) else self.reward
 
     @property
-    def anchor(self) -> Anchor[Checkpoint]:
-        """The reference as an anchor."""
-        return self.reference if isinstance(self.reference, Anchor) else Anchor((self.reference,))
+    def rule(self) -> ReferenceRule[Checkpoint]:
+        """The reference as a rule."""
+        if isinstance(self.reference, ReferenceRule):
+            return self.reference
+        return ReferenceRule((self.reference,))
 
 
-def train_rl(job: RLJob, directory: Path) -> None:
+@dataclass(frozen=True)
+class PolicySampler:
+    """How the policy is sampled from, and its tokenizer."""
+
+    sampler: Sampler
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
+
+
+def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> None:
     """Train the policy and write it to `directory`, with its critic; resumable.
 
     Raises:
         CheckpointError: the models do not share a vocabulary, or the reference changed since the last checkpoint.
-        WorkFailed: a reward failed, or a loss is no longer finite.
+        WorkFailed: a reward failed, a loss is no longer finite, or the sampler spoke with other weights.
     """
-    config, states = job.config, directory / "resume"
-    actors, tokenizer, sampling = load(job)
-    progress = load_progress(actors, states) or Progress(config.kl_coef * job.anchor.pulls)
-    with tracker(directory, job.label, config.num_updates, SHOWN) as log:
+    engine = engine or Engine.create()
+    config, states = setup.config, directory / "resume"
+    models, source = load(setup, engine)
+    progress = load_progress(models, states) or Progress(config.kl_coef * setup.rule.pulls)
+    with tracker(directory, setup.label, config.num_updates, SHOWN) as log:
         log.resume_at(progress.update)
-        alarms = Alarms(job.monitors, read_jsonl(log.file))
-        for update in range(progress.update, config.num_updates):
-            meter = Meter()
-            generator = seed_everything(job.seed, update)
+        alarms = Alarms(setup.monitors, read_jsonl(log.file))
+        for number in range(progress.update, config.num_updates):
+            meter = Meter(engine)
+            generator = engine.generator(setup.seed, number)
             prompts = draw_prompts(
-                job.prompts, config.rollout_size, config.group_size, job.seed, update
+                setup.prompts, config.rollout_size, config.group_size, setup.seed, number
             )
-            rollout = collect_rollout(actors.policy, prompts, sampling, generator)
+            rollout = collect_rollout(models.policy, source, prompts, generator)
             meter.phase_done("rollout")
-            experience, figures = compute_experience(
-                actors, rollout, prompts, job, tokenizer, sampling, progress
+            experience, metrics, moments = compute_experience(
+                models, rollout, prompts, setup, source, progress
             )
-            _require_finite(job.label, update, figures)
-            if update % config.monitor_kl_every == 0 or update + 1 == config.num_updates:
-                figures |= measure_kl(actors, experience, job)
+            _require_finite(setup.label, number, metrics)
+            if number % config.monitor_kl_every == 0 or number + 1 == config.num_updates:
+                metrics |= measure_kl(models, experience, setup, engine)
             meter.phase_done("experience")
-            stats = update_models(actors, experience, job, progress, generator)
+            stats = update(models, experience, setup, progress, generator, engine)
             meter.phase_done("update")
-            _require_finite(job.label, update, stats.figures)
-            speed = meter.figures(_work(actors, rollout, config), job.precision)
-            row = figures | stats.figures | speed
-            log.log(update + 1, row)
-            if messages := alarms.observe(row | {"step": update + 1}):
+            _require_finite(setup.label, number, stats.metrics)
+            row = metrics | stats.metrics | meter.metrics(_work(models, rollout, config))
+            log.log(number + 1, row)
+            if messages := alarms.observe(row | {"step": number + 1}):
                 write_atomic(directory / "alarms.log", "\n".join(alarms.raised.values()) + "\n")
-                say("\n".join(f"{job.label}: {message}" for message in messages))
-            advance(actors, progress, config, figures)
-            if (
-                progress.update % config.checkpoint_every == 0
-                and progress.update < config.num_updates
-            ):
-                save_progress(actors, progress, states, keep_last=config.keep_checkpoints)
+                say("\n".join(f"{setup.label}: {message}" for message in messages))
+            progress = advance(models, replace(progress, moments=moments), config, metrics)
+            due = progress.update % config.checkpoint_every == 0
+            if due and progress.update < config.num_updates:
+                progress = save_progress(
+                    models, progress, states, keep_last=config.keep_checkpoints
+                )
     if config.select == "best":
-        _return_to_best(actors, progress, states, job.label)
-    save_actors(actors, tokenizer, job.init, directory)
+        _return_to_best(models, progress, states, setup.label)
+    save_models(models, source.tokenizer, setup.init, directory)
 
 
 def collect_rollout(
-    policy: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    generator: torch.Generator,
+    policy: LanguageModel, source: PolicySampler, prompts: Sequence[Prompt], generator: torch.Generator
 ) -> Rollout:
-    """Sample one response per prompt."""
-    batch = collate(prompts, sampling.pad_id)
-    prompt, prompt_mask = batch.prompt.to(device()), batch.prompt_mask.to(device())
-    with computing(sampling.precision, policy):
-        said = generate(
-            policy,
-            prompt,
-            prompt_mask,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            eos_ids=sampling.eos_ids,
-            pad_id=sampling.pad_id,
-            generator=generator,
+    """Sample one response per prompt from the policy as it is now.
+
+    Raises:
+        WorkFailed: the sampler holds other weights than the policy.
+    """
+    generation: Generation = source.sampler.generate(
+        [prompt.ids for prompt in prompts], source.sampling, generator
+    )
+    if generation.version != (version := policy.version()):
+        raise WorkFailed(
+            f"the sampler spoke with weights {generation.version[:12]}, the policy has {version[:12]}: its samples are "
+            "stale and would bias every ratio. Push the policy's weights to the sampler after every update."
         )
-    return Rollout(prompt, prompt_mask, said.response, said.response_mask)
+    return generation.rollout
 
 
 @torch.no_grad()
 def compute_experience(
-    actors: Actors,
+    models: RLModels,
     rollout: Rollout,
     prompts: Sequence[Prompt],
-    job: RLJob,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
+    setup: RLSetup,
+    source: PolicySampler,
     progress: Progress,
-) -> tuple[Experience, dict[str, float]]:
-    """Logprobs, values, scores, rewards and advantages of a rollout, and what is worth logging of them."""
-    config, mask = job.config, rollout.response_mask
-    texts = decode(rollout, tokenizer)
-    pending = {name: begin(scorer, prompts, texts) for name, scorer in job.rewards.items()}
-    logprobs, entropy, ref_logprobs, values = _forward(actors, rollout, job)
-    ended = has_ended(rollout, sampling.eos_ids)
+) -> tuple[Experience, dict[str, float], Moments]:
+    """Logprobs, values, scores, rewards and advantages of a rollout; their metrics; the scores' moments from now on."""
+    config, mask = setup.config, rollout.response_mask
+    texts = rollout.texts(source.tokenizer)
+    pending = {name: begin(scorer, prompts, texts) for name, scorer in setup.rewards.items()}
+    logprobs, entropy, ref_logprobs, values = _forward(models, rollout, config)
+    ended = rollout.ended(source.sampling.eos_ids)
     parts = {
         name: torch.tensor(scores(), dtype=torch.float32, device=mask.device)
         for name, scores in pending.items()
     }
     raw_scores = torch.stack(list(parts.values())).sum(dim=0)
-    scores = shape_scores(raw_scores, ended, config, progress)
+    scores, moments = objectives.shape_scores(
+        raw_scores,
+        ended,
+        progress.moments,
+        normalize=config.normalize_scores,
+        score_clip=config.score_clip,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )
     rewards = objectives.token_rewards(
         scores,
         logprobs,
@@ -178,121 +190,142 @@ def compute_experience(
         kl_coef=progress.kl_coef if config.kl_in == "reward" else 0.0,
         kl_kind=config.kl_kind,
     )
-    advantages, returns = estimate_advantages(rewards, values, mask, config)
+    advantages, returns = objectives.estimate_advantages(
+        rewards,
+        values,
+        mask,
+        algorithm=config.algorithm,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        group_size=config.group_size,
+    )
     experience = Experience(
         rollout, logprobs, ref_logprobs, values, scores, rewards, advantages, returns
     )
-    kl = objectives.kl_estimate(logprobs, ref_logprobs, "k1").sum(dim=1)
-    figures = {
-        "score": raw_scores.mean().item(),
-        "score_std": raw_scores.std(correction=0).item(),
-        "reward": rewards.sum(dim=1).mean().item(),
+    metrics = _metrics(experience, raw_scores, ended, entropy, progress.kl_coef)
+    if models.critic is not None:
+        metrics["value"] = objectives.masked_mean(values, mask).item()
+        metrics["explained_variance"] = objectives.explained_variance(values, returns, mask)
+    if len(parts) > 1:
+        metrics |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
+    for name, monitor in setup.monitors.items():
+        metrics[name] = sum(monitor(prompts, texts)) / len(texts)
+    return experience, metrics, moments
+
+
+def _metrics(
+    experience: Experience, scores: Tensor, ended: Tensor, entropy: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """What is logged of every rollout, with or without a critic (docs/metrics.md)."""
+    rollout = experience.rollout
+    kl = objectives.kl_estimate(experience.logprobs, experience.ref_logprobs, "k1").sum(dim=1)
+    return {
+        "score": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+        "reward": experience.rewards.sum(dim=1).mean().item(),
         "kl": kl.mean().item(),
         "kl_stderr": kl.std(correction=0).item() / math.sqrt(len(kl)),
-        "kl_coef": progress.kl_coef,
-        "entropy": objectives.masked_mean(entropy, mask).item(),
+        "kl_coef": kl_coef,
+        "entropy": objectives.masked_mean(entropy, rollout.response_mask).item(),
         "length": rollout.lengths.float().mean().item(),
         "eos_rate": ended.float().mean().item(),
     }
-    if actors.critic is not None:
-        figures["value"] = objectives.masked_mean(values, mask).item()
-        figures["explained_variance"] = objectives.explained_variance(values, returns, mask)
-    if len(parts) > 1:
-        figures |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
-    for name, monitor in job.monitors.items():
-        figures[name] = sum(monitor(prompts, texts)) / len(texts)
-    return experience, figures
-
-
-def shape_scores(scores: Tensor, ended: Tensor, config: RLConfig, progress: Progress) -> Tensor:
-    """Normalise by the moments of all scores so far, clip, then fine responses without EOS: each [B], each optional."""
-    if config.normalize_scores:
-        progress.moments = objectives.updated_moments(progress.moments, scores)
-        scores = (scores - progress.moments.mean) / progress.moments.std
-    if config.score_clip is not None:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    return scores - config.missing_eos_penalty * (~ended)
-
-
-def estimate_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, config: RLConfig
-) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), each [B, R]: the one step in which PPO, RLOO and GRPO differ."""
-    if config.algorithm == "ppo":
-        advantages, returns = objectives.gae(
-            rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
-        )
-        return objectives.whiten(advantages, mask), returns
-    per_group = (
-        objectives.rloo_advantages if config.algorithm == "rloo" else objectives.grpo_advantages
-    )
-    per_episode = per_group(rewards.sum(dim=1), config.group_size)
-    return per_episode[:, None] * mask, torch.zeros_like(values)
 
 
 @torch.no_grad()
-def measure_kl(actors: Actors, experience: Experience, job: RLJob) -> dict[str, float]:
-    """KL of the rollout's policy to every model of `job.kl_to`, in nats per response; one more model in memory."""
-    here = {} if job.anchor.moves else actors.reference.by_digest
-    figures = {}
-    for name, checkpoint in job.kl_to.items():
-        model = here.get(checkpoint.digest) or models.load_policy(checkpoint.path)
-        order = microbatches(experience.rollout, job.config)
-        with computing(job.precision, model):
-            parts = [_logprobs(model, rows_of(experience.rollout, index), job) for index in order]
+def measure_kl(
+    models: RLModels, experience: Experience, setup: RLSetup, engine: Engine
+) -> dict[str, float]:
+    """KL of the rollout's policy to every model of `setup.kl_to`, in nats per response; one more model in memory."""
+    loaded, temperature = models.reference.by_digest, setup.config.temperature
+    metrics = {}
+    for name, checkpoint in setup.kl_to.items():
+        model = loaded.get(checkpoint.digest) or LanguageModel.load(checkpoint.path, engine)
+        order = packs(experience.rollout, setup.config)
+        parts = [model.logprobs(rows_of(experience.rollout, i), temperature) for i in order]
         theirs = torch.cat(parts)[torch.cat(order).argsort()]
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
-        figures[f"kl_{name}"] = kl.mean().item()
-    return figures
+        metrics[f"kl_to_{name}"] = kl.mean().item()
+    return metrics
 
 
-def update_models(
-    actors: Actors,
+def update(
+    models: RLModels,
     experience: Experience,
-    job: RLJob,
+    setup: RLSetup,
     progress: Progress,
     generator: torch.Generator,
+    engine: Engine,
 ) -> UpdateStats:
     """`num_epochs` passes in shuffled minibatches; each steps policy and critic once."""
-    config = job.config
-    decay = 1 - progress.update / config.num_updates
-    rates = {
-        "policy": config.learning_rate,
-        "critic": config.critic_learning_rate or config.learning_rate,
-    }
-    for name, (_, optimizer) in actors.learners.items():
-        optimizer.param_groups[0]["lr"] = rates[name] * decay
+    config = setup.config
+    _decay_learning_rates(models, config, progress.update)
     steps = []
-    for _ in range(config.num_epochs):
-        order = torch.randperm(len(experience), generator=generator, device=generator.device)
-        for mb_index in order.split(config.minibatch):
-            steps.append(_optimizer_step(actors, rows_of(experience, mb_index), job, progress))
-            actors.reference.after_step(actors.policy)
+    for epoch, minibatch in minibatches(experience, config, generator):
+        metrics: dict[str, Tensor] = {}
+        for group in models.groups(warming_up=progress.update < config.critic_warmup):
+            for micro, share in microbatches(minibatch, config, engine):
+                mask, losses, parts = micro.rollout.response_mask, [], {}
+                if "policy" in group:
+                    logprobs = models.policy.logprobs(micro.rollout, config.temperature)
+                    clipped = objectives.policy_loss(
+                        logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
+                    )
+                    losses.append(clipped.loss)
+                    parts |= {
+                        "policy_loss": clipped.loss,
+                        "clip_fraction": clipped.clip_fraction,
+                        "approx_kl": clipped.approx_kl,
+                        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
+                    }
+                    if config.kl_in == "loss":
+                        parts["kl_loss"] = objectives.kl_loss(
+                            logprobs, micro.logprobs, micro.ref_logprobs, mask,
+                            kl_kind=config.kl_kind, importance=config.weighs_kl(epoch),
+                        )  # fmt: skip
+                        losses.append(progress.kl_coef * parts["kl_loss"])
+                if "critic" in group and models.critic is not None:
+                    value = objectives.value_loss(
+                        models.critic.values(micro.rollout), micro.values, micro.returns, mask,
+                        value_clip_range=config.value_clip_range,
+                    )  # fmt: skip
+                    losses.append(config.value_weight * value.loss)
+                    parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+                (sum(losses[1:], start=losses[0]) * share).backward()
+                for name, part in parts.items():
+                    metrics[name] = metrics.get(name, 0) + part.detach() * share
+            for name in group:
+                norm = models.learners[name].step(config.max_grad_norm)
+                metrics["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
+            models.zero_grad()
+        models.reference.after_step(models.policy)
+        steps.append({name: float(value) for name, value in metrics.items()})
     return UpdateStats(
         **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     )
 
 
-def advance(
-    actors: Actors, progress: Progress, config: RLConfig, figures: Mapping[str, float]
-) -> None:
-    """Count the update, let a resetting anchor reset, and adapt β to the KL that was measured."""
-    progress.update += 1
-    progress.rewards.append(figures["reward"])
-    was_reset = actors.reference.after_update(actors.policy, progress.update)
-    if was_reset and actors.reference.anchor.reset_optimizer:
-        actors.forget_moments()
-    if config.adaptive_kl is not None:
-        progress.kl_coef = objectives.adapted_kl_coef(
-            progress.kl_coef,
-            figures["kl"],
-            target=config.adaptive_kl.target,
-            horizon=config.adaptive_kl.horizon,
-            num_episodes=config.rollout_size,
-        )
+def minibatches(
+    experience: Experience, config: RLConfig, generator: torch.Generator
+) -> Iterator[tuple[int, Experience]]:
+    """(pass, minibatch) of `num_epochs` shuffled passes over the rollout."""
+    for epoch in range(config.num_epochs):
+        order = torch.randperm(len(experience), generator=generator, device=generator.device)
+        for index in order.split(config.minibatch):
+            yield epoch, rows_of(experience, index)
 
 
-def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
+def microbatches(
+    minibatch: Experience, config: RLConfig, engine: Engine
+) -> Iterator[tuple[Experience, Tensor]]:
+    """What one forward pass takes, and its share of the minibatch's real tokens on all ranks."""
+    total_tokens = engine.sum(minibatch.rollout.response_mask.sum())
+    for index in packs(minibatch.rollout, config):
+        micro = rows_of(minibatch, index)
+        yield micro, micro.rollout.response_mask.sum() / total_tokens
+
+
+def packs(rollout: Rollout, config: RLConfig) -> list[Tensor]:
     """Row numbers of each forward pass: rows that begin alike together, `microbatch_tokens` distinct ones at once."""
     here = rollout.response.device
     return [
@@ -300,189 +333,113 @@ def microbatches(rollout: Rollout, config: RLConfig) -> list[Tensor]:
     ]
 
 
-def _optimizer_step(
-    actors: Actors, minibatch: Experience, job: RLJob, progress: Progress
-) -> dict[str, float]:
-    """Step policy and critic, one after the other where they share no weights: one's gradients in memory at a time."""
-    figures: dict[str, float] = {}
-    for group in actors.groups(warming_up=progress.update < job.config.critic_warmup):
-        figures |= _step(actors, group, minibatch, job, progress.kl_coef)
-    return figures
-
-
-def _step(
-    actors: Actors, group: Sequence[str], minibatch: Experience, job: RLJob, kl_coef: float
-) -> dict[str, float]:
-    """Accumulate the group's gradients over microbatches, weighted by their real tokens, and step its optimizers."""
-    total_tokens = minibatch.rollout.response_mask.sum()
-    figures: dict[str, Tensor] = {}
-    models_and_trunks = [actors.modules_of(name) for name in group]
-    trunks = [trunk for _, trunk in models_and_trunks]
-    saving = recomputing(*trunks) if job.config.gradient_checkpointing else nullcontext()
-    with computing(job.precision, *chain(*models_and_trunks)), saving:
-        for index in microbatches(minibatch.rollout, job.config):
-            micro = rows_of(minibatch, index)
-            share = micro.rollout.response_mask.sum() / total_tokens
-            loss, parts = _losses(actors, group, micro, job, kl_coef)
-            (loss * share).backward()
-            for name, part in parts.items():
-                figures[name] = figures.get(name, 0) + part.detach() * share
-    for name in group:
-        model, optimizer = actors.learners[name]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.config.max_grad_norm)
-        figures["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
-        optimizer.step()
-    actors.forget_gradients()
-    return {name: float(value) for name, value in figures.items()}
-
-
-def _losses(
-    actors: Actors, group: Sequence[str], micro: Experience, job: RLJob, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The group's loss on a microbatch, and its figures."""
-    terms: list[Tensor] = []
-    figures: dict[str, Tensor] = {}
-    if "policy" in group:
-        loss, of_policy = _policy_loss(actors.policy, micro, job, kl_coef)
-        terms.append(loss)
-        figures |= of_policy
-    if "critic" in group and actors.critic is not None:
-        value = objectives.value_loss(
-            models.response_values(actors.critic, micro.rollout),
-            micro.values,
-            micro.returns,
-            micro.rollout.response_mask,
-            value_clip_range=job.config.value_clip_range,
+def advance(
+    models: RLModels, progress: Progress, config: RLConfig, metrics: Mapping[str, float]
+) -> Progress:
+    """Count the update, let a resetting reference reset, and adapt β to the KL that was measured."""
+    number, kl_coef = progress.update + 1, progress.kl_coef
+    was_reset = models.reference.after_update(models.policy, number)
+    if was_reset and models.reference.rule.reset_optimizer:
+        models.reset_optimizers()
+    if config.adaptive_kl is not None:
+        kl_coef = objectives.adapted_kl_coef(
+            kl_coef,
+            metrics["kl"],
+            target=config.adaptive_kl.target,
+            horizon=config.adaptive_kl.horizon,
+            num_episodes=config.rollout_size,
         )
-        terms.append(job.config.value_weight * value.loss)
-        figures |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-    return torch.stack(terms).sum(), figures
+    rewards = (*progress.rewards, metrics["reward"])
+    return replace(progress, update=number, kl_coef=kl_coef, rewards=rewards)
 
 
-def _policy_loss(
-    policy: PreTrainedModel, micro: Experience, job: RLJob, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped objective, and β·KL where it is in the loss."""
-    config, mask = job.config, micro.rollout.response_mask
-    logprobs = _logprobs(policy, micro.rollout, job)
-    clipped = objectives.policy_loss(
-        logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
-    )
-    figures = {
-        "policy_loss": clipped.loss,
-        "clip_fraction": clipped.clip_fraction,
-        "approx_kl": clipped.approx_kl,
-        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
+def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
+    """The run's models, and how its policy speaks.
+
+    Raises:
+        CheckpointError: the models do not share a vocabulary, or one is not what its digest says.
+    """
+    named = {"critic": setup.critic_init} | {
+        f"reference {i}" if i else "reference": c for i, c in enumerate(setup.rule.models)
     }
-    if config.kl_in == "reward":
-        return clipped.loss, figures
-    kl = objectives.kl_estimate(logprobs, micro.ref_logprobs, config.kl_kind)
-    figures["kl_loss"] = objectives.masked_mean(kl, mask)
-    return clipped.loss + kl_coef * figures["kl_loss"], figures
-
-
-def decode(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Response texts without special tokens."""
-    ids = [
-        row[keep].tolist()
-        for row, keep in zip(rollout.response, rollout.response_mask, strict=True)
-    ]
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def has_ended(rollout: Rollout, eos_ids: Sequence[int]) -> torch.Tensor:
-    """Whether each response ends in EOS [B]; one that hit the length limit does not."""
-    last = rollout.response.gather(1, (rollout.lengths - 1)[:, None]).squeeze(1)
-    return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
-
-
-def _forward(actors: Actors, rollout: Rollout, job: RLJob) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
-    parts = []
-    order = microbatches(rollout, job.config)
-    everyone = [m for name in actors.learners for m in actors.modules_of(name)]
-    with computing(job.precision, *everyone, *actors.reference.models):
-        for index in order:
-            micro = rows_of(rollout, index)
-            own = models.response_stats(actors.policy, micro, temperature=job.config.temperature)
-            ref_logprobs = actors.reference.logprobs(
-                [_logprobs(model, micro, job) for model in actors.reference.models]
+    for name, checkpoint in named.items():
+        if not same_vocabulary(setup.init.path, checkpoint.path):
+            raise CheckpointError(
+                f"{setup.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
             )
-            values = torch.zeros_like(own.logprobs)
-            if actors.critic is not None:
-                values = models.response_values(actors.critic, micro)
-            parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
+    config, tokenizer = setup.config, load_tokenizer(setup.init.path)
+    sampling = sampling_for(
+        setup.init.path,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+    )
+    models = load_models(
+        config,
+        engine,
+        init=setup.init,
+        critic_init=setup.critic_init,
+        reference=setup.rule,
+        pad_id=sampling.pad_id,
+        seed=setup.seed,
+    )
+    return models, PolicySampler(LocalSampler(models.policy), sampling, tokenizer)
+
+
+def _forward(
+    models: RLModels, rollout: Rollout, config: RLConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
+    parts, order, temperature = [], packs(rollout, config), config.temperature
+    for index in order:
+        micro = rows_of(rollout, index)
+        own = models.policy.stats(micro, temperature)
+        ref_logprobs = models.reference.logprobs(
+            [model.logprobs(micro, temperature) for model in models.reference.models]
+        )
+        values = torch.zeros_like(own.logprobs)
+        if models.critic is not None:
+            values = models.critic.values(micro)
+        parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
     back = torch.cat(order).argsort()
     logprobs, entropy, ref_logprobs, values = torch.cat(parts, dim=1)[:, back]
     return logprobs, entropy, ref_logprobs, values
 
 
-def _logprobs(model: PreTrainedModel, rollout: Rollout, job: RLJob) -> Tensor:
-    return models.response_logprobs(model, rollout, temperature=job.config.temperature)
-
-
-def load(job: RLJob) -> tuple[Actors, PreTrainedTokenizerBase, Sampling]:
-    """The run's models, the policy's tokenizer and how it samples.
-
-    Raises:
-        CheckpointError: the models do not share a vocabulary, or one is not what its digest says.
-    """
-    named = {"critic": job.critic_init} | {
-        f"reference {i}" if i else "reference": c for i, c in enumerate(job.anchor.models)
+def _decay_learning_rates(models: RLModels, config: RLConfig, number: int) -> None:
+    """Linearly from the configured rates to 0 over the updates."""
+    rates = {
+        "policy": config.learning_rate,
+        "critic": config.critic_learning_rate or config.learning_rate,
     }
-    for name, checkpoint in named.items():
-        if not models.same_vocabulary(job.init.path, checkpoint.path):
-            raise CheckpointError(
-                f"{job.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
-            )
-    for checkpoint in job.anchor.models:
-        checkpoint.verify()
-    config, tokenizer = job.config, models.load_tokenizer(job.init.path)
-    sampling = models.sampling(
-        job.init.path,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        precision=job.precision,
-    )
-    actors = load_actors(
-        config,
-        init=job.init,
-        critic_init=job.critic_init,
-        anchor=job.anchor,
-        pad_id=sampling.pad_id,
-        seed=job.seed,
-    )
-    if not job.anchor.moves and config.lora is None:  # a shared base stays as exact as it is
-        for model in actors.reference.models:
-            freeze(model, job.precision)
-    return actors, tokenizer, sampling
+    for name, learner in models.learners.items():
+        learner.optimizer.param_groups[0]["lr"] = rates[name] * (1 - number / config.num_updates)
 
 
-def _return_to_best(actors: Actors, progress: Progress, states: Path, label: str) -> None:
+def _return_to_best(models: RLModels, progress: Progress, states: Path, label: str) -> None:
     """Put the best checkpoint back if it was better than what came since."""
     if progress.best is not None and progress.best[1] > progress.reward:
         say(f"{label}: returns to update {progress.best[0]}, mean reward {progress.best[1]:.4g}")
-        load_progress(actors, states, progress.best[0])
+        load_progress(models, states, progress.best[0])
 
 
-def _require_finite(label: str, update: int, figures: Mapping[str, float]) -> None:
-    for name, value in figures.items():
+def _require_finite(label: str, number: int, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
         if not math.isfinite(value):
             raise WorkFailed(
-                f"{label}: {name} is {value} at update {update + 1}. The last checkpoint is kept; "
+                f"{label}: {name} is {value} at update {number + 1}. The last checkpoint is kept; "
                 "try a smaller rl.learning_rate or rl.kl_coef."
             )
 
 
-def _work(actors: Actors, rollout: Rollout, config: RLConfig) -> dict[str, Work]:
+def _work(models: RLModels, rollout: Rollout, config: RLConfig) -> dict[str, Work]:
     """What each phase has to compute: forward passes of distinct tokens, and thrice that where gradients are needed."""
     rows, tokens, response = rollout.rows, int(rollout.mask.sum()), int(rollout.lengths.sum())
-    packs = packs_of(rows, config.microbatch_tokens)
-    distinct = sum(num_distinct([rows[row] for row in pack]) for pack in packs)
-    policy = forward_flops(actors.policy, distinct, response)
-    critic = forward_flops(actors.critic, distinct, 0) if actors.critic is not None else 0.0
-    experience = policy * (1 + len(actors.reference.models)) + critic
+    packed = packs_of(rows, config.microbatch_tokens)
+    distinct = sum(num_distinct([rows[row] for row in pack]) for pack in packed)
+    policy = forward_flops(models.policy, distinct, response)
+    critic = forward_flops(models.critic, distinct, 0) if models.critic is not None else 0.0
+    experience = policy * (1 + len(models.reference.models)) + critic
     return {
         "rollout": Work(response, policy),
         "experience": Work(tokens, experience),

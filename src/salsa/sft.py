@@ -1,27 +1,15 @@
 """Supervised fine-tuning: TRL's SFTTrainer, loss on the reply only, one dataclass in, one checkpoint out."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from salsa.artifacts import Checkpoint
-from salsa.config import SFTConfig
 from salsa.data import SFT_COLUMNS, describe, load_rows, sft_rows
-from salsa.models import load_policy, load_tokenizer, save
+from salsa.models import load_tokenizer, load_trainable, save_checkpoint
+from salsa.runtime.engine import Engine
 from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.stages.jobs import SFTJob
 
 
-@dataclass(frozen=True)
-class SFTJob:
-    """One SFT run."""
-
-    label: str
-    base: Checkpoint
-    config: SFTConfig
-    seed: int
-    precision: str
-
-
-def train_sft(job: SFTJob, directory: Path) -> None:
+def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     """Fine-tune `job.base` and write the model to `directory`; resumable.
 
     Raises:
@@ -31,16 +19,15 @@ def train_sft(job: SFTJob, directory: Path) -> None:
     import trl
 
     config = job.config
-    assert config.dataset is not None  # the schema: either dataset or checkpoints
     tokenizer = load_tokenizer(job.base.path)
-    where = describe(config.dataset)
-    rows = load_rows(config.dataset, SFT_COLUMNS)
+    where = describe(job.dataset)
+    rows = load_rows(job.dataset, SFT_COLUMNS)
     microbatch = config.microbatch_size or config.batch_size
     arguments = trl.SFTConfig(
         **common_arguments(
             directory,
             seed=job.seed,
-            precision=job.precision,
+            engine=engine,
             checkpoint_every=config.checkpoint_every,
         ),
         num_train_epochs=config.epochs,
@@ -50,7 +37,7 @@ def train_sft(job: SFTJob, directory: Path) -> None:
         max_length=config.max_length,
         completion_only_loss=True,
     )
-    model = load_policy(job.base.path)
+    model = load_trainable(job.base.path, engine)
     trainer = trl.SFTTrainer(
         model=model,
         args=arguments,
@@ -58,4 +45,4 @@ def train_sft(job: SFTJob, directory: Path) -> None:
         processing_class=tokenizer,
     )
     train(trainer, directory, job.label, ("loss", "mean_token_accuracy"))
-    save(model, tokenizer, directory)
+    save_checkpoint(model, tokenizer, directory)

@@ -1,0 +1,63 @@
+"""Direct preference optimisation (Rafailov et al. 2023): TRL's DPOTrainer, whose reference may be a soup.
+
+    L = −log σ(β·[log π/π_ref (chosen) − log π/π_ref (rejected)])
+"""
+
+from pathlib import Path
+
+from salsa.artifacts import read_jsonl
+from salsa.data import preference_rows
+from salsa.errors import CheckpointError
+from salsa.models import load_tokenizer, load_trainable, same_vocabulary, save_checkpoint
+from salsa.runtime.engine import Engine
+from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.stages.jobs import DPOJob
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+
+
+def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
+    """Train `job.init` against `job.reference` on the pairs and write the policy to `directory`; resumable.
+
+    Raises:
+        CheckpointError: policy and reference differ in vocabulary, or the reference is not what its digest says.
+        DataError: rows of the wrong shape.
+    """
+    import datasets
+    import trl
+
+    config = job.config
+    if not same_vocabulary(job.init.path, job.reference.path):
+        raise CheckpointError(
+            f"{job.label}: the reference's tokenizer is not the policy's. Use models of one family."
+        )
+    job.reference.verify()
+    tokenizer = load_tokenizer(job.init.path)
+    where = job.pairs.path / "pairs.jsonl"
+    rows = preference_rows(read_jsonl(where), tokenizer, str(where))
+    microbatch = config.microbatch_size or config.batch_size
+    arguments = trl.DPOConfig(
+        **common_arguments(
+            directory,
+            seed=job.seed,
+            engine=engine,
+            checkpoint_every=config.checkpoint_every,
+        ),
+        beta=config.beta,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=config.batch_size // microbatch,
+        max_length=config.max_length,
+        disable_dropout=True,
+    )
+    model = load_trainable(job.init.path, engine)
+    trainer = trl.DPOTrainer(
+        model=model,
+        ref_model=load_trainable(job.reference.path, engine),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    train(trainer, directory, job.label, SHOWN)
+    save_checkpoint(model, tokenizer, directory)

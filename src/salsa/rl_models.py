@@ -1,0 +1,198 @@
+"""The models of one RL run, how they are loaded, and what a checkpoint keeps of them."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from salsa.artifacts import Checkpoint
+from salsa.config import RLConfig
+from salsa.config.expressions import ReferenceRule
+from salsa.errors import WorkFailed
+from salsa.models import LanguageModel, ValueModel
+from salsa.objectives import Moments
+from salsa.references import Reference
+from salsa.runtime.checkpoint import load_state, prune_states, save_state, saved_steps, state_file
+from salsa.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model that learns, with its optimizer."""
+
+    model: LanguageModel | ValueModel
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, model: LanguageModel | ValueModel, learning_rate: float) -> "Learner":
+        """AdamW on the fp32 weights that learn."""
+        optimizer = torch.optim.AdamW(
+            list(model.trained().values()), lr=learning_rate, betas=(0.9, 0.95), eps=1e-8,
+            weight_decay=0.0, fused=True,
+        )  # fmt: skip
+        return cls(model, optimizer)
+
+    def step(self, max_grad_norm: float) -> Tensor:
+        """Clip the gradients and step; the norm they had."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.trained().values(), max_grad_norm)
+        self.optimizer.step()
+        self.model.sync()
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        """The weights that learn and the optimizer's moments."""
+        return {"weights": self.model.trained(), "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back `state()`."""
+        for name, weight in self.model.trained().items():
+            weight.copy_(state["weights"][name])
+        self.model.sync()
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+@dataclass(frozen=True)
+class RLModels:
+    """Policy, critic and reference, all without dropout. RLOO and GRPO have no critic."""
+
+    policy: LanguageModel
+    critic: ValueModel | None
+    reference: Reference
+    learners: dict[str, Learner]
+    """`policy` and, with a critic, `critic`."""
+
+    def groups(self, *, warming_up: bool) -> list[tuple[str, ...]]:
+        """Who steps together: policy and critic where the critic is a head on the policy's trunk, else each alone."""
+        names = tuple(name for name in self.learners if name == "critic" or not warming_up)
+        shared = self.critic is not None and not self.critic.owns_trunk
+        return [names] if shared else [(name,) for name in names]
+
+    def zero_grad(self) -> None:
+        """Of all that learns: a critic's head leaves gradients in a trunk that may not step now."""
+        for learner in self.learners.values():
+            learner.optimizer.zero_grad()
+
+    def reset_optimizers(self) -> None:
+        """Drop the optimizers' moments."""
+        for learner in self.learners.values():
+            learner.optimizer.state.clear()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What changes from update to update besides the weights."""
+
+    kl_coef: float
+    """β as it is now."""
+    update: int = 0
+    """Updates done; prompts and randomness follow from it."""
+    moments: Moments = field(default_factory=Moments)
+    """Of all scores so far, where they are normalised."""
+    rewards: tuple[float, ...] = ()
+    """Mean reward of each update since the last checkpoint."""
+    best: tuple[int, float] | None = None
+    """Update and mean reward of the best checkpoint."""
+
+    @property
+    def reward(self) -> float:
+        """Mean reward since the last checkpoint."""
+        return sum(self.rewards) / len(self.rewards)
+
+
+def load_models(
+    config: RLConfig,
+    engine: Engine,
+    *,
+    init: Checkpoint,
+    critic_init: Checkpoint,
+    reference: ReferenceRule[Checkpoint],
+    pad_id: int,
+    seed: int,
+) -> RLModels:
+    """Load policy, critic and reference, with adapters where `config.lora` says so.
+
+    Raises:
+        CheckpointError: one cannot be loaded, or a reference is not what its digest says.
+    """
+    recompute, lora = config.gradient_checkpointing, config.lora
+    policy = LanguageModel.load(init.path, engine, learns=True, recompute=recompute)
+    shared = {init.digest: policy.shared()} if lora and not reference.moves else {}
+    references = Reference(reference, engine, shared)
+    critic = None
+    if config.algorithm == "ppo" and config.critic == "head":
+        critic = ValueModel.head_on(policy)
+    elif config.algorithm == "ppo" and lora is not None:
+        critic = ValueModel.adapters_on(policy, lora, seed + 1)
+    elif config.algorithm == "ppo":
+        critic = ValueModel.load(
+            critic_init.path, engine, pad_id=pad_id, new_head_seed=seed, recompute=recompute
+        )
+    if lora is not None:
+        policy.add_adapters(lora, seed)
+    learners = {"policy": Learner.of(policy, config.learning_rate)}
+    if critic is not None:
+        rate = config.critic_learning_rate or config.learning_rate
+        learners["critic"] = Learner.of(critic, rate)
+    return RLModels(policy, critic, references, learners)
+
+
+def save_models(
+    models: RLModels, tokenizer: PreTrainedTokenizerBase, init: Checkpoint, directory: Path
+) -> None:
+    """Write the policy, with `critic/` and a moving reference's `reference/` beside it; adapters are merged."""
+    models.policy.save(tokenizer, directory)
+    models.reference.save(tokenizer, directory / "reference")
+    if models.critic is not None:
+        models.critic.save(tokenizer, directory / "critic", init.path)
+
+
+def save_progress(
+    models: RLModels, progress: Progress, directory: Path, *, keep_last: int
+) -> Progress:
+    """Write a resume state; drop those that neither are new nor the best. The progress to go on with.
+
+    Raises:
+        WorkFailed: a weight is no longer finite.
+    """
+    if progress.best is None or progress.reward > progress.best[1]:
+        progress = replace(progress, best=(progress.update, progress.reward))
+    progress = replace(progress, rewards=())
+    for name, learner in models.learners.items():
+        if not _finite(learner.model.trained().values()):
+            raise WorkFailed(
+                f"{directory}: the {name}'s weights hold NaN or Inf after update {progress.update}. "
+                "The last checkpoint is kept; try a smaller rl.learning_rate."
+            )
+    state: dict[str, Any] = {"progress": asdict(progress) | {"moments": tuple(progress.moments)}}
+    state |= {name: learner.state() for name, learner in models.learners.items()}
+    state["reference"] = models.reference.state()
+    save_state(state_file(directory, progress.update), state)
+    assert progress.best is not None
+    prune_states(directory, keep_last=keep_last, keep=progress.best[0])
+    return progress
+
+
+def load_progress(models: RLModels, directory: Path, update: int | None = None) -> Progress | None:
+    """Put back the state after `update`, the newest if not given; None if there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or the reference is not the one that it was made with.
+    """
+    steps = saved_steps(directory) if update is None else [update]
+    if not steps:
+        return None
+    file = state_file(directory, steps[-1])
+    state = load_state(file)
+    models.reference.load_state(state["reference"], file)
+    for name, learner in models.learners.items():
+        learner.load_state(state[name])
+    return Progress(**state["progress"] | {"moments": Moments(*state["progress"]["moments"])})
+
+
+def _finite(weights: Iterable[Tensor]) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in weights)
