@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from salsa.actors import Actors, Progress
 from salsa.config import RLConfig
 from salsa.data import Prompt, as_prompt, draw_prompts
-from salsa.rl import RLJob, collect_rollout, compute_experience, load, train_rl
-from salsa.runtime.local import seed_everything
+from salsa.rl import RLSetup, collect_rollout, compute_experience, load, train_rl
+from salsa.rl_models import Progress, RLModels
+from salsa.runtime.engine import Engine
 from salsa.types import Experience
 from tests.conftest import tiny_tokenizer
 
@@ -26,6 +26,7 @@ CONFIG = RLConfig(
 )
 RLOO = {"algorithm": "rloo", "group_size": 4}
 GRPO = {"algorithm": "grpo", "group_size": 4}
+FP32 = Engine.create("fp32")
 
 
 def ascii_share(prompts, responses):
@@ -34,29 +35,29 @@ def ascii_share(prompts, responses):
 
 
 @pytest.fixture(scope="session")
-def job(make_checkpoint) -> RLJob:
+def job(make_checkpoint) -> RLSetup:
     """Plain PPO, pulled towards its start."""
     return job_from(make_checkpoint("llama", 0))
 
 
-def job_from(init, **fields) -> RLJob:
-    """The job that starts from `init` and is anchored to it."""
+def job_from(init, **fields) -> RLSetup:
+    """The setup that starts from `init` and is pulled towards it."""
     prompts = [
         as_prompt({"prompt": f"question {i}" * (i % 3 + 1)}, tiny_tokenizer()) for i in range(12)
     ]
-    plain = RLJob("rl test", init, init, init, CONFIG, prompts, ascii_share, 0, precision="fp32")
+    plain = RLSetup("rl test", init, init, init, CONFIG, prompts, ascii_share, 0)
     return replace(plain, **fields)
 
 
-def run(job: RLJob, directory: Path, **config) -> list[dict]:
+def run(job: RLSetup, directory: Path, engine: Engine = FP32, **config) -> list[dict]:
     """Train with changed keys; the rows of metrics.jsonl."""
     directory.mkdir(exist_ok=True)
-    train_rl(changed(job, **config), directory)
+    train_rl(changed(job, **config), directory, engine)
     return rows_in(directory)
 
 
-def changed(job: RLJob, **config) -> RLJob:
-    """The job with other values of `rl:`, validated."""
+def changed(job: RLSetup, **config) -> RLSetup:
+    """The setup with other values of `rl:`, validated."""
     return replace(job, config=RLConfig(**job.config.model_dump() | config))
 
 
@@ -65,7 +66,9 @@ def rows_in(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_killed(job: RLJob, directory: Path, update: int, **config) -> None:
+def run_killed(
+    job: RLSetup, directory: Path, update: int, engine: Engine = FP32, **config
+) -> None:
     """Like `run`, killed when the rollout of `update` (from 1) is scored."""
     calls = 0
 
@@ -77,11 +80,11 @@ def run_killed(job: RLJob, directory: Path, update: int, **config) -> None:
         return ascii_share(prompts, responses)
 
     with pytest.raises(KeyboardInterrupt):
-        run(replace(job, reward=reward), directory, **config)
+        run(replace(job, reward=reward), directory, engine, **config)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
-    """Every weight file of a finished run, critic and moving anchor included."""
+    """Every weight file of a finished run, critic and moving reference included."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
 
 
@@ -91,19 +94,19 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(speed)} for row in rows]
 
 
-def drawn(job: RLJob, update: int) -> list[Prompt]:
+def drawn(job: RLSetup, update: int) -> list[Prompt]:
     """The prompts of one update."""
     config = job.config
     return draw_prompts(job.prompts, config.rollout_size, config.group_size, job.seed, update)
 
 
-def first_experience(job: RLJob) -> tuple[Actors, Experience, dict]:
-    """The models of a job, its first experience and the figures of it."""
-    actors, tokenizer, sampling = load(job)
+def first_experience(
+    job: RLSetup, engine: Engine = FP32, progress: Progress | None = None
+) -> tuple[RLModels, Experience, dict]:
+    """The models of a setup, its first experience and the metrics of it."""
+    models, source = load(job, engine)
     prompts = drawn(job, update=0)
-    rollout = collect_rollout(actors.policy, prompts, sampling, seed_everything(job.seed))
-    progress = Progress(kl_coef=job.config.kl_coef)
-    experience, figures = compute_experience(
-        actors, rollout, prompts, job, tokenizer, sampling, progress
-    )
-    return actors, experience, figures
+    rollout = collect_rollout(models.policy, source, prompts, engine.generator(job.seed))
+    progress = progress or Progress(kl_coef=job.config.kl_coef)
+    experience, metrics, _ = compute_experience(models, rollout, prompts, job, source, progress)
+    return models, experience, metrics

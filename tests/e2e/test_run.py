@@ -36,12 +36,12 @@ def test_report_holds_every_arm_seed_and_pair(finished):
             assert {
                 "proxy",
                 "gold",
-                "kl_anchor",
+                "kl_to_sft[0]",
                 "kl_reference",
                 "length",
                 "eos_rate",
             } <= seed.keys()
-        for name in ("proxy", "gold", "kl_anchor"):
+        for name in ("proxy", "gold", "kl_to_sft[0]"):
             estimate = arm["mean"][name]
             assert estimate["low"] <= estimate["mean"] <= estimate["high"]
     found = {(p["candidate"], p["baseline"], p["score"]) for p in report["pairs"]}
@@ -54,8 +54,8 @@ def test_report_holds_every_arm_seed_and_pair(finished):
 
 def test_kl_of_the_untrained_anchor_is_zero_and_of_the_arms_is_not(finished):
     arms = report_of(finished)["arms"]
-    assert all(seed["kl_anchor"] == 0 for seed in arms["sft"]["seeds"])
-    assert all(seed["kl_anchor"] > 0 for arm in ARMS for seed in arms[arm]["seeds"])
+    assert all(seed["kl_to_sft[0]"] == 0 for seed in arms["sft"]["seeds"])
+    assert all(seed["kl_to_sft[0]"] > 0 for arm in ARMS for seed in arms[arm]["seeds"])
     first = {arm: _first_row(finished, arm) for arm in ARMS}
     assert first["ppo"]["kl"] == 0.0
     assert first["salsa"]["kl"] != 0.0 and first["salsa3"]["kl"] != 0.0

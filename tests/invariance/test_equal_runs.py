@@ -7,7 +7,7 @@ import torch
 
 from salsa import models
 from salsa.artifacts import Checkpoint
-from salsa.expressions import Anchor
+from salsa.config.expressions import ReferenceRule
 from tests.conftest import tiny_tokenizer
 from tests.tiny_rl import GRPO, RLOO, job_from, run, run_killed, weights, without_times
 
@@ -59,7 +59,7 @@ def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path
 @pytest.mark.slow
 def test_bf16_resumes_bit_for_bit_too(job, tmp_path):
     """fp32 master weights are what a checkpoint holds."""
-    _resumes(replace(job, precision="bf16"), tmp_path, {})
+    _resumes(job, tmp_path, {})
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_bf16_resumes_bit_for_bit_too(job, tmp_path):
 )
 @pytest.mark.parametrize("kind", ["ppo", "lora"])
 def test_every_anchor_resumes_bit_for_bit(rule, kind, job, tmp_path):
-    _resumes(replace(job, reference=Anchor((job.init,), **rule)), tmp_path, KINDS[kind])
+    _resumes(replace(job, reference=ReferenceRule((job.init,), **rule)), tmp_path, KINDS[kind])
 
 
 def _resumes(job, tmp_path, options):

@@ -16,8 +16,8 @@ from salsa.actors import Progress, ValueHead
 from salsa.artifacts import Checkpoint
 from salsa.config import RewardFunction, RLConfig
 from salsa.data import draw_prompts
-from salsa.expressions import Anchor
-from salsa.reward_functions import FunctionScorer
+from salsa.config.expressions import ReferenceRule
+from salsa.rewards import FunctionScorer
 from salsa.rl import RLJob, estimate_advantages, shape_scores
 from tests.tiny_rl import GRPO, RLOO, ascii_share, changed, first_experience, run, without_times
 
@@ -131,7 +131,7 @@ def test_kl_in_the_loss_is_beta_times_its_mean_over_tokens(job, make_checkpoint)
     """Oracle: plain loops over real tokens; the reward is the bare score."""
     apart = replace(job, reference=make_checkpoint("llama", 1))
     apart = changed(apart, kl_in="loss", kl_kind="k3", kl_coef=0.7)
-    actors, found, figures = first_experience(apart)
+    models, found, figures = first_experience(apart)
     assert figures["reward"] == pytest.approx(found.scores.mean().item(), abs=1e-6)
     loss, parts = rl_module._losses(actors, ("policy", "critic"), found, apart, 0.7)
     terms = []
@@ -164,7 +164,7 @@ def test_a_head_sends_its_gradient_into_the_trunk_by_vf_coef(job):
     norms = {}
     for coef in (0.5, 1.0):
         headed = changed(job, critic="head", vf_coef=coef)
-        actors, found, _ = first_experience(headed)
+        models, found, _ = first_experience(headed)
         assert isinstance(actors.critic, ValueHead) and (found.values == 0).all()
         torch.nn.init.ones_(actors.critic.score.weight)
         still = replace(found, advantages=torch.zeros_like(found.advantages))
@@ -236,18 +236,18 @@ def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
     other = make_checkpoint("llama", 1)
     job = replace(job, reference=other, kl_to={"base": job.init, "sft[1]": other})
     rows = run(job, tmp_path / "a", num_updates=4, monitor_kl_every=2)
-    assert [("kl_base" in row) for row in rows] == [True, False, True, True]
-    assert rows[0]["kl_base"] == 0.0
-    assert all(row["kl_sft[1]"] == row["kl"] for row in rows if "kl_base" in row)
+    assert [("kl_to_base" in row) for row in rows] == [True, False, True, True]
+    assert rows[0]["kl_to_base"] == 0.0
+    assert all(row["kl_to_sft[1]"] == row["kl"] for row in rows if "kl_to_base" in row)
     plain = run(replace(job, kl_to={}), tmp_path / "b", num_updates=4)
-    watched = [{k: v for k, v in row.items() if k not in ("kl_base", "kl_sft[1]")} for row in rows]
+    watched = [{k: v for k, v in row.items() if k not in ("kl_to_base", "kl_to_sft[1]")} for row in rows]
     assert without_times(watched) == without_times(plain), (
         "measuring must not change what is measured"
     )
 
 
 def test_a_bare_checkpoint_is_an_anchor_that_stands_still(job):
-    assert job.anchor == Anchor((job.reference,)) == replace(job, reference=job.anchor).anchor
+    assert job.anchor == ReferenceRule((job.reference,)) == replace(job, reference=job.anchor).anchor
 
 
 def test_job_is_what_the_public_api_says():

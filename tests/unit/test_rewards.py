@@ -8,11 +8,11 @@ import types
 
 import pytest
 
-from salsa import reward_functions
+from salsa import rewards
 from salsa.config import RewardFunction
 from salsa.data import Prompt
 from salsa.errors import WorkFailed
-from salsa.reward_functions import FunctionScorer, function_digest, function_scorers
+from salsa.rewards import FunctionScorer, function_digest, function_scorers
 
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
 FUNCTIONS = {
@@ -33,7 +33,7 @@ def module(monkeypatch):
     """An importable module of rewards; retries do not wait."""
     found = types.SimpleNamespace(**FUNCTIONS)
     monkeypatch.setitem(sys.modules, "my_rewards", found)
-    monkeypatch.setattr(reward_functions, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(rewards, "PAUSE_SECONDS", 0.0)
     return found
 
 

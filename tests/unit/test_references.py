@@ -14,21 +14,21 @@ from salsa.anchors import Anchors, Reference, identity
 from salsa.artifacts import Checkpoint, RunDirectory
 from salsa.config import SoupConfig
 from salsa.errors import CheckpointError
-from salsa.expressions import Anchor, check_model, ingredients_of, parse_anchor
+from salsa.config.expressions import ReferenceRule, check_model, ingredients_of, parse_anchor
 from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
 from tests.conftest import tiny_model
 from tests.tiny_rl import changed, first_experience, run, run_killed
 
 PARSED = {
-    "soup": Anchor(("soup",)),
-    "runs/x/model": Anchor(("runs/x/model",)),
-    "shrink(soup[0,1], base, 0.7)": Anchor(("shrink(soup[0,1], base, 0.7)",)),
-    "mixture(sft[0], soup[0,1], base)": Anchor(("sft[0]", "soup[0,1]", "base"), (1 / 3,) * 3),
-    "mixture(0.25*sft[0], 0.75*soup)": Anchor(("sft[0]", "soup"), (0.25, 0.75)),
-    "ema(soup, 0.01)": Anchor(("soup",), ema=0.01),
-    "reset(sft[1], 10)": Anchor(("sft[1]",), reset_every=10),
-    "reset(sft[1], 10, optimizer)": Anchor(("sft[1]",), reset_every=10, reset_optimizer=True),
-    "none": Anchor(("sft[0]",), pulls=False),
+    "soup": ReferenceRule(("soup",)),
+    "runs/x/model": ReferenceRule(("runs/x/model",)),
+    "shrink(soup[0,1], base, 0.7)": ReferenceRule(("shrink(soup[0,1], base, 0.7)",)),
+    "mixture(sft[0], soup[0,1], base)": ReferenceRule(("sft[0]", "soup[0,1]", "base"), (1 / 3,) * 3),
+    "mixture(0.25*sft[0], 0.75*soup)": ReferenceRule(("sft[0]", "soup"), (0.25, 0.75)),
+    "ema(soup, 0.01)": ReferenceRule(("soup",), ema=0.01),
+    "reset(sft[1], 10)": ReferenceRule(("sft[1]",), reset_every=10),
+    "reset(sft[1], 10, optimizer)": ReferenceRule(("sft[1]",), reset_every=10, reset_optimizer=True),
+    "none": ReferenceRule(("sft[0]",), pulls=False),
 }
 
 
@@ -121,7 +121,7 @@ def test_mixture_is_the_weighted_sum_of_kls(job, trio):
     for checkpoint in trio[1:]:
         _, _, figures = first_experience(replace(job, reference=checkpoint))
         alone.append(figures["kl"])
-    mixed = Anchor((trio[1], trio[2]), (0.3, 0.7))
+    mixed = ReferenceRule((trio[1], trio[2]), (0.3, 0.7))
     _, experience, figures = first_experience(replace(job, reference=mixed))
     assert figures["kl"] == pytest.approx(0.3 * alone[0] + 0.7 * alone[1], rel=1e-5)
     assert alone[0] != pytest.approx(alone[1], rel=0.01)
@@ -141,7 +141,7 @@ def test_exact_kl_of_a_mixture():
 
 def test_ema_by_hand(trio):
     """θ ← (1−μ)·θ + μ·θ_policy, twice, in float64; the small steps are not lost as they would be in bf16."""
-    reference = Reference(Anchor((trio[0],), ema=0.01))
+    reference = Reference(ReferenceRule((trio[0],), ema=0.01))
     start = {k: v.double().clone() for k, v in reference.models[0].named_parameters()}
     policies = [tiny_model("llama", 0), tiny_model("llama", 0)]
     for number, policy in enumerate(policies):
@@ -160,7 +160,7 @@ def test_ema_by_hand(trio):
 
 def test_ema_follows_the_policy_at_every_optimizer_step(job, tmp_path):
     """One update of one step: the anchor that is written is (1−μ)·start + μ·policy."""
-    rule = Anchor((job.init,), ema=0.25)
+    rule = ReferenceRule((job.init,), ema=0.25)
     run(replace(job, reference=rule), tmp_path / "a", num_updates=1, num_epochs=1, minibatch_size=8)
     start, policy, anchor = (
         numbers(Checkpoint.of(path))
@@ -172,7 +172,7 @@ def test_ema_follows_the_policy_at_every_optimizer_step(job, tmp_path):
 
 
 def test_reset_makes_the_policy_its_own_reference(job, tmp_path):
-    rule = Anchor((job.init,), reset_every=2)
+    rule = ReferenceRule((job.init,), reset_every=2)
     rows = run(replace(job, reference=rule), tmp_path / "a", num_updates=5)
     assert [row["kl"] == 0.0 for row in rows] == [True, False, True, False, True]
 
@@ -181,8 +181,8 @@ def test_reset_may_forget_the_optimizers_moments(job, tmp_path):
     kept, forgotten = (
         run(replace(job, reference=rule), tmp_path / str(rule.reset_optimizer), num_updates=4)
         for rule in (
-            Anchor((job.init,), reset_every=2),
-            Anchor((job.init,), reset_every=2, reset_optimizer=True),
+            ReferenceRule((job.init,), reset_every=2),
+            ReferenceRule((job.init,), reset_every=2, reset_optimizer=True),
         )
     )
     assert kept[2]["kl"] == forgotten[2]["kl"] == 0.0
@@ -190,7 +190,7 @@ def test_reset_may_forget_the_optimizers_moments(job, tmp_path):
 
 
 def test_none_penalises_nothing_and_logs_the_kl_to_the_start(job, tmp_path):
-    rule = Anchor((job.init,), pulls=False)
+    rule = ReferenceRule((job.init,), pulls=False)
     rows = run(replace(job, reference=rule), tmp_path / "a", kl_coef=5.0, num_updates=2)
     free = run(job, tmp_path / "b", kl_coef=0.0, num_updates=2)
     assert rows[1]["kl_coef"] == 0.0 and rows[1]["kl"] == free[1]["kl"] != 0.0
@@ -198,25 +198,25 @@ def test_none_penalises_nothing_and_logs_the_kl_to_the_start(job, tmp_path):
 
 
 def test_a_changed_rule_is_refused_on_resume(job, tmp_path):
-    run_killed(replace(job, reference=Anchor((job.init,), ema=0.1)), tmp_path / "a", 3)
-    with pytest.raises(CheckpointError, match=r"was anchored to reference .*'ema': 0.1.*, now it"):
-        run(replace(job, reference=Anchor((job.init,), ema=0.2)), tmp_path / "a")
+    run_killed(replace(job, reference=ReferenceRule((job.init,), ema=0.1)), tmp_path / "a", 3)
+    with pytest.raises(CheckpointError, match=r"was pulled towards reference .*'ema': 0.1.*, now it"):
+        run(replace(job, reference=ReferenceRule((job.init,), ema=0.2)), tmp_path / "a")
 
 
 def test_damaged_anchor_weights_are_refused_on_resume(job, tmp_path):
-    rule = replace(job, reference=Anchor((job.init,), ema=0.1))
+    rule = replace(job, reference=ReferenceRule((job.init,), ema=0.1))
     run_killed(rule, tmp_path / "a", 3)
     file = state_file(tmp_path / "a" / "resume", saved_steps(tmp_path / "a" / "resume")[-1])
     state = load_state(file)
     state["reference"]["weights"]["model.norm.weight"][3] += 1e-3
     save_state(file, state)
-    with pytest.raises(CheckpointError, match="the anchor's weights are not those that were writ"):
+    with pytest.raises(CheckpointError, match="the reference's weights are not those that were writ"):
         run(rule, tmp_path / "a")
 
 
 def test_identity_of_a_plain_reference_is_its_digest(job):
-    assert identity(Anchor((job.init,))) == job.init.digest
-    assert identity(Anchor((job.init,), pulls=False)) != job.init.digest
+    assert identity(ReferenceRule((job.init,))) == job.init.digest
+    assert identity(ReferenceRule((job.init,), pulls=False)) != job.init.digest
 
 
 def test_reference_stays_put_while_the_policy_learns(job, tmp_path):

@@ -69,7 +69,7 @@ def test_every_arm_is_trained_evaluated_and_reported(anchored, arms):
     for arm in arms:
         assert report["arms"][arm]["mean"]["kl_reference"]["mean"] >= 0
         first, last = rows(anchored, arm)[0], rows(anchored, arm)[-1]
-        for name in ("kl_base", "kl_sft[0]", "kl_sft[1]"):
+        for name in ("kl_to_base", "kl_to_sft[0]", "kl_to_sft[1]"):
             assert name in first and name in last
     assert (anchored / "report.html").exists()
 

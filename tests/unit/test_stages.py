@@ -1,0 +1,327 @@
+"""Stages are done once, named by what decides them, complete or absent; the graph is lazy."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from salsa.artifacts import Checkpoint
+from salsa.config import RewardFunction, RLConfig, SFTConfig
+from salsa.config.expressions import ReferenceRule
+from salsa.errors import CheckpointError, ConfigError
+from salsa.rewards import RewardSource
+from salsa.runtime.executors.local import ProcessPool
+from salsa.stages import directory as directory_module
+from salsa.stages.directory import RunDirectory
+from salsa.stages.graph import Graph, Node
+from salsa.stages.jobs import RLJob, SFTJob, SoupJob, identity_of
+
+DONE: list[str] = []
+
+
+@dataclass(frozen=True)
+class Writes:
+    """A job that writes a file and says so."""
+
+    needs_engine: ClassVar[bool] = False
+    label: str
+    text: str = "hello"
+    inputs: dict = field(default_factory=dict)
+    fails: bool = False
+
+    def identity(self):
+        return {"config": {"text": self.text}, "inputs": self.inputs}
+
+    def execution(self):
+        return {"batch": 3}
+
+    def run(self, directory, engine):
+        DONE.append(self.label)
+        (directory / "resume").mkdir(exist_ok=True)
+        (directory / "resume" / "state").write_text("half")
+        if self.fails:
+            raise RuntimeError("killed")
+        (directory / "out.jsonl").write_text(self.text + "".join(sorted(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class Computes(Writes):
+    """A job whose arithmetic is part of its identity."""
+
+    needs_engine: ClassVar[bool] = True
+
+
+@pytest.fixture(autouse=True)
+def nothing_done():
+    DONE.clear()
+
+
+def finish(path, *jobs, precision="fp32", verify=False):
+    """Finish independent jobs in the run at `path`; their stages."""
+    run = RunDirectory(path, verify=verify)
+    with run.opened("recipe"):
+        Graph(run, precision=precision).finish([Node(j.label, (), lambda j=j: j) for j in jobs])
+    return run.finished
+
+
+def test_a_finished_stage_is_reused_and_a_changed_one_redone(tmp_path):
+    first, other, third = finish(
+        tmp_path / "run", Writes("a[0]"), Writes("a[0]", "x"), Writes("a[0]", inputs={"i": "2"})
+    )
+    (again,) = finish(tmp_path / "run", Writes("a[0]"))
+    assert (first.reused, again.reused, len(DONE)) == (False, True, 3)
+    assert first.path == again.path and len({first.path, other.path, third.path}) == 3
+    record = json.loads((third.path / "stage.json").read_text())
+    assert record["inputs"] == {"i": "2"} and record["config"] == {"text": "hello"}
+    assert record["versions"]["torch"] and record["seconds"] >= 0 and record["machine"]["cores"]
+    assert record["execution"] == {"batch": 3}
+
+
+def test_what_fails_leaves_no_finished_stage_and_keeps_its_resume_state(tmp_path):
+    with pytest.raises(RuntimeError):
+        finish(tmp_path / "run", Writes("a", fails=True))
+    (partial,) = (tmp_path / "run" / "stages").iterdir()
+    assert partial.suffix == ".partial" and (partial / "resume" / "state").read_text() == "half"
+    (stage,) = finish(tmp_path / "run", Writes("a"))
+    assert not (stage.path / "resume").exists()
+    assert [p.suffix for p in (tmp_path / "run" / "stages").iterdir()] == [""]
+
+
+@pytest.mark.parametrize("moment", ["finish_directory", "rmtree"])
+def test_a_kill_at_the_end_of_a_stage_repeats_nothing(moment, tmp_path, monkeypatch):
+    """Between the record and the rename, and between the rename and dropping `resume/`."""
+    with monkeypatch.context() as patch:
+        where = directory_module if moment == "finish_directory" else directory_module.shutil
+        patch.setattr(where, moment, lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(tmp_path / "run", Writes("a"))
+    (stage,) = finish(tmp_path / "run", Writes("a"))
+    assert stage.reused and DONE == ["a"] and (stage.path / "out.jsonl").exists()
+    assert not (stage.path / "resume").exists()
+    assert [p.suffix for p in (tmp_path / "run" / "stages").iterdir()] == [""]
+
+
+def test_a_finished_stage_whose_bytes_changed_is_not_used(tmp_path):
+    (stage,) = finish(tmp_path / "run", Writes("a"))
+    (stage.path / "out.jsonl").write_text("HELLO!")
+    with pytest.raises(CheckpointError, match=r"a-\w+: changed since it was made .* Delete that"):
+        finish(tmp_path / "run", Writes("a"))
+
+
+def test_verify_hashes_also_what_looks_unchanged(tmp_path):
+    """Same size, same time: only --verify sees it."""
+    import os
+
+    (stage,) = finish(tmp_path / "run", Writes("a"))
+    file = stage.path / "out.jsonl"
+    before = file.stat()
+    finish(tmp_path / "run", Writes("a"))
+    file.write_text("jello")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    finish(tmp_path / "run", Writes("a"))
+    with pytest.raises(CheckpointError, match="changed since it was made"):
+        finish(tmp_path / "run", Writes("a"), verify=True)
+
+
+def test_another_recipe_does_not_overwrite(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("beta: 1\n"):
+        (run.path / "report.html").write_text("of beta 1")
+    with (
+        pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
+        run.opened("beta: 2\n"),
+    ):
+        pass
+    assert (run.path / "recipe.yaml").read_text() == "beta: 1\n"
+    assert (run.path / "report.html").exists()
+    with run.opened("beta: 2\n", force=True):
+        assert (run.path / "recipe.yaml").read_text() == "beta: 2\n"
+        assert not (run.path / "report.html").exists()  # a stop now leaves no report of beta 1
+
+
+def test_a_recipe_that_is_only_computed_otherwise_is_the_same(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    decisive = lambda text: text.splitlines()[0]
+    with run.opened("beta: 1\nthreads: 1\n", decisive=decisive):
+        (run.path / "report.html").write_text("of beta 1")
+    with run.opened("beta: 1\nthreads: 2\n", decisive=decisive):
+        assert (run.path / "recipe.yaml").read_text() == "beta: 1\nthreads: 2\n"
+        assert (run.path / "report.html").exists()
+
+
+def test_foreign_directories_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(ConfigError, match="files that are not a run's"),
+        RunDirectory(tmp_path).opened("recipe"),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="is a file"),
+        RunDirectory(tmp_path / "thesis.tex").opened("recipe"),
+    ):
+        pass
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from salsa.stages.directory import RunDirectory; from salsa.errors import ConfigError\n"
+        "try:\n    with RunDirectory(Path(sys.argv[1])).opened('recipe'): pass\n"
+        "except ConfigError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with run.opened("recipe"):
+        output = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "in use by another salsa process" in output
+    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+
+
+# the graph
+
+
+def chain(names, made=None):
+    """Nodes of which each needs the one before."""
+    nodes = []
+    for name in names:
+
+        def make(*needs, name=name):
+            if made is not None:
+                made.append(name)
+            return Writes(name, inputs={str(i): c.digest for i, c in enumerate(needs)})
+
+        nodes.append(Node(name, tuple(nodes[-1:]), make))
+    return nodes
+
+
+def test_needs_are_finished_first_and_nothing_else_is(tmp_path):
+    made = []
+    nodes = chain("abcd", made)
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("recipe"):
+        graph = Graph(run)
+        graph.finish([nodes[1]])
+        assert DONE == made == ["a", "b"]
+        graph.finish([nodes[2], nodes[1]])
+    assert DONE == ["a", "b", "c"] and graph[nodes[2]].path.name.startswith("c-")
+    assert [stage.label for stage in run.finished] == ["a", "b", "c"]
+
+
+def test_work_is_prepared_only_if_there_is_any(tmp_path):
+    calls = []
+    for _ in range(2):
+        run = RunDirectory(tmp_path / "run")
+        with run.opened("recipe"):
+            Graph(run, before_work=lambda: calls.append(1)).finish(chain("ab"))
+    assert calls == [1]
+
+
+def test_several_processes_finish_what_one_does(tmp_path):
+    outputs = []
+    for name, pool in (("one", None), ("two", ProcessPool(2, 2))):
+        run = RunDirectory(tmp_path / name)
+        with run.opened("recipe"):
+            graph = Graph(run, executor=pool)
+            graph.finish([*chain("abc"), *chain("xyz")])
+        if pool is not None:
+            pool.close()
+        outputs.append({stage.label: stage.record["output"] for stage in run.finished})
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 6
+
+
+def test_an_error_in_a_process_is_raised_here(tmp_path):
+    pool = ProcessPool(2, 2)
+    run = RunDirectory(tmp_path / "run")
+    node = Node("a", (), lambda: Writes("a", fails=True))
+    with run.opened("recipe"), pytest.raises(RuntimeError, match="killed"):
+        Graph(run, executor=pool).finish([node])
+    pool.close()
+    assert [p.suffix for p in (run.path / "stages").iterdir()] == [".partial"]
+
+
+# arithmetic
+
+
+def test_arithmetic_is_part_of_the_identity_of_what_computes(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    fp32, bf16 = (run.place(Computes("a"), p).final for p in ("fp32", "bf16"))
+    assert fp32 != bf16
+    assert run.place(Writes("a"), "fp32").final == run.place(Writes("a"), "bf16").final
+
+
+def test_auto_reuses_what_was_finished_in_any_arithmetic(tmp_path):
+    for precision in ("fp32", "bf16"):
+        path = tmp_path / precision
+        (done,) = finish(path, Computes("a"), precision=precision)
+        (again,) = finish(path, Computes("a"), precision="auto")
+        assert done.path == again.path and again.reused
+        assert done.record["precision"] == precision and done.record["precision_reason"]
+
+
+def test_a_stage_never_changes_its_arithmetic(tmp_path):
+    with pytest.raises(RuntimeError):
+        finish(tmp_path / "run", Computes("a", fails=True), precision="bf16")
+    with pytest.raises(
+        ConfigError, match=r"a was begun in bf16, .* means fp32 here .*Set model.precision=bf16"
+    ):
+        finish(tmp_path / "run", Computes("a"), precision="fp32")
+    (stage,) = finish(tmp_path / "run", Computes("a"), precision="bf16")
+    assert not stage.reused
+
+
+# identities of the real jobs
+
+ONE, TWO, THREE = (Checkpoint(Path(name), name * 64) for name in "123")
+BEFORE = {
+    "soup": SoupJob("soup", (ONE, TWO), THREE, options={"weights": [0.5, 0.5]}),
+    "sft": SFTJob("sft[0]", ONE, SFTConfig(dataset="x"), SFTConfig(dataset="x").dataset, 0),
+    "rl": RLJob(
+        "rl", ONE, ReferenceRule((ONE,)), RewardSource(checkpoint=TWO), RLConfig(kl_coef=0.1),
+        SFTConfig(dataset="x").dataset, 0,
+    ),
+}  # fmt: skip
+DECIDES = {
+    "soup": [
+        {"ingredients": (ONE, THREE)}, {"ingredients": (TWO, ONE)}, {"base": ONE}, {"base": None},
+        {"as_near_as": ONE}, {"options": {"weights": [0.25, 0.75]}}, {"options": {"score": "salsa.demo:gold"}},
+    ],
+    "sft": [{"base": TWO}, {"seed": 1}, {"config": SFTConfig(dataset="x", epochs=2)}],
+    "rl": [
+        {"init": TWO}, {"reference": ReferenceRule((TWO,))}, {"reference": ReferenceRule((ONE,), ema=0.1)},
+        {"reward": RewardSource(checkpoint=ONE)}, {"seed": 1}, {"config": RLConfig(kl_coef=0.2)},
+        {"reward": RewardSource((RewardFunction(call="salsa.demo:gold"),))},
+        {"monitors": {"gold": RewardFunction(call="salsa.demo:gold")}}, {"kl_to": {"base": TWO}},
+    ],
+}  # fmt: skip
+COMPUTES = {
+    "sft": [{"config": SFTConfig(dataset="x", microbatch_size=4, checkpoint_every=7)}],
+    "rl": [
+        {"config": RLConfig(kl_coef=0.1, **{key: value})}
+        for key, value in {
+            "microbatch_tokens": 64, "gradient_checkpointing": True, "checkpoint_every": 3,
+            "keep_checkpoints": 5,
+        }.items()
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_all_that_decides_a_result_is_in_its_identity(kind):
+    job, seen = BEFORE[kind], [BEFORE[kind].identity()]
+    for change in DECIDES[kind]:
+        identity = replace(job, **change).identity()
+        assert identity not in seen, change
+        seen.append(identity)
+    for change in COMPUTES.get(kind, []):
+        changed = replace(job, **change)
+        assert changed.identity() == seen[0] and changed.execution() != job.execution(), change
+
+
+def test_identity_of_a_plain_reference_is_its_digest():
+    assert identity_of(ReferenceRule((ONE,))) == ONE.digest
+    assert identity_of(ReferenceRule((ONE,), pulls=False)) != ONE.digest
