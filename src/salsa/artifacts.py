@@ -1,31 +1,18 @@
-"""Checkpoints, digests and the run directory. What exists on disk is complete; everything else ends in `.partial`.
-
-    runs/<name>/recipe.yaml                     the resolved recipe
-    runs/<name>/stages/<stage>-<digest>/        a finished stage: outputs, metrics.jsonl, stage.json
-    runs/<name>/stages/<stage>-<digest>.partial an interrupted one; `resume/` inside is its last checkpoint
-    runs/<name>/report.html, report.json
-
-A stage's digest covers its configuration and its inputs' digests, so a finished stage is reused exactly when it would
-come out the same, and a changed recipe redoes what the change touches and nothing else.
-"""
+"""Checkpoints, digests and files that are whole or absent. Torch-free."""
 
 import hashlib
 import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import CheckpointError, ConfigError, DataError, WorkFailed
-
-LAYOUT_VERSION = 1
-"""Part of every stage digest: raise it when the same config and inputs come to mean another result."""
+from salsa.errors import CheckpointError, ConfigError, DataError, WorkFailed, accessing
 
 EMBEDDED = "embedded"
 """`model.path: embedded` is the small chat model that comes with the package."""
@@ -45,18 +32,19 @@ class Checkpoint:
     digest: str
 
     @classmethod
-    def of(cls, path: Path | str) -> "Checkpoint":
-        """Hash the directory at `path`.
+    def of(cls, path: Path | str, hashes: "FileHashes | None" = None) -> "Checkpoint":
+        """Hash the directory at `path`; files that `hashes` remembers unchanged are not read again.
 
         Raises:
-            CheckpointError: there is no model directory at `path`.
+            CheckpointError: there is no model directory at `path`, or it cannot be read.
         """
         path = Path(path)
         if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
             raise CheckpointError(
                 f"{path}: no model here (no config.json). Give a directory that save_pretrained wrote."
             )
-        return cls(path, sha256_tree(path))
+        with accessing(path, "read", CheckpointError):
+            return cls(path, hashes.tree(path) if hashes else sha256_tree(path))
 
     def verify(self) -> None:
         """Raise CheckpointError if the files are no longer those that were hashed."""
@@ -111,13 +99,52 @@ def sha256_tree(path: Path, *, known: Mapping[str, str] | None = None) -> str:
         path: the directory.
         known: file name → its sha256, of files that need not be read again.
     """
-    files = sorted(
+    known = known or {}
+    return digest_of({file.name: known.get(file.name) or sha256_file(file) for file in _content(path)})
+
+
+class FileHashes:
+    """The sha256 of files, remembered by path, size and time of change, so that what is unchanged is not read again."""
+
+    def __init__(self, file: Path | None = None, *, verify: bool = False) -> None:
+        """Remember in `file`; with `verify`, read every file once all the same."""
+        self._file = file
+        self._known: dict[str, list[Any]] = {}
+        self._fresh: dict[str, list[Any]] = {}
+        if file is not None and file.exists() and not verify:
+            try:
+                known = json.loads(file.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
+            except (ValueError, OSError):  # a damaged memory is none
+                self._known = {}
+
+    def sha256(self, path: Path) -> str:
+        """Hex sha256 of a file's bytes."""
+        key, stat = str(path.absolute()), path.stat()
+        seen = [stat.st_size, stat.st_mtime_ns]
+        entry = self._fresh.get(key) or self._known.get(key) or []
+        if entry[:2] != seen:
+            entry = [*seen, sha256_file(path)]
+        self._fresh[key] = entry
+        return entry[2]
+
+    def tree(self, directory: Path) -> str:
+        """As `sha256_tree`."""
+        return digest_of({file.name: self.sha256(file) for file in _content(directory)})
+
+    def save(self) -> None:
+        """Write what was seen."""
+        if self._file is not None and self._fresh != self._known:
+            write_atomic(self._file, json.dumps(self._known | self._fresh, indent=0) + "\n")
+
+
+def _content(directory: Path) -> list[Path]:
+    """A directory's models and data; provenance and cards do not count."""
+    return sorted(
         p
-        for p in path.iterdir()
+        for p in directory.iterdir()
         if p.is_file() and p.suffix in _CONTENT_SUFFIXES and p.name not in _NOT_CONTENT
     )
-    known = known or {}
-    return digest_of({file.name: known.get(file.name) or sha256_file(file) for file in files})
 
 
 def digest_of(value: Any) -> str:
@@ -204,29 +231,25 @@ def new_directory(final: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         ConfigError: `final` exists, or another process is making it.
     """
-    partial, old = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(exist_ok=True)
-    try:
-        with _locked(partial):
-            if old.exists() and not final.exists():  # killed between the two renames below
-                os.replace(old, final)
-            shutil.rmtree(old, ignore_errors=True)
-            _check_free(final, force)
-            for stale in partial.iterdir():
-                if stale.name != ".lock":
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            yield partial
-            if final.exists():
-                os.replace(final, old)
-            (partial / ".lock").unlink()
-            finish_directory(partial, final)
-            shutil.rmtree(old, ignore_errors=True)
-    except _InUseError:
-        raise
-    except BaseException:
+    partial, old, lock = (final.with_name(f".{final.name}.{e}") for e in ("partial", "old", "lock"))
+    with accessing(final, "write"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock, final):  # it lies beside, so that it is held until the rename is done
+        if old.exists() and not final.exists():  # killed between the two renames below
+            os.replace(old, final)
+        shutil.rmtree(old, ignore_errors=True)
+        _check_free(final, force)
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            with accessing(final, "write"):
+                partial.mkdir()
+                yield partial
+                if final.exists():
+                    os.replace(final, old)
+                finish_directory(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_free(final: Path, force: bool) -> None:
@@ -258,140 +281,43 @@ def versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One finished stage of a run: its directory, what it was made from and how long it took."""
-
-    label: str
-    path: Path
-    record: dict[str, Any] = field(repr=False)
-    reused: bool
-
-    @property
-    def digest(self) -> str:
-        """Digest of the stage's configuration and inputs: the same digest, the same result."""
-        return self.record["digest"]
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What this stage wrote, a model or data."""
-        return Checkpoint(self.path, self.record["output"])
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """What the stage logged, a row a step."""
-        return read_jsonl(self.path / "metrics.jsonl")
-
-
-class RunDirectory:
-    """`runs/<name>`: opened by one process at a time, holding one recipe."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.finished: list[Stage] = []
-
-    @contextmanager
-    def opened(self, recipe_text: str, *, force: bool = False) -> Iterator["RunDirectory"]:
-        """Claim the directory for `recipe_text`.
-
-        Raises:
-            ConfigError: another process holds it, or it belongs to another recipe and `force` is off.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(
-                f"{self.path}: is a file. Choose another output directory with --out."
-            )
-        stranger = self.path.exists() and any(self.path.iterdir())
-        if stranger and not (self.path / "stages").is_dir() and not (self.path / ".lock").exists():
-            raise ConfigError(
-                f"{self.path}: holds files that are not a run's. Choose another directory with --out."
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path):
-            recipe_file = self.path / "recipe.yaml"
-            if recipe_file.exists() and recipe_file.read_text() != recipe_text and not force:
-                raise ConfigError(
-                    f"{self.path}: made by another recipe ({_first_difference(recipe_file, recipe_text)}). "
-                    "Give --out another directory, or --force to replace the recipe and report there "
-                    "(finished stages are kept and reused where they still apply)."
-                )
-            (self.path / "stages").mkdir(exist_ok=True)
-            if not recipe_file.exists() or recipe_file.read_text() != recipe_text:
-                write_atomic(recipe_file, recipe_text)
-            yield self
-
-    def stage(
-        self,
-        label: str,
-        *,
-        config: Mapping[str, Any],
-        inputs: Mapping[str, str],
-        work: Callable[[Path], object],
-    ) -> Stage:
-        """Return the finished stage, doing `work(directory)` first if it has not been done.
-
-        Args:
-            label: names the directory and the report's row, e.g. ``sft[0]``.
-            config: what decides the result besides the inputs, as JSON values.
-            inputs: name → digest of each model and data set that goes in.
-            work: fills the directory it is given; what it keeps in ``resume/`` survives a kill and is dropped at
-                the end.
-        """
-        identity = {"layout": LAYOUT_VERSION, "stage": label, "config": config, "inputs": inputs}
-        digest = digest_of(identity)
-        slug = "".join(c if c.isalnum() else "-" for c in label).strip("-")
-        final = self.path / "stages" / f"{slug}-{digest[:12]}"
-        if (final / "stage.json").exists():
-            stage = Stage(label, final, json.loads((final / "stage.json").read_text()), reused=True)
-        else:
-            stage = self._do(label, final, identity | {"digest": digest}, work)
-        self.finished.append(stage)
-        return stage
-
-    def _do(
-        self, label: str, final: Path, identity: dict[str, Any], work: Callable[[Path], object]
-    ) -> Stage:
-        partial = final.with_name(final.name + ".partial")
-        partial.mkdir(exist_ok=True)
-        started, clock = time.time(), time.monotonic()
-        work(partial)
-        shutil.rmtree(partial / "resume", ignore_errors=True)
-        record = identity | {
-            "output": sha256_tree(partial),
-            "versions": versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.monotonic() - clock, 2),
-        }
-        write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
-        finish_directory(partial, final)
-        return Stage(label, final, record, reused=False)
-
-
-class _InUseError(ConfigError):
+class InUseError(ConfigError):
     """Another process is at it; what lies there is not ours to remove."""
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold `path/.lock`; the kernel lets go of it when the process dies, however it dies."""
+def locked(file: Path, what: Path) -> Iterator[None]:
+    """Hold the lock `file` of `what`, and remove it at the end; the kernel lets go of it when the process dies.
+
+    Raises:
+        InUseError: another process holds it.
+    """
     try:
         import fcntl
     except ImportError:  # pragma: no cover - Windows: no lock, as documented in docs/how-to/run.md
         yield
         return
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise _InUseError(
-                f"{path}: in use by another salsa process. Wait for it, or choose another directory with --out."
-            ) from error
-        yield
+    while True:
+        with accessing(what, "write"):
+            stream = file.open("w")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InUseError(
+                    f"{what}: in use by another salsa process. Wait for it, or choose another directory with --out."
+                ) from error
+            if not _is_still(file, stream.fileno()):
+                continue  # its holder removed it after we opened it: this lock guards nothing
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
+            return
 
 
-def _first_difference(recipe_file: Path, recipe_text: str) -> str:
-    old, new = recipe_file.read_text().splitlines(), recipe_text.splitlines()
-    for before, after in zip(old, new, strict=False):
-        if before != after:
-            return f"there {before.strip()!r}, now {after.strip()!r}"
-    return f"there {len(old)} lines, now {len(new)}"
+def _is_still(file: Path, descriptor: int) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == file.stat().st_ino
+    except FileNotFoundError:
+        return False

@@ -8,7 +8,7 @@ from pathlib import Path
 from salsa.artifacts import read_jsonl
 from salsa.data import preference_rows
 from salsa.errors import CheckpointError
-from salsa.models import load_tokenizer, load_trainable, same_vocabulary, save_checkpoint
+from salsa.models import load_policy, load_tokenizer, same_vocabulary, save_checkpoint
 from salsa.runtime.engine import Engine
 from salsa.runtime.hf_trainer import common_arguments, train
 from salsa.stages.jobs import DPOJob
@@ -51,10 +51,10 @@ def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
         max_length=config.max_length,
         disable_dropout=True,
     )
-    model = load_trainable(job.init.path, engine)
+    model = load_policy(job.init.path)
     trainer = trl.DPOTrainer(
         model=model,
-        ref_model=load_trainable(job.reference.path, engine),
+        ref_model=load_policy(job.reference.path),
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 KLKind = Literal["k1", "k2", "k3"]
+Algorithm = Literal["ppo", "rloo", "grpo"]
 Mask = Bool[Tensor, "B R"] | Int[Tensor, "B R"] | Float[Tensor, "B R"]
 
 
@@ -140,6 +141,50 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def shape_scores(
+    scores: Float[Tensor, " B"],
+    ended: Bool[Tensor, " B"],
+    moments: Moments,
+    *,
+    normalize: bool,
+    score_clip: float | None,
+    missing_eos_penalty: float,
+) -> tuple[Float[Tensor, " B"], Moments]:
+    """Normalise by the moments of all scores so far, clip to ±score_clip, then fine responses without EOS.
+
+    Returns the shaped scores and the moments from now on, which cover these scores too if `normalize`.
+    """
+    if normalize:
+        moments = updated_moments(moments, scores)
+        scores = (scores - moments.mean) / moments.std
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    return scores - missing_eos_penalty * (~ended), moments
+
+
+def estimate_advantages(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    algorithm: Algorithm,
+    gamma: float,
+    gae_lambda: float,
+    group_size: int,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """(advantages, returns): the one step in which PPO, RLOO and GRPO differ.
+
+    PPO: GAE with the critic's `values`, whitened over the batch's real tokens. RLOO and GRPO: the sum of the episode's
+    rewards against its group's, the same for each of its tokens; they have no critic, and returns of 0.
+    """
+    if algorithm == "ppo":
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+        return whiten(advantages, mask), returns
+    of_episodes = rloo_advantages if algorithm == "rloo" else grpo_advantages
+    per_episode = of_episodes(rewards.sum(dim=1), group_size)
+    return per_episode[:, None] * mask, torch.zeros_like(values)
+
+
 def rloo_advantages(scores_with_kl: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
     """A_i = R_i − mean of the other R_j in its group (Ahmadian et al. 2024); groups are consecutive rows.
 
@@ -179,6 +224,30 @@ def policy_loss(
         clip_fraction=masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach(),
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask).detach(),
     )
+
+
+def kl_loss(
+    logprobs: Float[Tensor, "B R"],
+    old_logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    kl_kind: KLKind,
+    importance: bool,
+) -> Float[Tensor, ""]:
+    """mean_t ρ_t·kl_t, a term of the loss whose gradient is that of KL(π ‖ π_ref); ρ_t = π(a_t)/π_old(a_t).
+
+    Tokens were drawn from π_old, so that after the first step the estimator needs the ratio ρ (`importance`). ∇k2 is
+    (log π − log π_ref)·∇log π, whose mean under π is ∇KL: ρ only weighs it, and is detached. k3 is unbiased as a value
+    and its own gradient is not that of its mean: ρ·k3 is differentiated through ρ too (arXiv 2512.21852; OpenRLHF #1309).
+    Per token: the effect of a token on the states that follow is left out, as everywhere in the loss.
+    """
+    mask = mask.bool()
+    kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
+    if importance:
+        ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()
+        kl = (ratio.detach() if kl_kind == "k2" else ratio) * kl
+    return masked_mean(kl, mask)
 
 
 def value_loss(

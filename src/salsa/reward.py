@@ -48,7 +48,7 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         disable_dropout=True,
     )
     model = load_classifier(
-        job.init.path, engine, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
+        job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
     )
     trainer = trl.RewardTrainer(
         model=model,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from salsa.data import SFT_COLUMNS, describe, load_rows, sft_rows
-from salsa.models import load_tokenizer, load_trainable, save_checkpoint
+from salsa.models import load_policy, load_tokenizer, save_checkpoint
 from salsa.runtime.engine import Engine
 from salsa.runtime.hf_trainer import common_arguments, train
 from salsa.stages.jobs import SFTJob
@@ -37,7 +37,7 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
         max_length=config.max_length,
         completion_only_loss=True,
     )
-    model = load_trainable(job.base.path, engine)
+    model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
         model=model,
         args=arguments,

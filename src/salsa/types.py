@@ -13,6 +13,7 @@ A response that hits the length limit has no EOS and a full mask. Masks come fro
 so that pad may equal EOS. Logprobs are in nats, under the sampling temperature.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -30,16 +31,6 @@ class Sampling:
     eos_ids: tuple[int, ...]
     """Every token that ends a response."""
     pad_id: int
-    precision: str
-    """`auto`, `fp32` or `bf16`."""
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts to reply to, left-padded."""
-
-    prompt: Int[Tensor, "B P"]
-    prompt_mask: Bool[Tensor, "B P"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +65,27 @@ class Rollout:
         """Response lengths in tokens, EOS included."""
         return self.response_mask.sum(dim=1)
 
+    def ended(self, eos_ids: Sequence[int]) -> Bool[Tensor, " B"]:
+        """Whether each response ends in EOS; one that hit the length limit does not."""
+        last = self.response.gather(1, (self.lengths - 1)[:, None]).squeeze(1)
+        return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Response texts without special tokens."""
+        ids = [r[m].tolist() for r, m in zip(self.response, self.response_mask, strict=True)]
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a sampler returns."""
+
+    rollout: Rollout
+    logprobs: Float[Tensor, "B R"]
+    """Of the tokens that were drawn, in nats, under the temperature; 0 outside the mask."""
+    version: str
+    """Digest of the weights that were sampled from."""
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -85,7 +97,7 @@ class Experience:
     values: Float[Tensor, "B R"]
     """0 without a critic, as are `returns`."""
     scores: Float[Tensor, " B"]
-    """The verdict on each response, normalised, clipped and fined for a missing EOS, before the KL penalty."""
+    """The score of each response, normalised, clipped and fined for a missing EOS, before the KL penalty."""
     rewards: Float[Tensor, "B R"]
     """Per token, after the KL penalty."""
     advantages: Float[Tensor, "B R"]
@@ -111,12 +123,12 @@ class UpdateStats:
     critic_grad_norm: float | None = None
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Those that were measured."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-Batch = TypeVar("Batch", PromptBatch, Rollout, Experience)
+Batch = TypeVar("Batch", Rollout, Experience)
 
 
 def rows_of(batch: Batch, index: Tensor | slice) -> Batch:

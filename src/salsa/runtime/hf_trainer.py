@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from salsa.runtime.local import computes_bf16, device
+from salsa.runtime.engine import Engine
 from salsa.runtime.tracking import Tracker, tracker
 
 _LOGS_PER_CHECKPOINT = 5
@@ -15,14 +15,14 @@ _COMPLETE = "complete"
 
 
 def common_arguments(
-    directory: Path, *, seed: int, precision: str, checkpoint_every: int
+    directory: Path, *, seed: int, engine: Engine, checkpoint_every: int
 ) -> dict[str, Any]:
     """TrainingArguments that every stage shares."""
     return {
         "output_dir": str(directory / "resume"),
         "seed": seed,
-        "bf16": computes_bf16(precision),
-        "use_cpu": device().type == "cpu",
+        "bf16": engine.precision == "bf16",
+        "use_cpu": engine.device.type == "cpu",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
         "logging_steps": max(1, checkpoint_every // _LOGS_PER_CHECKPOINT),
@@ -30,7 +30,7 @@ def common_arguments(
         "save_steps": checkpoint_every,
         "save_total_limit": 2,
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": device().type != "cpu",
+        "dataloader_pin_memory": engine.device.type != "cpu",
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -59,10 +59,10 @@ class _Report(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
     ) -> None:
         if logs and "loss" in logs:
-            figures = {
+            metrics = {
                 name: value for name, value in logs.items() if isinstance(value, int | float)
             }
-            self.tracker.log(state.global_step, figures)
+            self.tracker.log(state.global_step, metrics)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
@@ -70,14 +70,14 @@ class _Report(TrainerCallback):
 
 def _last_complete(folder: Path) -> Path | None:
     """The newest checkpoint that was written to the end; half-written ones are removed."""
-    found = {}
+    complete = {}
     for path in folder.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and (path / _COMPLETE).exists():
-            found[int(match[1])] = path
+            complete[int(match[1])] = path
         else:
             shutil.rmtree(path)
-    return found[max(found)] if found else None
+    return complete[max(complete)] if complete else None
 
 
 def _num_steps(trainer: Trainer) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from salsa.runtime.local import computes_bf16, device
+from salsa.runtime.engine import Engine
 
 _GEMM_SIZE = 2048
 
@@ -26,7 +26,8 @@ class Work:
 class Meter:
     """Times the phases of one update, one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._last = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
@@ -35,18 +36,18 @@ class Meter:
         """What has passed since the last call belongs to the phase `name`."""
         now = time.perf_counter()
         self._seconds[name], self._last = now - self._last, now
-        self._peaks[name] = peak_memory_gb()
+        self._peaks[name] = peak_memory_gb(self._engine)
 
-    def figures(self, work: Mapping[str, Work], precision: str) -> dict[str, float]:
+    def metrics(self, work: Mapping[str, Work]) -> dict[str, float]:
         """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end."""
-        peak = gemm_peak(precision)
-        found = {}
+        peak = gemm_peak(self._engine.device, self._engine.dtype)
+        metrics = {}
         for name, seconds in self._seconds.items():
-            found[f"seconds_{name}"] = seconds
-            found[f"tokens_per_second_{name}"] = work[name].tokens / seconds
-            found[f"mfu_{name}"] = work[name].flops / seconds / peak
-            found[f"peak_memory_gb_{name}"] = self._peaks[name]
-        return found
+            metrics[f"seconds_{name}"] = seconds
+            metrics[f"tokens_per_second_{name}"] = work[name].tokens / seconds
+            metrics[f"mfu_{name}"] = work[name].flops / seconds / peak
+            metrics[f"peak_memory_gb_{name}"] = self._peaks[name]
+        return metrics
 
 
 def forward_flops(model: Any, tokens: int, logits: int) -> float:
@@ -54,18 +55,17 @@ def forward_flops(model: Any, tokens: int, logits: int) -> float:
 
     As Chowdhery et al. 2022, appendix B, but without attention scores, which are a few percent at these lengths.
     """
-    trunk = getattr(model, str(model.base_model_prefix))
+    trunk = model.trunk
     embedding = trunk.get_input_embeddings().weight
     matrices = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embedding.numel()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.output_head
     return 2.0 * matrices * tokens + (2.0 * head.weight.numel() * logits if head is not None else 0)
 
 
 @lru_cache(maxsize=2)
-def gemm_peak(precision: str) -> float:
+def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here, measured once a process: the best of five."""
-    dtype = torch.bfloat16 if computes_bf16(precision) else torch.float32
-    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype, device=device())
+    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):  # the first one warms up
         start = time.perf_counter()
@@ -74,9 +74,9 @@ def gemm_peak(precision: str) -> float:
     return 2.0 * _GEMM_SIZE**3 / min(seconds[1:])
 
 
-def peak_memory_gb() -> float:
+def peak_memory_gb(engine: Engine) -> float:
     """Most memory so far: the process's resident set on a CPU, what torch allocated on a GPU."""
-    if device().type == "cuda":
+    if engine.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = (
         1 if sys.platform == "darwin" else 1024

@@ -12,10 +12,8 @@ transformers offers for that. A model that cannot be run so is run on padded row
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,21 +22,37 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from salsa.errors import CheckpointError
+ATTENTION = "salsa"
+"""Name under which transformers finds this attention."""
 
 SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: faster on a CPU than torch's masked kernel."""
 
 
-class Memory(Protocol):
-    """What wants to keep keys and values, e.g. a generator."""
+class KeyValueCache(Protocol):
+    """Keeps the keys and values of sequences that are being generated, and attends to them."""
+
+    lengths: Int[Tensor, " sequences"]
+    """Tokens of each sequence that are in the cache."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """A layer's keys and values of all rows, each [B, K, T, D]; behind a row's end lies anything finite."""
+        """Prefill: a layer's keys and values of all rows, each [B, K, T, D]; behind a row's end lies anything finite."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Decode: attention of one new token of each sequence, [1, H, sequences, D] → [1, sequences, H, D]."""
 
 
 @dataclass(frozen=True)
@@ -109,59 +123,6 @@ def num_distinct(rows: Sequence[Sequence[int]]) -> int:
     return sum(_in_order(rows)[1])
 
 
-def last_hidden(
-    trunk: nn.Module, rows: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
-    """The last hidden states of all tokens, and where each row's are among them; see `take`."""
-    here = next(trunk.parameters()).device
-    if not packs_rows(trunk):
-        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(here)
-        hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1), torch.arange(tokens.numel(), device=here).view(tokens.shape)
-    packing = pack(rows, here)
-    with attending_by("salsa_packed", trunk):
-        hidden = trunk(**arguments(packing), use_cache=False).last_hidden_state
-    return hidden[0], packing.paths
-
-
-def packs_rows(model: nn.Module) -> bool:
-    """What `can_pack` found when the model was loaded; most can."""
-    return getattr(getattr(model, str(model.base_model_prefix), model), "packs_rows", True)
-
-
-def can_pack(trunk: nn.Module) -> bool:
-    """Whether packed rows give the trunk's own states of padded rows, tried on four; and its layers tell their windows.
-
-    Four short rows would not show a limit that reaches further back, e.g. attention in chunks.
-    """
-    rows = [[0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1], [6, 7, 8, 9, 10, 11]]
-    packing, windows = pack(rows, next(trunk.parameters()).device), []  # type: ignore[var-annotated]
-    with torch.no_grad():
-        trunk.packs_rows = False  # type: ignore[assignment]
-        plain, where = last_hidden(trunk, rows)
-        trunk.packs_rows = True  # type: ignore[assignment]
-        try:
-            with attending_by("salsa_packed", trunk):
-                packed = trunk(**arguments(packing), windows=windows, use_cache=False)
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
-            return False
-    config: Any = trunk.config
-    by_default = (
-        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    )
-    kinds = getattr(config, "layer_types", None) or [by_default] * len(windows)
-    told = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return told == list(kinds) and all(
-        torch.allclose(
-            plain[where[i, : len(row)]],
-            packed.last_hidden_state[0, packing.paths[i, : len(row)]],
-            rtol=1e-3,
-            atol=1e-3,
-        )
-        for i, row in enumerate(rows)
-    )
-
-
 def arguments(packing: Packing) -> dict[str, Any]:
     """What a model of transformers is called with; a mask of four dimensions is passed on as it is."""
     return {
@@ -170,55 +131,6 @@ def arguments(packing: Packing) -> dict[str, Any]:
         "attention_mask": packing.visible,
         "packing": packing,
     }
-
-
-def attending_by(attention: str, model: Any) -> AbstractContextManager[None]:
-    """Inside, the model's attention is the one that is registered under that name."""
-    return _attending(model.config.get_text_config(), attention)
-
-
-@contextmanager
-def _attending(config: Any, attention: str) -> Iterator[None]:
-    usual = config._attn_implementation
-    config._attn_implementation = attention
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
-
-
-@contextmanager
-def recomputing(*models: Any) -> Iterator[None]:
-    """Inside, layers keep nothing but their input for the backward pass and compute the rest again (Chen et al. 2016).
-
-    The same bits, less memory, a forward pass more.
-
-    Raises:
-        CheckpointError: a model has no layers that transformers marks for this.
-    """
-    layers: dict[nn.Module, Any] = {}
-    for model in models:
-        found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not found:
-            raise CheckpointError(
-                f"{type(model).__name__} has no layers that can be recomputed. Remove rl.gradient_checkpointing."
-            )
-        layers |= {layer: partial(_as_now, model.config.get_text_config()) for layer in found}
-    for layer, contexts in layers.items():
-        layer.forward = partial(  # type: ignore[method-assign]
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
-            context_fn=contexts,
-        )  # fmt: skip
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _as_now(config: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a layer's forward pass and of its repetition, which attends as the first did."""
-    return nullcontext(), _attending(config, config._attn_implementation)
 
 
 def take(flat: Float[Tensor, "N d"], index: Int[Tensor, "*I"]) -> Float[Tensor, "*I d"]:
@@ -242,27 +154,39 @@ class _Take(torch.autograd.Function):
         return summed.to(gradient.dtype), None
 
 
-def packed_attention(
+def _attention(
     module: nn.Module,
-    query: Float[Tensor, "1 H N D"],
-    key: Float[Tensor, "1 K N D"],
-    value: Float[Tensor, "1 K N D"],
+    query: Float[Tensor, "A H N D"],
+    key: Float[Tensor, "A K N D"],
+    value: Float[Tensor, "A K N D"],
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
-    memory: Memory | None = None,
+    packing: Packing | None = None,
+    cache: KeyValueCache | None = None,
     windows: list[int | None] | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "1 N H D"], None]:
-    """Attention of each row's added tokens to the row's path; K key heads serve H query heads in groups."""
+    **others: Any,
+) -> tuple[Float[Tensor, "A N H D"], None]:
+    """Attention as transformers calls it: of packed rows, of one new token a sequence (decode), or as torch does it.
+
+    K key heads serve H query heads in groups. Packed: each row's added tokens attend to the row's path.
+    """
+    if packing is None and cache is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others
+        )
+    if packing is None:
+        assert cache is not None and attention_mask is not None
+        visible = within(sliding_window, attention_mask, cache.lengths[:, None])
+        layer: Any = module.layer_idx
+        return cache.attend(layer, query, key, value, visible, scaling, softcap), None
     keys, values = (_rows(x, packing.paths) for x in (key, value))  # (B, K, T, D)
     if windows is not None:
         windows.append(sliding_window)
-    if memory is not None:
-        memory.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
+    if cache is not None:
+        cache.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
     queries = _rows(query, packing.added)  # (B, H, Q, D)
     visible = within(sliding_window, packing.visible, packing.positions[0][packing.added])
     attended = attend(queries, keys, values, visible, scaling, softcap)  # (B, H, Q, D)
@@ -270,7 +194,8 @@ def packed_attention(
     return take(flat, packing.place).view(1, *query.shape[2:0:-1], -1), None
 
 
-AttentionInterface.register("salsa_packed", packed_attention)
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def _rows(heads: Float[Tensor, "1 H N D"], index: Int[Tensor, "B L"]) -> Float[Tensor, "B H L D"]:

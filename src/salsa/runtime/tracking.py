@@ -28,7 +28,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Tracker:
-    """Logs one stage: a row a step into `metrics.jsonl`, a few of its figures onto the screen."""
+    """Logs one stage: a row a step into `metrics.jsonl`, a few of its metrics onto the screen."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Tracker:
         self.file = directory / "metrics.jsonl"
         self.label, self.total, self.show = label, total, show
         self.progress = progress
-        self.task = progress.add_task(label, total=total, figures="") if progress else None
-        self.started = self.said = time.monotonic()
+        self.task = progress.add_task(label, total=total, shown="") if progress else None
+        self.started = self._last_line = time.monotonic()
         self.first_step = self.step = 0
 
     def resume_at(self, step: int) -> None:
@@ -54,30 +54,30 @@ class Tracker:
         if self.progress and self.task is not None:
             self.progress.update(self.task, completed=step)
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Record the figures of `step` (counted from 1)."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step` (counted from 1)."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(
-                json.dumps({"step": step, **{k: round_figure(v) for k, v in figures.items()}})
+                json.dumps({"step": step, **{k: rounded(v) for k, v in metrics.items()}})
                 + "\n"
             )
-        self.advance(step, figures)
+        self.advance(step, metrics)
 
-    def advance(self, step: int, figures: Mapping[str, float] | None = None) -> None:
-        """Move the bar to `step`, with the figures that are worth showing."""
+    def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Move the bar to `step`, with the metrics that are worth showing."""
         self.step = step
-        known = figures or {}
+        known = metrics or {}
         text = "  ".join(f"{name} {known[name]:.4g}" for name in self.show if name in known)
         if self.progress and self.task is not None:
             self.progress.update(self.task, completed=step)
             if text:
-                self.progress.update(self.task, figures=text)
+                self.progress.update(self.task, shown=text)
             return
         now = time.monotonic()
-        if text and (now - self.said >= PLAIN_SECONDS or step == self.total):
+        if text and (now - self._last_line >= PLAIN_SECONDS or step == self.total):
             left = (now - self.started) / max(step - self.first_step, 1) * (self.total - step)
             say(f"{self.label}: {step}/{self.total}  {text}  {left:.0f} s left")
-            self.said = now
+            self._last_line = now
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def tracker(directory: Path, label: str, total: int, show: tuple[str, ...]) -> I
         return
     columns = (
         TextColumn("{task.description:<14}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Tracker(directory, label, total, show, progress)
@@ -111,6 +111,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def round_figure(value: float) -> float:
+def rounded(value: float) -> float:
     """Seven significant digits: enough to compare runs, short enough to read."""
     return float(f"{value:.7g}")

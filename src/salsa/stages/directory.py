@@ -129,7 +129,7 @@ class RunDirectory:
         self._check_ours()
         with accessing(self.path, "write"):
             self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path):
+        with locked(self.path / ".lock", self.path):
             self._take_recipe(recipe_text, force, decisive)
             try:
                 yield self
@@ -172,7 +172,7 @@ class RunDirectory:
             )
         with accessing(self.path, "read"):
             names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        if names and not names & {"stages", ".lock"}:
+        if names and not names & {"stages", ".lock", "recipe.yaml"}:
             raise ConfigError(
                 f"{self.path}: holds files that are not a run's. Choose another directory with --out."
             )

@@ -6,13 +6,23 @@ A key that would change nothing, or two keys that contradict each other, are err
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from salsa.expressions import Anchor, check_model, parse_anchor
-from salsa.schema import (
+from salsa.config.dpo import DPOConfig
+from salsa.config.expressions import Model, ReferenceRule, parse_model, parse_reference
+from salsa.config.schema import (
     Count,
     DataSource,
+    Execution,
     Fraction,
+    Input,
     NonNegative,
     Positive,
     Seeds,
@@ -33,27 +43,56 @@ _TRUNCATION = ("top_p", "top_k", "min_p")
 
 
 class ArmConfig(Strict):
-    """One way of running RL. `init` and `reference` are separate, and both must be said."""
+    """One way of training: `init` and `reference`, which must both be said, and settings of its own.
+
+    Every other key of an arm overrides the setting of that name in `rl:` (`kl_coef: 0.3`); with `method: dpo` the other
+    keys are DPO's (`salsa.config.dpo`).
+    """
 
     init: str
-    """Where the policy starts: a model (`salsa.expressions`), e.g. sft[0], soup, base, a path."""
+    """Where the policy starts: a model (`salsa.config.expressions`), e.g. sft[0], soup, base, a path."""
     reference: str
     """What the KL pulls towards: a model (plain PPO: sft[0]; SALSA: soup), mixture(…), ema(…), reset(…) or none."""
+    method: Literal["rl", "dpo"] = "rl"
+    """`rl`: as `rl:` says. `dpo`: direct preference optimisation on the recipe's preferences."""
+    settings: dict[str, Any] = Field(default={})
+    """The other keys of the arm, as they were written; not a key itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, values: Any) -> Any:
+        """Move all other keys into `settings`."""
+        if not isinstance(values, dict):
+            return values
+        own = {key: values[key] for key in ("init", "reference", "method") if key in values}
+        rest = {key: value for key, value in values.items() if key not in own}
+        nested = rest.pop("settings", {})  # when one ArmConfig is made from another's fields
+        return own | {"settings": rest | nested}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)
+        return values | values.pop("settings", {})
 
     @field_validator("init")
     @classmethod
     def _known(cls, value: str) -> str:
-        return check_model(value)
+        parse_model(value)
+        return value
 
     @model_validator(mode="after")
     def _parses(self) -> Self:
-        _ = self.anchor
+        rule = self.rule
+        if self.method == "dpo" and (len(rule.models) > 1 or rule.moves or not rule.pulls):
+            raise ValueError(
+                f"reference={self.reference!r}: DPO needs one model that stands still, e.g. soup or sft[0]"
+            )
         return self
 
     @property
-    def anchor(self) -> Anchor[str]:
+    def rule(self) -> ReferenceRule[Model]:
         """The reference, parsed."""
-        return parse_anchor(self.reference, self.init)
+        return parse_reference(self.reference, self.init)
 
 
 class AdaptiveKL(Strict):
@@ -91,9 +130,9 @@ class RLConfig(Strict):
     """Responses per prompt; rloo and grpo need 2 or more."""
     minibatch_size: Count | None = None
     """Episodes per optimizer step; rollout_size if not given."""
-    microbatch_tokens: Count = 1024
+    microbatch_tokens: Execution[Count] = 1024
     """Tokens per forward pass, a prefix that episodes share counted once: memory and speed, not the result."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Execution[bool] = False
     """Compute activations again in the backward pass: less memory, a forward pass more per epoch, the same bits."""
     num_epochs: Count = 2
     """Passes over each rollout."""
@@ -105,6 +144,8 @@ class RLConfig(Strict):
     """Where the KL penalty acts: subtracted from the per-token reward, or added to the loss."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
     """Estimator of the per-token KL."""
+    kl_importance: Literal["from_second_pass", "always", "never"] = "from_second_pass"
+    """With kl_in: loss, in which passes over a rollout the estimate is weighed by π/π_old (`objectives.kl_loss`)."""
     adaptive_kl: AdaptiveKL | None = None
     """Adapt β to a target KL; kl_coef is its first value."""
     critic: Literal["separate", "head"] = "separate"
@@ -139,9 +180,9 @@ class RLConfig(Strict):
     """Train adapters instead of all weights."""
     monitor_kl_every: Count = 5
     """Updates between measurements of the KL to every ingredient and to the base (also in the first and the last)."""
-    checkpoint_every: Count = 10
+    checkpoint_every: Execution[Count] = 10
     """Updates between checkpoints."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Execution[Count] = 2
     """Newest checkpoints that stay while the run lasts; the best one stays besides."""
     select: Literal["last", "best"] = "last"
     """Which policy the run returns: the last, or that of the checkpoint with the highest mean reward."""
@@ -195,11 +236,28 @@ class RLConfig(Strict):
                 "kl_kind=k1 in the loss has an expected gradient of 0. Use k2 (the gradient of KL(π ‖ reference)) "
                 "or k3 (GRPO's), or kl_in: reward"
             )
+        if self.kl_in == "reward" and self.kl_importance != "from_second_pass":
+            raise ValueError(
+                f"kl_importance={self.kl_importance} changes nothing with kl_in=reward. Remove it, or set kl_in: loss"
+            )
         if self.adaptive_kl is not None and self.kl_coef == 0:
             raise ValueError(
                 "adaptive_kl cannot move kl_coef=0, which it multiplies. Start above 0"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """As of every section; with `select: best` the checkpoints are what is selected from."""
+        values = super().identity()
+        return values | (
+            {"checkpoint_every": self.checkpoint_every} if self.select == "best" else {}
+        )
+
+    def weighs_kl(self, number: int) -> bool:
+        """Whether the KL in the loss gets the ratio π/π_old in pass `number` (from 0) over a rollout."""
+        return self.kl_importance == "always" or (
+            self.kl_importance == "from_second_pass" and number > 0
+        )
 
     @property
     def minibatch(self) -> int:
@@ -217,11 +275,11 @@ class RLConfig(Strict):
 class RLSection(RLConfig):
     """The recipe's `rl:`; one run per arm and seed."""
 
-    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
-    """Name → init and reference."""
-    prompts: DataSource
+    arms: Input[Annotated[dict[str, ArmConfig], Field(min_length=1)]]
+    """Name → init, reference and settings of its own."""
+    prompts: Input[DataSource]
     """Rows with `prompt`, or `messages` whose last turn is the user's."""
-    seeds: Seeds = (0, 1)
+    seeds: Input[Seeds] = (0, 1)
     """Runs per arm."""
 
     @field_validator("arms")
@@ -235,17 +293,35 @@ class RLSection(RLConfig):
         return arms
 
     @model_validator(mode="after")
-    def _mixtures_are_measured_right(self) -> Self:
-        wanted = "k1" if self.kl_in == "reward" else "k2"
+    def _arms_fit(self) -> Self:
         for name, arm in self.arms.items():
-            if len(arm.anchor.models) > 1 and self.kl_kind != wanted:
-                raise ValueError(
-                    f"arms.{name}: a mixture is penalised right by kl_kind={wanted} with kl_in={self.kl_in}, "
-                    f"not by {self.kl_kind}. Use that, or one reference"
-                )
+            config = self.config_of(name)
+            if isinstance(config, RLConfig) and len(arm.rule.models) > 1:
+                wanted = "k1" if config.kl_in == "reward" else "k2"
+                if config.kl_kind != wanted:
+                    raise ValueError(
+                        f"arms.{name}: a mixture is penalised right by kl_kind={wanted} with kl_in={config.kl_in}, "
+                        f"not by {config.kl_kind}. Use that, or one reference"
+                    )
         return self
 
-    @property
-    def config(self) -> RLConfig:
-        """What one run needs, without arms, prompts and seeds."""
-        return RLConfig(**{name: getattr(self, name) for name in RLConfig.model_fields})
+    def config_of(self, arm: str) -> RLConfig | DPOConfig:
+        """The settings of one arm: those of `rl:` with its own in their place; DPO's for a DPO arm.
+
+        Raises:
+            ValueError: a setting of the arm is unknown or wrong.
+        """
+        settings = self.arms[arm].settings
+        kind: type[RLConfig] | type[DPOConfig] = RLConfig
+        shared: dict[str, Any] = {}
+        if self.arms[arm].method == "dpo":
+            kind = DPOConfig
+        else:
+            given = self.model_fields_set & RLConfig.model_fields.keys()
+            shared = {name: getattr(self, name) for name in given}
+        try:
+            return kind(**shared | settings)
+        except ValidationError as error:
+            from salsa.config.recipe import explain
+
+            raise ValueError(f"arms.{arm}: {explain(error, kind)}") from None

@@ -5,7 +5,7 @@ module has its own. Adapters carry no dropout, as nothing in RL does here.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from salsa.config import LoRAConfig
 from salsa.errors import ConfigError
+from salsa.models.weights import WRAPPED
 
 _ADAPTER = "default"
 
@@ -22,7 +23,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
-def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> None:
+def add_adapters(model: nn.Module, config: LoRAConfig, *, seed: int) -> None:
     """Freeze `model` and put adapters into its linear layers; at first they change nothing (B = 0).
 
     Raises:
@@ -31,6 +32,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> No
     import peft
 
     torch.manual_seed(seed)
+    model.requires_grad_(False)
     targets = list(config.target_modules) or "all-linear"
     lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     try:
@@ -41,24 +43,33 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, *, seed: int) -> No
         ) from error
 
 
-def effective_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each weight as the forward pass means it, W + (alpha / r)·B·A, under its name in a model without adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+@torch.no_grad()
+def merged(
+    model: nn.Module, master: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each weight as the forward pass means it, W + (alpha / r)·B·A, under its name in a model without adapters.
 
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    Args:
+        model: the model with adapters.
+        master: gives a parameter's fp32 value.
+    """
+    adapted = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".base_layer.")
+        weight = master(parameter)
         if owner in adapted:
-            layer = adapted[owner]
-            delta = layer.get_delta_weight(_ADAPTER) if leaf == "weight" else 0  # type: ignore[attr-defined]
-            yield f"{owner}.{leaf}", parameter + delta
+            if leaf == "weight":
+                weight = weight + _delta(adapted[owner], master)
+            yield f"{owner}.{leaf}".replace(WRAPPED, ""), weight
         elif ".lora_" not in name:
-            yield name, parameter
+            yield name.replace(WRAPPED, ""), weight
 
 
-@torch.no_grad()
-def copy_effective(source: nn.Module, target: nn.Module) -> None:
-    """Give `target`, a model without adapters, the effective weights of `source`."""
-    parameters = dict(target.named_parameters())
-    for name, value in effective_parameters(source):
-        parameters[name].copy_(value)
+def _delta(layer: nn.Module, master: Callable[[nn.Parameter], Tensor]) -> Tensor:
+    """(alpha / r)·B·A of one linear layer, in fp32."""
+    up, down = (
+        master(getattr(layer, name)[_ADAPTER].weight)  # type: ignore[index]
+        for name in ("lora_B", "lora_A")
+    )
+    delta = (up @ down) * layer.scaling[_ADAPTER]  # type: ignore[index]
+    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta

@@ -1,7 +1,7 @@
-"""What the sections of a recipe are written with: number types, data sources, callables. Torch-free."""
+"""What the sections of a recipe are written with: number types, markers, data sources, callables. Torch-free."""
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,10 +14,41 @@ Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 _CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+T = TypeVar("T")
+Execution = Annotated[T, "execution"]
+"""A field that says how something is computed and does not decide the result."""
+Input = Annotated[T, "input"]
+"""A field whose content enters a stage's identity as the digest of an input, a seed or another stage."""
+
+
 class Strict(BaseModel):
     """Frozen, closed to unknown keys, read without coercing text to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide a result, as JSON values: neither `Execution` nor `Input`."""
+        return self.model_dump(mode="json", exclude=self._marked("execution", "input"))
+
+    def execution(self) -> dict[str, Any]:
+        """The `Execution` fields, as JSON values."""
+        return self.model_dump(mode="json", include=self._marked("execution"))
+
+    def decisive(self) -> dict[str, Any]:
+        """Everything but the `Execution` fields, at any depth, as JSON values."""
+        values = {}
+        for name in type(self).model_fields.keys() - self._marked("execution"):
+            value = getattr(self, name)
+            values[name] = value.decisive() if isinstance(value, Strict) else self._dumped(name)
+        return values
+
+    def _dumped(self, name: str) -> Any:
+        return self.model_dump(mode="json", include={name})[name]
+
+    def _marked(self, *markers: str) -> set[str]:
+        """Names of the fields that carry one of the markers."""
+        fields = type(self).model_fields.items()
+        return {name for name, field in fields if set(markers) & set(map(str, field.metadata))}
 
 
 class DataSource(Strict):
@@ -57,13 +88,13 @@ class RewardFunction(Strict):
     """`module:function`; the module is looked for in the working directory too."""
     weight: float = 1.0
     """Factor on its scores in the sum of several functions."""
-    batch_size: Count | None = None
+    batch_size: Execution[Count | None] = None
     """Responses per call; all at once if not given."""
-    concurrency: Count = 1
+    concurrency: Execution[Count] = 1
     """Calls under way at once."""
-    timeout: Positive | None = None
+    timeout: Execution[Positive | None] = None
     """Seconds that a call may take; no limit if not given."""
-    retries: Annotated[int, Field(ge=0)] = 0
+    retries: Execution[Annotated[int, Field(ge=0)]] = 0
     """Attempts after one that raised or took too long, after 1, 2, 4, … seconds."""
 
     @model_validator(mode="after")

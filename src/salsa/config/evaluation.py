@@ -1,0 +1,41 @@
+"""The recipe's `eval:` section."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from salsa.config.expressions import parse_model
+from salsa.config.schema import Count, DataSource, Execution, Input, RewardFunction, Strict
+
+
+class EvalConfig(Strict):
+    """Every arm on the same held-out prompts."""
+
+    prompts: Input[DataSource]
+    """Rows with `prompt`."""
+    baseline: Input[str]
+    """The arm that the others are compared with."""
+    kl_to: Input[Annotated[tuple[str, ...], Field(min_length=1)]] = ("sft[0]",)
+    """The models to which every arm's KL is measured, so that arms compare; the first is also shown as the arm `sft`."""
+    scores: Input[dict[str, RewardFunction]] = Field(default={})
+    """Further scores besides the training reward (the proxy), e.g. `gold`."""
+    max_new_tokens: Count | None = None
+    """Length limit of a response; RL's if not given."""
+    batch_size: Execution[Count] = 64
+    """Responses sampled per call."""
+    seed: int = 1000
+    """Seed of the sampling."""
+
+    @field_validator("kl_to")
+    @classmethod
+    def _models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            parse_model(text)
+        if len(set(value)) < len(value):
+            raise ValueError("names a model twice. Name each once")
+        return value
+
+    @property
+    def shown(self) -> str:
+        """The model that is shown as the arm `sft`."""
+        return self.kl_to[0]

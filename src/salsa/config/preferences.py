@@ -1,0 +1,43 @@
+"""The recipe's `preferences:` section: the pairs that reward models and DPO arms learn from."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from salsa.config.schema import Count, DataSource, Input, Positive, RewardFunction, Strict
+
+_SYNTHETIC = ("noise", "temperature", "seed", "max_new_tokens")
+
+
+class PreferencesConfig(Strict):
+    """Rows of a data set; or synthetic: two replies of the SFT models per prompt, labelled by a noisy scorer."""
+
+    dataset: Input[DataSource | None] = None
+    """Rows with `prompt`, `chosen`, `rejected`."""
+    prompts: Input[DataSource | None] = None
+    """Synthetic: prompts to reply to."""
+    labeller: Input[RewardFunction | None] = None
+    """Synthetic: the score that preferences follow (its weight counts)."""
+    noise: Positive = 0.2
+    """Reply a is preferred with probability sigmoid((score_a - score_b) / noise), in units of the score."""
+    temperature: Positive = 1.0
+    """Sampling temperature of the replies."""
+    seed: int = 0
+    """Seed of replies and labels."""
+    max_new_tokens: Count = 32
+    """Length limit of the replies."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        synthetic = self.prompts is not None and self.labeller is not None
+        if (self.dataset is not None) == synthetic or (self.prompts is None) != (
+            self.labeller is None
+        ):
+            raise ValueError("give either dataset, or prompts and labeller")
+        if self.dataset is not None:
+            for name in _SYNTHETIC:
+                if getattr(self, name) != PreferencesConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} changes nothing for the rows of a dataset. Remove it"
+                    )
+        return self

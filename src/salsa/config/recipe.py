@@ -1,0 +1,180 @@
+"""A recipe: everything that `salsa run` needs to know. An unknown key is an error that names the nearest valid one.
+
+Core fields come first, every field says what it does, derived numbers are properties. Hyperparameters are ours: the
+paper states neither learning rates nor KL coefficients nor batch sizes (docs/method.md).
+"""
+
+import difflib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from salsa.config.engine import EngineConfig
+from salsa.config.evaluation import EvalConfig
+from salsa.config.expressions import Model, parse_model, sft_indices
+from salsa.config.legacy import upgraded
+from salsa.config.model import ModelConfig
+from salsa.config.preferences import PreferencesConfig
+from salsa.config.reward import RewardConfig
+from salsa.config.rl import RLSection
+from salsa.config.schema import Input, Strict
+from salsa.config.sft import SFTConfig
+from salsa.config.soup import SoupConfig
+from salsa.errors import ConfigError, accessing
+
+
+class Recipe(Strict):
+    """Everything that `salsa run` needs to know."""
+
+    name: Input[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]]
+    """Name of the run; it lands in runs/<name>."""
+    model: ModelConfig
+    sft: SFTConfig
+    soup: SoupConfig = SoupConfig()
+    preferences: PreferencesConfig | None = None
+    reward: RewardConfig = RewardConfig()
+    rl: RLSection
+    eval: EvalConfig
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Self:
+        if self.eval.baseline not in self.rl.arms:
+            raise ValueError(
+                f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}"
+            )
+        for where, model in self.expressions():
+            for index in sft_indices(model, self.soup.ingredients):
+                if index >= self.sft.count:
+                    raise ValueError(
+                        f"{where} needs sft[{index}], but there are {self.sft.count} SFT models "
+                        f"(sft[0] to sft[{self.sft.count - 1}]). Add a seed to sft.seeds or choose another."
+                    )
+        dpo = [name for name, arm in self.rl.arms.items() if arm.method == "dpo"]
+        if self.preferences is None and (self.reward.trains or dpo):
+            who = f"rl.arms.{dpo[0]} (dpo)" if dpo else "the reward model"
+            raise ValueError(
+                f"{who} learns from preferences, and there are none. Add preferences: {{dataset: …}}"
+                + ("" if dpo else ", or give reward.paths or reward.functions")
+            )
+        if self.preferences is not None and not (self.reward.trains or dpo):
+            raise ValueError("preferences: nothing learns from them. Remove the section")
+        return self
+
+    def expressions(self) -> Iterator[tuple[str, Model]]:
+        """Every (place, model expression) of the recipe."""
+        for name, arm in self.rl.arms.items():
+            yield f"rl.arms.{name}.init", parse_model(arm.init)
+            for model in arm.rule.models:
+                yield f"rl.arms.{name}.reference", model
+        for text in self.eval.kl_to:
+            yield "eval.kl_to", parse_model(text)
+        if self.reward.trains:
+            yield "reward.init", parse_model(self.reward.init)
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or a value is wrong; one line that says which.
+        """
+        path = Path(path)
+        if not path.is_file():
+            others = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+            near = _nearest(path.name, others) if others else ""
+            raise ConfigError(f"{path}: no such recipe. {near or 'Give the path of a YAML file.'}")
+        try:
+            with accessing(path, "read"):
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{path}: a recipe is a mapping of sections, got {type(values).__name__}."
+            )
+        for override in overrides:
+            apply_override(values, override)
+        values, renamed = upgraded(values)
+        for message in renamed:
+            warnings.warn(f"{path}: {message}", FutureWarning, stacklevel=2)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {explain(error, cls)}") from error
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+    @classmethod
+    def decisive_text(cls, text: str) -> Any:
+        """What of a resolved recipe's text decides results: two texts of one recipe differ in execution settings only."""
+        try:
+            return cls.model_validate(yaml.safe_load(text)).decisive()
+        except (ValidationError, yaml.YAMLError):
+            return text  # of another version: compared as it stands
+
+
+def _nearest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set a dotted key of nested dictionaries from `key=value`, the value in YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
+    node = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem in one line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1], root)
+        text = f"unknown key {where!r}. {_nearest(str(first['loc'][-1]), known)}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing. Add it."
+    elif first["type"] == "value_error":
+        text = f"{where + ': ' if where else ''}{first['ctx']['error']}"
+        text += "" if text.endswith((".", "?")) else "."
+    else:
+        text = f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    """Names of the keys that are valid at a place under `root`."""
+    model: Any = root
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _model_in(model.model_fields[str(part)].annotation)
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside an annotation such as `dict[str, ArmConfig]` or `DataSource | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

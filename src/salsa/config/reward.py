@@ -1,0 +1,60 @@
+"""The recipe's `reward:` section."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from salsa.config.expressions import parse_model
+from salsa.config.schema import (
+    Count,
+    Execution,
+    Input,
+    Positive,
+    RewardFunction,
+    Seeds,
+    Strict,
+)
+
+
+class RewardConfig(Strict):
+    """What RL maximises: a reward model trained on `preferences`, or one trained before, or callables."""
+
+    paths: Input[tuple[str, ...]] = ()
+    """Finished reward models, sequence classifiers with one label; of several the weight average (WARM)."""
+    functions: Input[tuple[RewardFunction, ...]] = ()
+    """Callables; their weighted scores are summed, and each is logged."""
+    init: Input[str] = "sft[0]"
+    """Model whose trunk the reward model starts from."""
+    epochs: Positive = 1.0
+    """Passes over the pairs."""
+    learning_rate: Positive = 2.0e-5
+    """Peak of the cosine schedule (3 % warm-up)."""
+    batch_size: Count = 16
+    """Pairs per optimizer step."""
+    max_length: Count = 512
+    """Tokens of prompt and reply; longer pairs are dropped."""
+    seeds: Input[Seeds] = (0,)
+    """One reward model per seed (head and data order); of several the weight average (WARM)."""
+    split_seed: int = 0
+    """Which pairs are kept back: the same ones for every seed."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the pairs kept back to measure the accuracy on."""
+    checkpoint_every: Execution[Count] = 50
+    """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.paths and self.functions:
+            raise ValueError("give paths or functions, or neither to train on preferences")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether a reward model is trained here."""
+        return not (self.paths or self.functions)
+
+    @field_validator("init")
+    @classmethod
+    def _init(cls, value: str) -> str:
+        parse_model(value)
+        return value

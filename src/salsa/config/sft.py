@@ -1,0 +1,53 @@
+"""The recipe's `sft:` section."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from salsa.config.schema import (
+    Count,
+    DataSource,
+    Execution,
+    Input,
+    Positive,
+    Seeds,
+    Strict,
+    check_divides,
+)
+
+
+class SFTConfig(Strict):
+    """Supervised fine-tuning, once per seed, loss on the reply only."""
+
+    dataset: Input[DataSource | None] = None
+    """Rows with `messages`, or with `prompt` and `completion`."""
+    checkpoints: Input[tuple[str, ...]] = ()
+    """Finished SFT models instead of training: directories or hub names, LoRA adapters too; sft[i] is the i-th."""
+    seeds: Input[Seeds] = (0, 1)
+    """One model per seed (data order); sft[i] is the model of seeds[i]."""
+    epochs: Positive = 1.0
+    """Passes over the data."""
+    learning_rate: Positive = 2.0e-5
+    """Peak of the cosine schedule (3 % warm-up)."""
+    batch_size: Count = 16
+    """Sequences per optimizer step."""
+    microbatch_size: Execution[Count | None] = None
+    """Sequences per forward pass; batch_size if not given."""
+    max_length: Count = 512
+    """Tokens of prompt and reply; longer rows are cut at the end."""
+    checkpoint_every: Execution[Count] = 50
+    """Steps between checkpoints; a kill loses at most this many."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.dataset is None) == (not self.checkpoints):
+            raise ValueError(
+                "give exactly one of dataset (to train) and checkpoints (trained before)"
+            )
+        check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of SFT models."""
+        return len(self.checkpoints) or len(self.seeds)

@@ -1,0 +1,27 @@
+"""Model objects: loading, precision, forward passes, heads and adapters in one place."""
+
+from salsa.models.language import LanguageModel, TokenStats
+from salsa.models.loading import (
+    load_classifier,
+    load_policy,
+    load_tokenizer,
+    prepare_base,
+    same_vocabulary,
+    sampling_for,
+    save_checkpoint,
+)
+from salsa.models.scalar import RewardModel, ValueModel
+
+__all__ = [
+    "LanguageModel",
+    "RewardModel",
+    "TokenStats",
+    "ValueModel",
+    "load_classifier",
+    "load_policy",
+    "load_tokenizer",
+    "prepare_base",
+    "same_vocabulary",
+    "sampling_for",
+    "save_checkpoint",
+]

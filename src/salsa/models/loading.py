@@ -1,0 +1,151 @@
+"""Load and save models and tokenizers of transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from salsa.config import ModelConfig
+from salsa.errors import CheckpointError
+from salsa.types import Sampling
+
+
+def load_tokenizer(
+    path: Path, *, gguf_file: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model directory. A missing padding token becomes EOS: masks come from lengths, so that is safe.
+
+    Args:
+        path: the model directory.
+        gguf_file: a GGUF file in it that holds the tokenizer.
+        chat_template: a Jinja file whose template replaces the tokenizer's.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it has no EOS token.
+    """
+    options = {"gguf_file": gguf_file} if gguf_file is not None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{path}: no tokenizer can be loaded ({str(error).splitlines()[0]})."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"{path}: the tokenizer has no EOS token, so no reply could end. Set eos_token."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two models' tokenizers map the same tokens to the same rows."""
+    return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+
+
+def sampling_for(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float
+) -> Sampling:
+    """How to sample from the model at `path`; a reply ends at the tokenizer's EOS or the generation config's."""
+    ends = {tokenizer.eos_token_id}
+    file = path / "generation_config.json"
+    if file.exists():
+        value = json.loads(file.read_text()).get("eos_token_id")
+        ends |= set(value if isinstance(value, list) else [value]) - {None}
+    return Sampling(max_new_tokens, temperature, tuple(sorted(ends)), int(tokenizer.pad_token_id))
+
+
+def load_policy(path: Path | str) -> PreTrainedModel:
+    """A causal language model of transformers, fp32, without dropout.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    return _load(AutoModelForCausalLM, Path(path))
+
+
+def load_classifier(
+    path: Path, *, pad_id: int, new_head_seed: int | None = None
+) -> PreTrainedModel:
+    """A sequence classifier with one label, in fp32; a missing head is drawn from `new_head_seed`.
+
+    Raises:
+        CheckpointError: the model has no head and no seed to draw one is given, or it has several labels.
+    """
+    config = json.loads((path / "config.json").read_text())
+    has_head = any("SequenceClassification" in name for name in config.get("architectures") or [])
+    if not has_head and new_head_seed is None:
+        raise CheckpointError(
+            f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
+        )
+    options = {}
+    if not has_head:
+        torch.manual_seed(new_head_seed or 0)
+        options["num_labels"] = 1
+    model = _load(AutoModelForSequenceClassification, path, **options)
+    if model.config.num_labels != 1:
+        raise CheckpointError(
+            f"{path}: the reward model has {model.config.num_labels} labels. Give one with num_labels=1."
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
+    return model
+
+
+def prepare_base(config: ModelConfig, path: Path, out: Path) -> None:
+    """Write the base at `path` as an ordinary checkpoint: de-quantized, with its chat template and a padding token."""
+    tokenizer = load_tokenizer(path, gguf_file=config.gguf_file, chat_template=config.chat_template)
+    options = {"gguf_file": config.gguf_file} if config.gguf_file is not None else {}
+    model = _load(AutoModelForCausalLM, path, **options)
+    if config.gguf_file is not None:
+        if hasattr(model.config, "quantization_config"):  # else transformers refuses to save it
+            del model.config.quantization_config
+        fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh.load_state_dict(model.state_dict())
+        model = fresh
+    save_checkpoint(model, tokenizer, out)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an ordinary Hugging Face checkpoint (safetensors), with other `weights` than the model's if given.
+
+    The same model gives the same files whatever the environment: `local_files_only`, which a tokenizer remembers if
+    HF_HUB_OFFLINE was set when it was loaded, is left out.
+    """
+    model.save_pretrained(out, state_dict=weights)
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    tokenizer.save_pretrained(out)
+
+
+def trunk_of(model: nn.Module) -> Any:
+    """A model of transformers without its head."""
+    return getattr(model, str(model.base_model_prefix))
+
+
+def _load(factory: Any, path: Path, **options: Any) -> PreTrainedModel:
+    try:
+        model = factory.from_pretrained(path, dtype=torch.float32, **options).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
+        ) from error
+    # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
+    model.get_input_embeddings().padding_idx = None
+    return model

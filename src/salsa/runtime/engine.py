@@ -1,0 +1,146 @@
+"""Where and how tensors are computed: device, arithmetic, ranks. One object, made once, passed on explicitly."""
+
+import ctypes
+import random
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "bf16"]
+
+CLEARLY_FASTER = 1.3
+"""bf16 is chosen if its matrix products take this many times less time: casts and lost digits have to be paid for."""
+_SHAPES = ((1024, 576, 1536), (1024, 1536, 576), (512, 576, 4096))
+"""(m, k, n) of the products that decide: those of a small model's layers and head."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Device, resolved precision and rank of this process. On one process the reductions are the identity."""
+
+    device: torch.device
+    precision: Precision
+    """Of forward and backward passes; master weights are fp32."""
+    reason: str
+    """Why this precision: asked for, or what was measured."""
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def create(cls, precision: str = "auto", *, threads: int | None = None) -> "Engine":
+        """Prepare this process and resolve `precision`: `fp32`, `bf16`, or `auto` for what is faster here.
+
+        Args:
+            precision: `auto` times a few matrix products of each kind, once per process.
+            threads: of the CPU; PyTorch's choice if not given.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = _device()
+        if device.type == "cuda":  # the CPU's kernels are deterministic as they are
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        reuse_freed_memory()
+        if precision == "auto":
+            return cls(device, *_faster_precision(device))
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={precision!r} is unknown. Use auto, fp32 or bf16.")
+        return cls(device, precision, "as asked for")  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations while they are computed with."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of this process."""
+        return torch.get_num_threads()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all ranks."""
+        return x
+
+    def generator(self, seed: int, step: int = 0) -> torch.Generator:
+        """Seed python, numpy and torch from (seed, step), and return a generator seeded likewise.
+
+        Called at every update: what an update draws depends on its number only, so a resumed run draws the same.
+        """
+        mixed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+        random.seed(mixed)
+        np.random.seed(mixed)
+        torch.manual_seed(mixed)
+        return torch.Generator(self.device).manual_seed(mixed)
+
+
+@lru_cache(maxsize=1)
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        warnings.warn("salsa on a GPU is experimental: not run on one yet.", stacklevel=3)
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+@lru_cache(maxsize=1)
+def _faster_precision(device: torch.device) -> tuple[Precision, str]:
+    """What is faster here, measured, and the measurement in words."""
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+        return ("bf16", "a GPU with bf16") if supported else ("fp32", "a GPU without bf16")
+    speeds = {dtype: _flops_per_second(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    fp32, bf16 = speeds.values()
+    words = f"measured here: matrix products at {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16"
+    return ("bf16" if bf16 > CLEARLY_FASTER * fp32 else "fp32"), words
+
+
+def _flops_per_second(dtype: torch.dtype) -> float:
+    """The products of `_SHAPES`, forward only: the best of a few rounds within a tenth of a second."""
+    operands = [
+        (torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)) for m, k, n in _SHAPES
+    ]
+    flops = sum(2.0 * m * k * n for m, k, n in _SHAPES)
+    best, deadline = float("inf"), time.perf_counter() + 0.1
+    for number in range(20):
+        start = time.perf_counter()
+        for a, b in operands:
+            torch.nn.functional.linear(a, b)
+        now = time.perf_counter()
+        if number or now > deadline:  # the first round warms up, unless it is all there is time for
+            best = min(best, now - start)
+        if now > deadline:
+            break
+    return flops / best
+
+
+def reuse_freed_memory() -> None:
+    """Tell glibc to keep freed memory: PyTorch on a CPU else maps and faults in its activations at every step.
+
+    Seen on 2 cores: 1.1 to 1.6 x faster training steps of a 3 M-parameter model (docs/log.md). No effect
+    on other C libraries.
+    """
+    if (libc := _glibc()) is not None:
+        mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+@lru_cache(maxsize=1)
+def _glibc() -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if libc.mallopt else None
+    except (OSError, AttributeError):  # another C library
+        return None
