@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="RLHF anchored to a model soup: SFT×N → soup → reward → PPO → evaluation → report.",
+    help="RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,8 @@ Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="run directory; runs/<name> if not given")
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
+Jobs = Annotated[int | None, typer.Option(help="independent stages to run at once", min=1)]
+Verify = Annotated[bool, typer.Option("--verify", help="hash all that is used again")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -42,6 +44,8 @@ def _stage_command(until: str) -> Callable[..., None]:
         recipe: RecipeFile,
         overrides: Overrides = None,
         out: Out = None,
+        jobs: Jobs = None,
+        verify: Verify = False,
         force: Force = False,
         debug: Debug = False,
     ) -> None:
@@ -50,7 +54,7 @@ def _stage_command(until: str) -> Callable[..., None]:
         loaded = Recipe.load(recipe, overrides or ())
         from salsa.pipeline import run_recipe
 
-        run_recipe(loaded, out=out, until=until, force=force)  # type: ignore[arg-type]
+        run_recipe(loaded, out=out, until=until, force=force, jobs=jobs, verify=verify)  # type: ignore[arg-type]
 
     return command
 
@@ -127,7 +131,7 @@ def evaluate(
                 f"{what[0]} is a recipe, and these options are for checkpoints. Run it, then give its run directory: "
                 "salsa eval runs/NAME --judge …"
             )
-        _stage_command("eval")(Path(what[0]), what[1:], out, force)
+        _stage_command("eval")(Path(what[0]), what[1:], out, force=force)
         return
     asked = spec_of(words)
     from salsa.evaluate.checkpoints import evaluate_checkpoints
@@ -139,7 +143,7 @@ def evaluate(
 def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
     """Validate a recipe and print its arithmetic, without touching torch."""
     from salsa.config import Recipe
-    from salsa.runtime.plan import plan
+    from salsa.planner import plan
 
     typer.echo(plan(Recipe.load(recipe, overrides or ())))
 

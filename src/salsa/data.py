@@ -111,14 +111,16 @@ def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]
     return rows
 
 
-def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int) -> list[Prompt]:
-    """Prompts that fit `max_tokens`.
+def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int | None) -> list[Prompt]:
+    """Prompts that fit `max_tokens`; all of them if it is None.
 
     Raises:
         DataError: as `load_rows`; or no prompt is short enough; or a conversation without a chat template.
     """
     rows = load_rows(source, [("prompt",), ("messages",)])
     prompts = [as_prompt(row, tokenizer, describe(source)) for row in rows]
+    if max_tokens is None:
+        return prompts
     fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= max_tokens]
     if not fitting:
         raise DataError(

@@ -18,7 +18,7 @@ from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
-from salsa.stages.directory import RunDirectory
+from salsa.stages.directory import RunDirectory, report_is_current, report_key
 from salsa.stages.graph import Graph, Node
 
 Until = Literal["sft", "reward", "rl", "eval", "report"]
@@ -115,8 +115,10 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     graph.finish(node for of_arm in stages.samples.values() for node in of_arm)
     if until == "eval":
         return
-    from salsa.report import write_run_report
+    key = report_key(graph.run)
+    if not report_is_current(graph.run, key):
+        from salsa.report.page import write_report
 
-    samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
-    write_run_report(recipe, graph.run, samples)
+        samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
+        write_report(recipe, graph.run, samples, key)
     say(f"report: {graph.run.path / 'report.html'}")

@@ -1,44 +1,31 @@
 """Answers of a policy to conversations of one or two turns: fixed seeds, a temperature each, resumable by the batch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from salsa import models
-from salsa.artifacts import Checkpoint, append_jsonl, drop_half_line, read_jsonl, write_jsonl
+from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
+from salsa.evaluate import arena_hard, inputs
 from salsa.evaluate.inputs import Question
-from salsa.rl import collect_rollout, decode
-from salsa.runtime.local import seed_everything
+from salsa.models import LanguageModel, load_tokenizer, sampling_for
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import tracker
+from salsa.stages.evaluation import AnswersJob
 from salsa.types import Rollout
 
 GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
 
 
-@dataclass(frozen=True)
-class AnswersJob:
-    """One policy and the questions it answers."""
-
-    label: str
-    policy: Checkpoint
-    questions: Sequence[Question]
-    temperatures: Sequence[float]
-    """One a question."""
-    max_new_tokens: int
-    batch_size: int
-    seed: int
-    precision: str
+ROWS = {"mt_bench": inputs.answer_row, "arena_hard": arena_hard.answer_row}
+"""Benchmark → a row of `answers.jsonl` in upstream's format."""
 
 
-def write_answers(
-    job: AnswersJob, directory: Path, row: Callable[[Question, Sequence[str]], dict[str, Any]]
-) -> None:
-    """Write `answers.jsonl`: `row(question, answers)` for every question, the second turn after the first's answer."""
-    writer = Writer(job.policy.path, job.max_new_tokens, job.batch_size, job.precision)
+def write_answers(job: AnswersJob, directory: Path, engine: Engine) -> None:
+    """Write `answers.jsonl`: a row for every question, the second turn answered after the first's answer."""
+    writer = Writer(job.policy.path, job.max_new_tokens, job.batch_size, engine)
     answers: list[list[str]] = [[] for _ in job.questions]
     turns = max(len(question.turns) for question in job.questions)
     for turn in range(turns):
@@ -52,19 +39,21 @@ def write_answers(
         )
         for i, reply in zip(asked, replies, strict=True):
             answers[i].append(reply)
-    rows = [row(q, given) for q, given in zip(job.questions, answers, strict=True)]
+    row = ROWS[job.benchmark]
+    rows = [row(q, given, job.name) for q, given in zip(job.questions, answers, strict=True)]
     write_jsonl(directory / "answers.jsonl", rows)
 
 
 class Writer:
     """A loaded policy that replies to conversations."""
 
-    def __init__(self, path: Path, max_new_tokens: int, batch_size: int, precision: str) -> None:
-        self.path, self.batch_size, self.precision = path, batch_size, precision
+    def __init__(self, path: Path, max_new_tokens: int, batch_size: int, engine: Engine) -> None:
+        self.path, self.batch_size, self.engine = path, batch_size, engine
         self.max_new_tokens = max_new_tokens
-        self.tokenizer = models.load_tokenizer(path)
-        self.policy = models.load_policy(path)
-        self.context = getattr(self.policy.config, "max_position_embeddings", None)
+        self.tokenizer = load_tokenizer(path)
+        policy = LanguageModel.load(path, engine)
+        self.sampler = LocalSampler(policy)
+        self.context = getattr(policy.backbone.config, "max_position_embeddings", None)
 
     def replies(
         self,
@@ -82,18 +71,18 @@ class Writer:
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / "replies.jsonl"
         drop_half_line(file)
-        found = {row["index"]: row["text"] for row in read_jsonl(file)}
+        known = {row["index"]: row["text"] for row in read_jsonl(file)}
         with tracker(directory, label, len(batches), ("answered",)) as log:
             log.resume_at(0)
             for number, batch in enumerate(batches):
-                if not all(i in found for i in batch):
+                if not all(i in known for i in batch):
                     rollout = self.batch(
                         [prompts[i] for i in batch], temperatures[batch[0]], seed, number
                     )
-                    found |= dict(zip(batch, decode(rollout, self.tokenizer), strict=True))
-                    append_jsonl(file, [{"index": i, "text": found[i]} for i in batch])
-                log.advance(number + 1, {"answered": len(found)})
-        return [found[i] for i in range(len(prompts))]
+                    known |= dict(zip(batch, rollout.texts(self.tokenizer), strict=True))
+                    append_jsonl(file, [{"index": i, "text": known[i]} for i in batch])
+                log.advance(number + 1, {"answered": len(known)})
+        return [known[i] for i in range(len(prompts))]
 
     def batch(
         self, prompts: Sequence[Prompt], temperature: float, seed: int, number: int
@@ -112,14 +101,11 @@ class Writer:
                 f"{self.path}: a conversation of {longest} tokens fills the model's {self.context} positions. "
                 "Lower max_new_tokens, or evaluate a model with a longer context."
             )
-        sampling = models.sampling(
-            self.path,
-            self.tokenizer,
-            max_new_tokens=room,
-            temperature=temperature or GREEDY,
-            precision=self.precision,
+        sampling = sampling_for(
+            self.path, self.tokenizer, max_new_tokens=room, temperature=temperature or GREEDY
         )
-        return collect_rollout(self.policy, prompts, sampling, seed_everything(seed, number))
+        generator = self.engine.generator(seed, number)
+        return self.sampler.generate([p.ids for p in prompts], sampling, generator).rollout
 
 
 def _conversation(question: Question, answers: Sequence[str]) -> list[Message]:

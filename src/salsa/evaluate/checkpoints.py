@@ -17,12 +17,11 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from salsa import models
-from salsa.artifacts import Checkpoint, RunDirectory, Stage, read_jsonl, resolve, write_jsonl
-from salsa.data import Prompt, as_prompt, describe, fingerprint, load_rows
+from salsa.artifacts import Checkpoint, read_jsonl, resolve, write_jsonl
+from salsa.data import Prompt, as_prompt, describe, load_rows
+from salsa.config import RewardFunction
 from salsa.errors import ConfigError, DataError
 from salsa.evaluate import arena_hard, games, inputs
-from salsa.evaluate.answers import AnswersJob, write_answers
 from salsa.evaluate.inputs import TEMPERATURES, JudgePrompt, Question
 from salsa.evaluate.judge import (
     EndpointJudge,
@@ -35,15 +34,14 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
-from salsa.evaluate.local_judge import LocalJudge
 from salsa.evaluate.results import Bench, Results
-from salsa.evaluate.scores import EvalJob, evaluate_policy
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
-from salsa.reward import model_scorer
-from salsa.reward_functions import FunctionScorer, Scorer, function_digest
-from salsa.runtime.local import prepare_process
+from salsa.models import load_tokenizer, same_vocabulary
+from salsa.rewards import RewardSource
 from salsa.runtime.tracking import quiet_libraries, say
-from salsa.schema import RewardFunction
+from salsa.stages.directory import Job, RunDirectory
+from salsa.stages.evaluation import AnswersJob, EvalJob
+from salsa.stages.graph import Graph, Node
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ def evaluate_checkpoints(spec: EvalSpec, out: Path, *, force: bool = False) -> P
     """
     directory = RunDirectory(out)
     with directory.opened(spec.to_yaml(), force=force) as run:
-        prepare_process(None)
         quiet_libraries()
         from salsa.report.evaluation import write_evaluation
 
@@ -79,6 +76,7 @@ class _Evaluation:
 
     def __init__(self, spec: EvalSpec, run: RunDirectory) -> None:
         self.spec, self.run = spec, run
+        self.graph = Graph(run, precision=spec.precision)
         self.entrants = _entrants(spec)
         self.models = {arm: [e.label for e in self.entrants if e.arm == arm] for arm in spec.models}
         self.pairs = games.pairings(self.models, spec.against)
@@ -91,7 +89,7 @@ class _Evaluation:
             if spec.prompts and spec.prompts.judge_prompts
             else None
         )
-        self.judge = make_judge(spec.judge, spec.precision) if spec.judge else None
+        self.judge = make_judge(spec.judge, self.graph) if spec.judge else None
 
     def results(self) -> Results:
         """All the work, and what it found."""
@@ -146,9 +144,9 @@ class _Evaluation:
         rows = load_rows(config.source, [("prompt",), ("messages",)])
         where, seen = describe(config.source), {}
         for entrant in self.entrants:
-            tokenizer = models.load_tokenizer(entrant.checkpoint.path)
+            tokenizer = load_tokenizer(entrant.checkpoint.path)
             seen[entrant.label] = [as_prompt(row, tokenizer, where) for row in rows]
-            if spec.kl_to and not models.same_vocabulary(
+            if spec.kl_to and not same_vocabulary(
                 resolve(spec.kl_to), entrant.checkpoint.path
             ):
                 raise ConfigError(
@@ -166,41 +164,34 @@ class _Evaluation:
             )
         if dropped := fits.count(False):
             say(f"{where}: {dropped} of {len(rows)} prompts dropped, too long for a model")
+        self._fitting = tuple(number for number, fit in enumerate(fits) if fit)
         return {label: list(compress(own, fits)) for label, own in seen.items()}
 
     # answering
 
-    def _samples(self) -> dict[str, list[Stage]]:
+    def _samples(self) -> dict[str, list[Checkpoint]]:
         """Arm → seed → responses to the held-out prompts, scored."""
         spec, config = self.spec, self.spec.prompts
         assert config is not None
-        scorers = {name: _scorer(reward, spec.precision) for name, reward in spec.rewards.items()}
-        anchor = Checkpoint.of(resolve(spec.kl_to)) if spec.kl_to else None
-        found: dict[str, list[Stage]] = {}
+        rewards = {name: _source(reward) for name, reward in spec.rewards.items()}
+        measured = {spec.kl_to: Checkpoint.of(resolve(spec.kl_to))} if spec.kl_to else {}
+        samples: dict[str, list[Checkpoint]] = {}
         for entrant in self.entrants:
             job = EvalJob(
                 label=f"samples {entrant.label}",
                 policy=entrant.checkpoint,
-                kl_to={"anchor": anchor} if anchor else {},
-                prompts=self._prompts[entrant.label],
-                scorers=scorers,
+                prompts=config.source,
+                max_prompt_tokens=config.max_prompt_tokens,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 batch_size=spec.batch_size,
                 seed=spec.seed + entrant.seed,
-                precision=spec.precision,
+                rewards=rewards,
+                kl_to=measured,
+                only=self._fitting,
             )
-            stage = self._stage(
-                job.label,
-                config.model_dump(mode="json", exclude={"source", "judge_prompts"})
-                | {"seed": job.seed, "batch_size": spec.batch_size},
-                {"policy": entrant.checkpoint.digest, "prompts": fingerprint(config.source)}
-                | ({"anchor": anchor.digest} if anchor else {})
-                | {f"reward {name}": _digest(reward) for name, reward in spec.rewards.items()},
-                lambda directory, job=job: evaluate_policy(job, directory),
-            )
-            found.setdefault(entrant.arm, []).append(stage)
-        return found
+            samples.setdefault(entrant.arm, []).append(self._finish(job))
+        return samples
 
     def _answers(
         self,
@@ -208,37 +199,23 @@ class _Evaluation:
         questions: Sequence[Question],
         temperature: float | None,
         limit: int,
-        row: Any,
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Model → rows of its answers in upstream's format; also copied to `<bench>/model_answer`."""
-        found = {}
-        temperatures = [_temperature(question, temperature) for question in questions]
+    ) -> None:
+        """Write every model's answers in upstream's format, copied to `<bench>/model_answer`."""
+        temperatures = tuple(_temperature(question, temperature) for question in questions)
         for entrant in self.entrants:
             job = AnswersJob(
-                f"{bench} {entrant.label}",
-                entrant.checkpoint,
-                questions,
-                temperatures,
-                limit,
-                self.spec.batch_size,
-                self.spec.seed + entrant.seed,
-                self.spec.precision,
+                label=f"{bench} {entrant.label}",
+                benchmark=bench,
+                name=entrant.label,
+                policy=entrant.checkpoint,
+                questions=tuple(questions),
+                temperatures=temperatures,
+                max_new_tokens=limit,
+                batch_size=self.spec.batch_size,
+                seed=self.spec.seed + entrant.seed,
             )
-            stage = self._stage(
-                job.label,
-                {"seed": job.seed, "max_new_tokens": limit, "batch_size": job.batch_size}
-                | {
-                    "temperatures": temperatures,
-                    "questions": [[q.id, *q.turns] for q in questions],
-                },
-                {"policy": entrant.checkpoint.digest},
-                lambda directory, job=job, label=entrant.label: write_answers(
-                    job, directory, lambda question, texts: row(question, texts, label)
-                ),
-            )
-            found[entrant.label] = read_jsonl(stage.path / "answers.jsonl")
-            write_jsonl(self._file(bench, "model_answer", entrant.label), found[entrant.label])
-        return found
+            rows = read_jsonl(self._finish(job).path / "answers.jsonl")
+            write_jsonl(self._file(bench, "model_answer", entrant.label), rows)
 
     # judging
 
@@ -247,7 +224,7 @@ class _Evaluation:
     ) -> Bench:
         config, judge = self.spec.mt_bench, self._needed_judge()
         assert config is not None
-        self._answers("mt_bench", questions, None, config.max_new_tokens, inputs.answer_row)
+        self._answers("mt_bench", questions, None, config.max_new_tokens)
         answers = {
             e.label: inputs.load_answers(self._file("mt_bench", "model_answer", e.label))
             for e in self.entrants
@@ -266,13 +243,7 @@ class _Evaluation:
     ) -> Bench:
         config, judge = self.spec.arena_hard, self._needed_judge()
         assert config is not None
-        self._answers(
-            "arena_hard",
-            questions,
-            config.temperature,
-            config.max_new_tokens,
-            arena_hard.answer_row,
-        )
+        self._answers("arena_hard", questions, config.temperature, config.max_new_tokens)
         answers = {
             e.label: arena_hard.load_answers(self._file("arena_hard", "model_answer", e.label))
             for e in self.entrants
@@ -290,7 +261,7 @@ class _Evaluation:
         return Bench("Arena-Hard", questions, answers, rows, [])
 
     def _play_prompts(
-        self, samples: Mapping[str, Sequence[Stage]], prompts: Mapping[str, JudgePrompt]
+        self, samples: Mapping[str, Sequence[Checkpoint]], prompts: Mapping[str, JudgePrompt]
     ) -> Bench:
         judge = self._needed_judge()
         prompts_seen = next(iter(self._prompts.values()))
@@ -323,20 +294,21 @@ class _Evaluation:
     def _judgments(self, bench: str, kind: str) -> Path:
         return self._file(bench, "model_judgment", f"{_slug(self._needed_judge().model)}_{kind}")
 
-    def _stage(self, label: str, config: Any, inputs: Any, work: Any) -> Stage:
-        config = config | {"precision": self.spec.precision}
-        stage = self.run.stage(label, config=config, inputs=inputs, work=work)
-        say(f"{label}: {'reused' if stage.reused else 'done'}")
-        return stage
+    def _finish(self, job: Job) -> Checkpoint:
+        node = Node(job.label, (), lambda: job)
+        self.graph.finish([node])
+        return self.graph[node]
 
 
-def make_judge(config: JudgeConfig, precision: str) -> Judge:
+def make_judge(config: JudgeConfig, graph: Graph) -> Judge:
     """The backend that `config` names."""
     if config.url is not None:
         return EndpointJudge(config)
     if config.replay is not None:
         return ReplayJudge(config.replay, config.model)
-    return LocalJudge(config, precision)
+    from salsa.evaluate.local_judge import LocalJudge
+
+    return LocalJudge(config, graph.engine())
 
 
 def _entrants(spec: EvalSpec) -> list[Entrant]:
@@ -358,16 +330,10 @@ def _temperature(question: Question, fixed: float | None) -> float:
     return TEMPERATURES.get(question.category, 0.0) if fixed is None else fixed
 
 
-def _scorer(reward: RewardModel, precision: str) -> Scorer:
+def _source(reward: RewardModel) -> RewardSource:
     if reward.call is not None:
-        return FunctionScorer([RewardFunction(call=reward.call)])
-    return model_scorer(resolve(str(reward.path)), precision)
-
-
-def _digest(reward: RewardModel) -> str:
-    if reward.call is not None:
-        return function_digest(RewardFunction(call=reward.call))
-    return Checkpoint.of(resolve(str(reward.path))).digest
+        return RewardSource((RewardFunction(call=reward.call),))
+    return RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))
 
 
 def _slug(name: str) -> str:

@@ -8,7 +8,7 @@ from salsa.data import Prompt, as_prompt
 from salsa.evaluate.answers import Writer
 from salsa.evaluate.judge import Message, Refusal, Reply
 from salsa.evaluate.spec import JudgeConfig
-from salsa.rl import decode
+from salsa.runtime.engine import Engine
 
 
 class LocalJudge:
@@ -16,14 +16,14 @@ class LocalJudge:
 
     concurrency = 1
 
-    def __init__(self, config: JudgeConfig, precision: str) -> None:
+    def __init__(self, config: JudgeConfig, engine: Engine) -> None:
         assert config.path is not None  # the schema
         path = resolve(config.path)
         self.model = config.model or path.resolve().name
         self.batch_size = config.concurrency
-        self.parameters: dict[str, Any] = config.request | {"precision": precision}
+        self.parameters: dict[str, Any] = config.request | {"precision": engine.precision}
         self._temperature = config.temperature
-        self._writer = Writer(path, config.max_tokens, config.concurrency, precision)
+        self._writer = Writer(path, config.max_tokens, config.concurrency, engine)
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """One forward pass after another; a conversation that leaves no room for a judgment is refused."""
@@ -41,7 +41,7 @@ class LocalJudge:
 
     def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
         rollout = self._writer.batch(prompts, self._temperature, 0, 0)
-        texts = decode(rollout, self._writer.tokenizer)
+        texts = rollout.texts(self._writer.tokenizer)
         lengths = rollout.lengths.tolist()
         limit = self._writer.max_new_tokens
         return [

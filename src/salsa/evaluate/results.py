@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import Stage, versions
+from salsa.artifacts import Checkpoint, versions
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.inputs import Question
 from salsa.evaluate.judge import Totals
@@ -16,7 +16,7 @@ from salsa.evaluate.significance import holm, mcnemar
 from salsa.evaluate.spec import EvalSpec
 from salsa.evaluate.summary import pairs_of_score, rounded, tables
 from salsa.evaluate.winrate import two_level_mean
-from salsa.runtime.tracking import round_figure
+from salsa.runtime.tracking import round_metric
 
 DOUBTFUL_CONSISTENCY = 0.5
 """Below this share of verdicts that survive the swap the report warns."""
@@ -43,7 +43,7 @@ class Results:
     models: Mapping[str, Sequence[str]]
     """Arm → its checkpoints' labels."""
     digests: Mapping[str, str]
-    samples: Mapping[str, Sequence[Stage]]
+    samples: Mapping[str, Sequence[Checkpoint]]
     """Arm → seed → scored responses to the held-out prompts."""
     benches: Sequence[Bench]
     totals: Totals
@@ -179,7 +179,7 @@ def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     return {
         "num_questions": len(bench.questions),
         "pairs": [
-            _pair(one) | {"p_holm": round_figure(p)} for one, p in zip(pairs, adjusted, strict=True)
+            _pair(one) | {"p_holm": round_metric(p)} for one, p in zip(pairs, adjusted, strict=True)
         ],
         "singles": singles,
         "counts": counts,
@@ -193,7 +193,7 @@ def _pair(pair: PairSummary) -> dict[str, Any]:
         "baseline": pair.baseline,
         **rounded(pair.win_rate),
         "verdict": pair.win_rate.verdict,
-        "resolution": round_figure(pair.win_rate.resolution),
+        "resolution": round_metric(pair.win_rate.resolution),
         "sign_test": rounded(pair.sign),
         "position": asdict(position)
         | {"consistency": position.consistency, "first_rate": position.first_rate},
@@ -225,8 +225,8 @@ def _singles(singles: SinglesSummary) -> dict[str, Any]:
 def _samples(results: Results) -> dict[str, Any]:
     """Means of every figure of the held-out prompts, pairs by reward, and McNemar on ending by itself."""
     spec = results.spec
-    figures = [*spec.rewards, *(["kl_anchor"] if spec.kl_to else []), "length", "ended"]
-    values = {arm: tables(stages, figures) for arm, stages in results.samples.items()}
+    metrics = [*spec.rewards, *([f"kl_to_{spec.kl_to}"] if spec.kl_to else []), "length", "ended"]
+    values = {arm: tables(of_arm, metrics) for arm, of_arm in results.samples.items()}
     order = [spec.against, *(arm for arm in values if arm != spec.against)]
     first = {arm: np.concatenate(list(own["ended"])) for arm, own in values.items()}
     return {
@@ -259,7 +259,7 @@ def _judge(results: Results) -> dict[str, Any]:
         "completion_tokens": results.totals.completion_tokens,
         "refused": results.totals.refused,
         "cut": results.totals.cut,
-        "cost": None if cost is None else round_figure(cost),
+        "cost": None if cost is None else round_metric(cost),
     }
 
 

@@ -5,101 +5,123 @@ in nats per response, averaged over responses that the policy sampled.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from salsa import models
 from salsa.artifacts import Checkpoint, write_jsonl
-from salsa.data import Prompt
-from salsa.reward_functions import Scorer
-from salsa.rl import collect_rollout, decode, has_ended
-from salsa.runtime.local import freeze, seed_everything
-from salsa.runtime.tracking import round_figure, tracker
-from salsa.types import Sampling
+from salsa.data import Prompt, load_prompts
+from salsa.models import LanguageModel, load_tokenizer, sampling_for
+from salsa.rewards import Scorer, sum_of
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler import LocalSampler
+from salsa.runtime.tracking import round_metric, tracker
+from salsa.stages.evaluation import EvalJob
+from salsa.types import Rollout
 
 
-@dataclass(frozen=True)
-class EvalJob:
-    """One policy on the evaluation prompts."""
-
-    label: str
-    policy: Checkpoint
-    kl_to: Mapping[str, Checkpoint]
-    """Name → model to measure the KL to, e.g. `anchor` and `reference`."""
-    prompts: Sequence[Prompt]
-    scorers: Mapping[str, Scorer]
-    """Name → scorer; `proxy` is the training reward."""
-    max_new_tokens: int
-    temperature: float
-    batch_size: int
-    seed: int
-    precision: str = "auto"
-    mixed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Name → weights of names in `kl_to`: the KL to a mixture is the weighted sum of the KLs to its parts."""
-
-
-def evaluate_policy(job: EvalJob, directory: Path) -> None:
+def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
-    tokenizer = models.load_tokenizer(job.policy.path)
-    policy = freeze(models.load_policy(job.policy.path), job.precision)
-    others = {
-        name: freeze(models.load_policy(c.path), job.precision)
-        for name, c in job.kl_to.items()
-        if c != job.policy
-    }
-    sampling = models.sampling(
+    tokenizer = load_tokenizer(job.policy.path)
+    policy = LanguageModel.load(job.policy.path, engine)
+    others = _measured(job, policy, engine)
+    scorers = {name: sum_of(reward.load(engine)) for name, reward in job.rewards.items()}
+    prompts = _prompts(job, tokenizer)
+    sampler = LocalSampler(policy)
+    sampling = sampling_for(
         job.policy.path,
         tokenizer,
         max_new_tokens=job.max_new_tokens,
         temperature=job.temperature,
-        precision=job.precision,
     )
-    generator = seed_everything(job.seed)
+    generator = engine.generator(job.seed)
     rows: list[dict] = []
-    shown = (*list(job.scorers)[:1], "length")
-    with tracker(directory, job.label, -(-len(job.prompts) // job.batch_size), shown) as log:
+    shown = (*list(scorers)[:1], "length")
+    with tracker(directory, job.label, -(-len(prompts) // job.batch_size), shown) as log:
         log.resume_at(0)
-        for start in range(0, len(job.prompts), job.batch_size):
-            prompts = job.prompts[start : start + job.batch_size]
-            batch = _evaluate_batch(job, policy, others, prompts, tokenizer, sampling, generator)
-            rows += batch
-            figures = {name: sum(row[name] for row in batch) / len(batch) for name in shown}
-            log.log(start // job.batch_size + 1, figures)
+        for start in range(0, len(prompts), job.batch_size):
+            batch = prompts[start : start + job.batch_size]
+            rollout = sampler.generate([p.ids for p in batch], sampling, generator).rollout
+            kl = _kl(job, policy, others, rollout)
+            new = _rows(batch, rollout, kl, scorers, tokenizer, sampling.eos_ids)
+            rows += new
+            metrics = {name: sum(row[name] for row in new) / len(new) for name in shown}
+            log.log(start // job.batch_size + 1, metrics)
     write_jsonl(directory / "samples.jsonl", rows)
 
 
-@torch.no_grad()
-def _evaluate_batch(
+def _prompts(job: EvalJob, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
+    """The job's prompts; of those that it names, all fit."""
+    if job.only is None:
+        return load_prompts(job.prompts, tokenizer, max_tokens=job.max_prompt_tokens)
+    every = load_prompts(job.prompts, tokenizer, max_tokens=None)
+    wanted = set(job.only)
+    return list(compress(every, [number in wanted for number in range(len(every))]))
+
+
+def _measured(
+    job: EvalJob, policy: LanguageModel, engine: Engine
+) -> dict[str, tuple[LanguageModel, ...]]:
+    """Name → models whose KL is measured; the policy itself where it is one of them. Each is loaded once."""
+    loaded = {job.policy.digest: policy}
+
+    def model(checkpoint: Checkpoint) -> LanguageModel:
+        if checkpoint.digest not in loaded:
+            loaded[checkpoint.digest] = LanguageModel.load(checkpoint.path, engine)
+        return loaded[checkpoint.digest]
+
+    named = {f"to_{name}": (model(c),) for name, c in job.kl_to.items()}
+    if job.references:
+        named["reference"] = tuple(model(c) for c in job.references)
+    return named
+
+
+def _kl(
     job: EvalJob,
-    policy: PreTrainedModel,
-    others: Mapping[str, PreTrainedModel],
+    policy: LanguageModel,
+    others: Mapping[str, tuple[LanguageModel, ...]],
+    rollout: Rollout,
+) -> dict[str, list[float]]:
+    """Name → KL of each response; to a mixture the weighted sum of the KLs to its parts, which are named too."""
+    columns: dict[str, list[float]] = {}
+    each: dict[int, list[float]] = {id(policy): [0.0] * len(rollout)}
+    for name, models in others.items():
+        for model in models:
+            if id(model) not in each:
+                per_token = policy.kl_to(model, rollout, job.temperature)
+                each[id(model)] = per_token.sum(dim=1).tolist()
+        parts = [each[id(model)] for model in models]
+        columns[name] = parts[0]
+        if len(parts) > 1:
+            columns |= {f"{name}[{i}]": part for i, part in enumerate(parts)}
+            columns[name] = [
+                sum(w * k for w, k in zip(job.reference_weights, row, strict=True))
+                for row in zip(*parts, strict=True)
+            ]
+    return columns
+
+
+@torch.no_grad()
+def _rows(
     prompts: Sequence[Prompt],
+    rollout: Rollout,
+    kl: Mapping[str, Sequence[float]],
+    scorers: Mapping[str, Scorer],
     tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    generator: torch.Generator,
+    eos_ids: Sequence[int],
 ) -> list[dict]:
     """Rows of one batch of prompts."""
-    rollout = collect_rollout(policy, prompts, sampling, generator)
-    kl = {name: [0.0] * len(prompts) for name in job.kl_to}
-    for name, model in others.items():
-        per_token = models.response_kl(policy, model, rollout, temperature=job.temperature)
-        kl[name] = per_token.sum(dim=1).tolist()
-    for name, weights in job.mixed.items():
-        kl[name] = [
-            sum(w * kl[part][i] for part, w in weights.items()) for i in range(len(prompts))
-        ]
-    texts = decode(rollout, tokenizer)
-    scores = {name: scorer(prompts, texts) for name, scorer in job.scorers.items()}
-    ended = has_ended(rollout, sampling.eos_ids).tolist()
+    texts = rollout.texts(tokenizer)
+    scores = {name: scorer(prompts, texts) for name, scorer in scorers.items()}
+    ended = rollout.ended(eos_ids).tolist()
     return [
         {
             "prompt": prompt.text,
             "response": texts[i],
-            **{name: round_figure(values[i]) for name, values in scores.items()},
-            **{f"kl_{name}": round_figure(values[i]) for name, values in kl.items()},
+            **{name: round_metric(values[i]) for name, values in scores.items()},
+            **{f"kl_{name}": round_metric(values[i]) for name, values in kl.items()},
             "length": int(rollout.lengths[i]),
             "ended": ended[i],
         }

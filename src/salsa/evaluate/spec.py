@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from salsa.config import explain
 from salsa.errors import ConfigError
-from salsa.schema import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
+from salsa.config.schema import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
 
 
 class JudgeConfig(Strict):

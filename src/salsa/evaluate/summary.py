@@ -7,29 +7,36 @@ from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import RunDirectory, Stage, read_jsonl, versions
-from salsa.config import PreferencesConfig, Recipe
+from salsa.artifacts import Checkpoint, read_jsonl, versions
+from salsa.config import PreferencesConfig, Recipe, RLConfig
 from salsa.evaluate.significance import holm
 from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
-from salsa.runtime.tracking import round_figure
+from salsa.runtime.tracking import round_metric
+from salsa.stages.directory import Stage
 
-Samples = Mapping[str, Sequence[Stage]]
+Samples = Mapping[str, Sequence[Checkpoint]]
+"""Arm → seed → the directory of `samples.jsonl`."""
 
 
-def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, Any]:
+def summarise(recipe: Recipe, stages: Sequence[Stage], samples: Samples) -> dict[str, Any]:
     """The content of `report.json`. All that may differ between two equal runs lies under `times`."""
     scores = ["proxy", *recipe.eval.scores]
-    measured = [*scores, "kl_anchor", "kl_reference", "length", "ended"]
-    by_arm = {name: tables(stages, measured) for name, stages in samples.items()}
+    kl = [f"kl_to_{name}" for name in recipe.eval.kl_to]
+    measured = [*scores, *kl, "kl_reference", "length", "ended"]
+    by_arm = {name: tables(of_arm, measured) for name, of_arm in samples.items()}
+    policies = {stage.path: stage.record["inputs"]["policy"] for stage in stages if "policy" in stage.record["inputs"]}
     return {
         "name": recipe.name,
         "method": "SALSA, arXiv 2411.01798",
-        "notes": notes(recipe),
+        "notes": notes(recipe) + _arithmetic(stages),
         "scores": scores,
         "baseline": recipe.eval.baseline,
-        "anchor": recipe.eval.anchor,
+        "kl_to": list(recipe.eval.kl_to),
         "num_prompts": next(iter(by_arm.values()))["proxy"].shape[1],
-        "arms": {name: _arm(recipe, name, samples[name], table) for name, table in by_arm.items()},
+        "arms": {
+            name: _arm(recipe, name, [policies[s.path] for s in samples[name]], table)
+            for name, table in by_arm.items()
+        },
         "pairs": [
             pair
             for score in scores
@@ -39,16 +46,16 @@ def summarise(recipe: Recipe, run: RunDirectory, samples: Samples) -> dict[str, 
         "versions": versions(),
         "stages": [
             {"stage": s.label, "digest": s.digest, "output": s.record["output"]}
-            for s in run.finished
+            for s in stages
         ],
-        "times": {s.label: s.record["seconds"] for s in run.finished},
+        "times": {s.label: s.record["seconds"] for s in stages},
     }
 
 
 def notes(recipe: Recipe) -> list[str]:
     """What a reader must know before believing a number."""
     found = []
-    if (preferences := recipe.reward.preferences) is not None:
+    if (preferences := recipe.preferences) is not None and preferences.labeller is not None:
         found.append(_synthetic(preferences, recipe.sft.count))
     num_seeds = len(recipe.rl.seeds)
     if num_seeds == 1:
@@ -61,8 +68,8 @@ def notes(recipe: Recipe) -> list[str]:
             "wider, and with so few seeds they are wide. More seeds narrow them faster than more prompts."
         )
     found.append(
-        f"Every arm used the same β = {recipe.rl.kl_coef:g}. The same β is another constraint once the "
-        f"reference moves, so compare arms at equal KL to {recipe.eval.anchor} (the reward–KL plot), "
+        f"{_betas(recipe)} The same β is another constraint once the "
+        f"reference moves, so compare arms at equal KL to {recipe.eval.shown} (the reward–KL plot), "
         "not by reward alone."
     )
     found.append(
@@ -72,7 +79,32 @@ def notes(recipe: Recipe) -> list[str]:
     return found
 
 
+def _betas(recipe: Recipe) -> str:
+    """Which β the RL arms used."""
+    configs = {name: recipe.rl.config_of(name) for name in recipe.rl.arms}
+    betas = {name: c.kl_coef for name, c in configs.items() if isinstance(c, RLConfig)}
+    if len(set(betas.values())) > 1:
+        return "β: " + ", ".join(f"{name} {beta:g}" for name, beta in betas.items()) + "."
+    return f"Every arm used the same β = {next(iter(betas.values()), recipe.rl.kl_coef):g}."
+
+
+def _arithmetic(stages: Sequence[Stage]) -> list[str]:
+    """A note if stages of one run were computed differently."""
+    computed: dict[str, list[str]] = {}
+    for stage in stages:
+        if (precision := stage.record.get("precision")) is not None:
+            computed.setdefault(precision, []).append(stage.label)
+    if len(computed) < 2:
+        return []
+    parts = "; ".join(f"{precision}: {', '.join(labels)}" for precision, labels in computed.items())
+    return [
+        f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
+        "comparison across that line."
+    ]
+
+
 def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
+    assert preferences.labeller is not None
     return (
         f"The preferences are synthetic. Two replies per prompt were sampled from the {num_models} SFT "
         f"models and scored by {preferences.labeller.call}; reply a was labelled better with probability "
@@ -80,27 +112,27 @@ def _synthetic(preferences: PreferencesConfig, num_models: int) -> str:
     )
 
 
-def tables(stages: Sequence[Stage], measured: Sequence[str]) -> dict[str, np.ndarray]:
-    """Figure → array [seeds, prompts]."""
-    rows = [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
+def tables(samples: Sequence[Checkpoint], measured: Sequence[str]) -> dict[str, np.ndarray]:
+    """Metric → array [seeds, prompts]."""
+    rows = [read_jsonl(one.path / "samples.jsonl") for one in samples]
     return {
         name: np.array([[float(row[name]) for row in seed] for seed in rows]) for name in measured
     }
 
 
 def _arm(
-    recipe: Recipe, name: str, stages: Sequence[Stage], table: Mapping[str, np.ndarray]
+    recipe: Recipe, name: str, policies: Sequence[str], table: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     arm = recipe.rl.arms.get(name)
     public = {"ended": "eos_rate"}
     return {
-        "init": arm.init if arm else recipe.eval.anchor,
-        "reference": arm.reference if arm else recipe.eval.anchor,
+        "init": arm.init if arm else recipe.eval.shown,
+        "reference": arm.reference if arm else recipe.eval.shown,
         "trained": arm is not None,
         "seeds": [
-            {"seed": seed, "policy": stages[row].record["inputs"]["policy"]}
+            {"seed": seed, "policy": policies[row]}
             | {
-                public.get(key, key): round_figure(values[row].mean())
+                public.get(key, key): round_metric(values[row].mean())
                 for key, values in table.items()
             }
             for row, seed in enumerate(recipe.rl.seeds)
@@ -125,7 +157,7 @@ def pairs_of_score(
         _pair(score, candidate, baseline, by_arm) for baseline, candidate in combinations(arms, 2)
     ]
     adjusted = holm([pair["p_value"] for pair in found])
-    return [pair | {"p_holm": round_figure(p)} for pair, p in zip(found, adjusted, strict=True)]
+    return [pair | {"p_holm": round_metric(p)} for pair, p in zip(found, adjusted, strict=True)]
 
 
 def _pair(
@@ -139,7 +171,7 @@ def _pair(
         "baseline": baseline,
         **rounded(result),
         "verdict": result.verdict,
-        "resolution": round_figure(result.resolution),
+        "resolution": round_metric(result.resolution),
         "difference": rounded(two_level_mean(first - second)),
     }
 
@@ -152,6 +184,6 @@ def _baseline_first(names: Mapping[str, Any], baseline: str) -> list[str]:
 def rounded(estimate: Any) -> dict[str, Any]:
     """The fields of an estimate, shortened to what compares runs."""
     return {
-        key: round_figure(value) if isinstance(value, float) else value
+        key: round_metric(value) if isinstance(value, float) else value
         for key, value in asdict(estimate).items()
     }

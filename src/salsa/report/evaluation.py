@@ -6,12 +6,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from salsa.artifacts import RunDirectory, write_atomic
+from salsa.artifacts import write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import judged_figures
 from salsa.report.figures import Figure, colour
 from salsa.report.page import render_page, script_json
 from salsa.report.pairs import matrices, matrix, sentence
+from salsa.stages.directory import RunDirectory
 
 
 def write_evaluation(results: Results, run: RunDirectory) -> None:

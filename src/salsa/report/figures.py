@@ -27,7 +27,8 @@ def all_figures(
         if any(name in row for seeds in curves.values() for row in seeds[0][:1])
     }
     for score in summary["scores"]:
-        figures[f"frontier-{score}"] = _frontier(score, summary, arms)
+        for number, model in enumerate(summary["kl_to"]):
+            figures[f"frontier-{number}-{score}"] = _frontier(score, model, summary, arms)
         figures[f"histogram-{score}"] = _histogram(score, rows, arms)
     return figures
 
@@ -51,8 +52,11 @@ def _curve(
     return {"data": data, "layout": layout(title, "update", "")}
 
 
-def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Figure:
-    data = []
+def _frontier(
+    score: str, model: str, summary: Mapping[str, Any], arms: Sequence[str]
+) -> Figure:
+    """A score against the KL to a model."""
+    data, kl = [], f"kl_to_{model}"
     for arm, record in summary["arms"].items():
         mean = record["mean"]
         data.append(
@@ -60,9 +64,9 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
                 "type": "scatter",
                 "mode": "markers",
                 "name": arm,
-                "x": [mean["kl_anchor"]["mean"]],
+                "x": [mean[kl]["mean"]],
                 "y": [mean[score]["mean"]],
-                "error_x": error_bar([mean["kl_anchor"]]),
+                "error_x": error_bar([mean[kl]]),
                 "error_y": error_bar([mean[score]]),
                 "marker": {"color": colour(arm, arms), "size": 13},
             }
@@ -72,7 +76,7 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
                 "type": "scatter",
                 "mode": "markers",
                 "showlegend": False,
-                "x": [seed["kl_anchor"] for seed in record["seeds"]],
+                "x": [seed[kl] for seed in record["seeds"]],
                 "y": [seed[score] for seed in record["seeds"]],
                 "text": [f"{arm} seed {seed['seed']}" for seed in record["seeds"]],
                 "marker": {"color": colour(arm, arms), "size": 7, "symbol": "circle-open"},
@@ -80,7 +84,7 @@ def _frontier(score: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Fi
         )
     return {
         "data": data,
-        "layout": layout(score, f"KL to {summary['anchor']} (nats per response)", score),
+        "layout": layout(score, f"KL to {model} (nats per response)", score),
     }
 
 

@@ -9,23 +9,25 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from salsa.artifacts import RunDirectory, Stage, read_jsonl, write_atomic
+from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
 from salsa.config import Recipe
 from salsa.evaluate.summary import summarise
 from salsa.report import figures
 from salsa.report.pairs import Pair, matrices, sentence
-from salsa.stages import rl_label
+from salsa.stages.directory import RunDirectory, policy_label
 
 COMPLETIONS = 24
 """Prompts shown side by side, drawn at random with a fixed seed."""
 
 
-def write_report(recipe: Recipe, run: RunDirectory, samples: Mapping[str, Sequence[Stage]]) -> None:
-    """Write `report.json` and `report.html` into the run directory."""
-    summary = summarise(recipe, run, samples)
+def write_report(
+    recipe: Recipe, run: RunDirectory, samples: Mapping[str, Sequence[Checkpoint]], key: str
+) -> None:
+    """Write `report.json` and `report.html` into the run directory; `key` as of `stages.directory.report_key`."""
+    summary = summarise(recipe, run.finished, samples) | {"key": key}
     rows = {
-        name: [read_jsonl(stage.path / "samples.jsonl") for stage in stages]
-        for name, stages in samples.items()
+        name: [read_jsonl(one.path / "samples.jsonl") for one in of_arm]
+        for name, of_arm in samples.items()
     }
     curves = learning_curves(recipe, run)
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -111,7 +113,7 @@ def learning_curves(recipe: Recipe, run: RunDirectory) -> dict[str, list[list[di
     """Arm → seed → metrics of its RL stage."""
     stages = {stage.label: stage for stage in run.finished}
     return {
-        name: [stages[rl_label(name, seed)].metrics for seed in recipe.rl.seeds]
+        name: [stages[policy_label(name, seed)].metrics for seed in recipe.rl.seeds]
         for name in recipe.rl.arms
     }
 

@@ -58,7 +58,7 @@ class Tracker:
         """Record the metrics of `step` (counted from 1)."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(
-                json.dumps({"step": step, **{k: rounded(v) for k, v in metrics.items()}})
+                json.dumps({"step": step, **{k: round_metric(v) for k, v in metrics.items()}})
                 + "\n"
             )
         self.advance(step, metrics)
@@ -111,6 +111,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def rounded(value: float) -> float:
+def round_metric(value: float) -> float:
     """Seven significant digits: enough to compare runs, short enough to read."""
     return float(f"{value:.7g}")

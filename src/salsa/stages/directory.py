@@ -220,6 +220,27 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
     shutil.rmtree(place.final / "resume", ignore_errors=True)
 
 
+def policy_label(arm: str, seed: int) -> str:
+    """Name of the stage that trains an arm; the report finds its learning curves by it."""
+    return f"rl {arm} seed {seed}"
+
+
+def report_key(run: RunDirectory) -> str:
+    """Digest of all that a run's report shows: the recipe and what the stages wrote."""
+    outputs = sorted((stage.label, stage.digest, stage.record["output"]) for stage in run.finished)
+    recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    return digest_of([recipe, outputs, versions()["salsa-rlhf"]])
+
+
+def report_is_current(run: RunDirectory, key: str) -> bool:
+    """Whether the report that is there shows just that."""
+    try:
+        report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return report.get("key") == key and (run.path / "report.html").exists()
+
+
 def _cpu() -> str:
     """The processor's name, as Linux tells it."""
     try:

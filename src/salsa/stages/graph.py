@@ -113,7 +113,7 @@ class Graph:
             self._started = True
         if not job.needs_engine:
             return self.run.place(job, ""), None
-        engine = self._engine()
+        engine = self.engine()
         place = self.run.place(job, engine.precision)
         for other in set(PRECISIONS) - {engine.precision}:
             begun = self.run.place(job, other).partial
@@ -125,7 +125,7 @@ class Graph:
                 )
         return place, engine
 
-    def _engine(self) -> "Engine":
+    def engine(self) -> "Engine":
         """Made before the first job that computes with torch."""
         if self._the_engine is None:
             from salsa.runtime.engine import Engine

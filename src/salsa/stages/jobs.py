@@ -298,7 +298,7 @@ class RLJob:
                 load_tokenizer(self.init.path),
                 max_tokens=self.config.max_prompt_tokens,
             ),
-            rewards=rewards,
+            reward=rewards,
             seed=self.seed,
             monitors={name: FunctionScorer([f]) for name, f in self.monitors.items()},
             kl_to=self.kl_to,

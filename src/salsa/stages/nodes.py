@@ -15,7 +15,8 @@ from salsa.data import (
 )
 from salsa.resolve import Models, checkpoints_of
 from salsa.rewards import RewardSource
-from salsa.stages.evaluation import EvalJob
+from salsa.stages.directory import policy_label
+from salsa.stages.evaluation import EvalJob, rewards_of
 from salsa.stages.graph import Node
 from salsa.stages.jobs import (
     BaseJob,
@@ -27,11 +28,6 @@ from salsa.stages.jobs import (
     SoupJob,
     moved_reference,
 )
-
-
-def policy_label(arm: str, seed: int) -> str:
-    """Name of the stage that trains an arm; the report finds its learning curves by it."""
-    return f"rl {arm} seed {seed}"
 
 
 def base(recipe: Recipe, hashes: FileHashes) -> Node:
@@ -169,8 +165,7 @@ def samples(
             reference_weights=rule.weights if rule and not moves else (1.0,),
             prompts=config.prompts,
             max_prompt_tokens=section.max_prompt_tokens,
-            reward=_source(recipe, rest[-1] if reward else None),
-            scores=dict(config.scores),
+            rewards=rewards_of(_source(recipe, rest[-1] if reward else None), config.scores),
             max_new_tokens=config.max_new_tokens or section.max_new_tokens,
             temperature=section.temperature,
             batch_size=config.batch_size,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from salsa.artifacts import EMBEDDED, resolve
-from salsa.config import Recipe
+from salsa.config import DPOConfig, Recipe
 
 _BYTES_TRAINED = 12
 """fp32 weight and two Adam moments."""
@@ -27,11 +27,11 @@ def plan(recipe: Recipe) -> str:
         f"{steps} optimizer steps of {rl.minibatch} episodes, in forward passes of "
         f"{rl.microbatch_tokens} tokens",
         *(
-            f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}, beta {rl.kl_coef:g}"
+            f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}{_own(recipe, name)}"
             for name, arm in rl.arms.items()
         ),
         f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
-        f"{recipe.eval.baseline}, KL to {recipe.eval.anchor}",
+        f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}",
         _memory_line(recipe),
     ]
     return "\n".join(line for line in lines if line)
@@ -53,11 +53,21 @@ def _reward_line(recipe: Recipe) -> str:
         return "reward   " + ", ".join(f"{f.weight:g} x {f.call}" for f in reward.functions)
     if reward.paths:
         return f"reward   finished: {', '.join(reward.paths)}" + _averaged(len(reward.paths))
-    source = "synthetic preferences" if reward.preferences is not None else "preference pairs"
+    pairs = recipe.preferences
+    source = "synthetic preferences" if pairs and pairs.labeller else "preference pairs"
     return (
         f"reward   {reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
         + _averaged(len(reward.seeds))
     )
+
+
+def _own(recipe: Recipe, arm: str) -> str:
+    """What an arm sets for itself, and its β."""
+    config = recipe.rl.config_of(arm)
+    if isinstance(config, DPOConfig):
+        return f", DPO with beta {config.beta:g}"
+    others = {k: v for k, v in recipe.rl.arms[arm].settings.items() if k != "kl_coef"}
+    return f", beta {config.kl_coef:g}" + "".join(f", {k} {v}" for k, v in others.items())
 
 
 def _groups(recipe: Recipe) -> str:
@@ -78,7 +88,7 @@ def _memory_line(recipe: Recipe) -> str:
         return f"memory   unknown until {path} is here"
     rl = recipe.rl
     trained = 2 if rl.algorithm == "ppo" and rl.critic == "separate" else 1
-    frozen = max(len(arm.anchor.models) for arm in rl.arms.values())
+    frozen = max(len(arm.rule.models) for arm in rl.arms.values())
     frozen += not recipe.reward.functions
     if rl.lora is not None:
         trained, frozen = 0, frozen + 1

@@ -1,0 +1,117 @@
+"""The jobs of an evaluation: samples of a policy on held-out prompts, and its answers to a benchmark's questions."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from salsa.artifacts import Checkpoint
+from salsa.config import DataSource, RewardFunction
+from salsa.data import fingerprint
+from salsa.evaluate.inputs import Question
+from salsa.rewards import RewardSource, function_digest
+
+if TYPE_CHECKING:
+    from salsa.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """One policy on the held-out prompts: responses, scores, KL, lengths."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    policy: Checkpoint
+    prompts: DataSource
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    batch_size: int
+    """Responses sampled per call; it decides no response but for rounding."""
+    seed: int
+    rewards: dict[str, RewardSource] = field(default_factory=dict)
+    """Name → what scores; of several functions the sum. A run's training reward is `proxy`."""
+    kl_to: dict[str, Checkpoint] = field(default_factory=dict)
+    """Name → model to measure the KL to."""
+    references: tuple[Checkpoint, ...] = ()
+    """The policy's own reference; several are the parts of a mixture."""
+    reference_weights: tuple[float, ...] = (1.0,)
+    only: tuple[int, ...] | None = None
+    """Which of the prompts, by number, where not all fit; all that fit if not given."""
+
+    def identity(self) -> dict[str, Any]:
+        """Settings, policy, measured models, rewards and prompts."""
+        names = ("max_prompt_tokens", "max_new_tokens", "temperature", "seed", "only")
+        references = {f"reference[{i}]": c.digest for i, c in enumerate(self.references)}
+        return {
+            "config": {name: getattr(self, name) for name in names}
+            | {"reference_weights": list(self.reference_weights)},
+            "inputs": {"policy": self.policy.digest, "prompts": fingerprint(self.prompts)}
+            | {f"kl_to {name}": c.digest for name, c in self.kl_to.items()}
+            | {f"score {name}": reward.digest for name, reward in self.rewards.items()}
+            | references,
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Responses per call."""
+        return {"batch_size": self.batch_size}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `samples.jsonl`."""
+        from salsa.evaluate.scores import evaluate_policy
+
+        evaluate_policy(self, directory, engine)
+
+
+def rewards_of(
+    proxy: RewardSource | None, scores: dict[str, RewardFunction]
+) -> dict[str, RewardSource]:
+    """The training reward as `proxy`, and further scores by their names."""
+    others = {name: RewardSource((function,)) for name, function in scores.items()}
+    return ({"proxy": proxy} if proxy is not None else {}) | others
+
+
+@dataclass(frozen=True)
+class AnswersJob:
+    """One policy and the questions of one or two turns that it answers."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    benchmark: str
+    """Whose format `answers.jsonl` has: `mt_bench` or `arena_hard`."""
+    name: str
+    """What the model is called in it."""
+    policy: Checkpoint
+    questions: tuple[Question, ...]
+    temperatures: tuple[float, ...]
+    """One a question."""
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """Settings, questions and the policy."""
+        return {
+            "config": {
+                "seed": self.seed,
+                "name": self.name,
+                "benchmark": self.benchmark,
+                "max_new_tokens": self.max_new_tokens,
+                "batch_size": self.batch_size,  # answers of one batch share their random numbers
+                "temperatures": list(self.temperatures),
+                "questions": [[q.id, *q.turns] for q in self.questions],
+            },
+            "inputs": {"policy": self.policy.digest},
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Nothing that does not decide the answers."""
+        return {}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `answers.jsonl`; resumable by the batch."""
+        from salsa.evaluate.answers import write_answers
+
+        write_answers(self, directory, engine)
+
+
+__all__ = ["AnswersJob", "EvalJob", "function_digest", "rewards_of"]
