@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from salsa.artifacts import Checkpoint
+from salsa.models import LanguageModel
+from salsa.runtime.engine import Engine
 
 # their fixtures: a run of the tiny recipe, shared by e2e/ and browser/; an RL job on a tiny model
 pytest_plugins = ["tests.whole_run", "tests.tiny_rl"]
@@ -75,6 +77,11 @@ def tiny_model(family: str = "llama", seed: int = 0):
         pad_token_id=0,
     )
     return model_class(config).eval()
+
+
+def wrap(model, **options) -> LanguageModel:
+    """A model of transformers as RL uses it, in fp32."""
+    return LanguageModel.of(model, Engine.create("fp32"), **options)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Literal
 
 from salsa.artifacts import FileHashes
 from salsa.config import Recipe
+from salsa.config.expressions import parse_model
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
@@ -50,7 +51,7 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
         ]
         for arm in recipe.rl.arms
     }
-    compared = {"sft": [models[recipe.eval.shown]] * len(recipe.rl.seeds)} | policies
+    compared = {"sft": [models[parse_model(recipe.eval.shown)]] * len(recipe.rl.seeds)} | policies
     samples = {
         arm: [
             nodes.samples(recipe, arm, k, policy, models, reward) for k, policy in enumerate(of_arm)

@@ -8,6 +8,7 @@ import torch
 from salsa import models
 from salsa.artifacts import Checkpoint
 from salsa.config.expressions import ReferenceRule
+from salsa.runtime.engine import Engine
 from tests.conftest import tiny_tokenizer
 from tests.tiny_rl import GRPO, RLOO, job_from, run, run_killed, weights, without_times
 
@@ -59,7 +60,7 @@ def test_kill_and_resume_equals_straight_through_bit_for_bit(kind, job, tmp_path
 @pytest.mark.slow
 def test_bf16_resumes_bit_for_bit_too(job, tmp_path):
     """fp32 master weights are what a checkpoint holds."""
-    _resumes(job, tmp_path, {})
+    _resumes(job, tmp_path, {"engine": Engine.create("bf16")})
 
 
 @pytest.mark.slow

@@ -5,18 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salsa import make_soup, models
-from salsa import rl as rl_module
-from salsa.actors import load_actors
-from salsa.adapters import add_adapters, copy_effective, effective_parameters, shared_copy
-from salsa.anchors import Anchors
-from salsa.artifacts import RunDirectory
+from salsa import make_soup, models, objectives
 from salsa.config import LoRAConfig, Recipe
+from salsa.config.expressions import RecipeSoup, ReferenceRule
 from salsa.errors import ConfigError
-from salsa.expressions import Anchor
-from salsa.stages import Stages
-from tests.conftest import tiny_model
-from tests.tiny_rl import GRPO, changed, first_experience, run
+from salsa.models import LanguageModel
+from salsa.models.adapters import add_adapters, merged, shared_copy
+from salsa.resolve import Models
+from salsa.rl_models import load_models
+from salsa.runtime.engine import Engine
+from salsa.stages import nodes
+from salsa.stages.directory import RunDirectory
+from salsa.stages.graph import Graph
+from tests.conftest import tiny_model, wrap
+from tests.tiny_rl import FP32, GRPO, changed, first_experience, run
 from tests.unit.test_models import rollout_of
 
 RANK_2 = LoRAConfig(rank=2, alpha=6)
@@ -28,38 +30,38 @@ def adapted():
     model = tiny_model()
     add_adapters(model, RANK_2, seed=0)
     torch.manual_seed(1)
-    merged = tiny_model()
-    weights = merged.state_dict()
+    whole = tiny_model()
+    weights = whole.state_dict()
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             b, a = module.lora_B["default"].weight, module.lora_A["default"].weight
             torch.nn.init.normal_(b, std=0.1)
             weights[f"{name}.weight"] += (6 / 2) * (b.detach() @ a.detach())
-    merged.load_state_dict(weights)
-    return model, merged
+    whole.load_state_dict(weights)
+    return model, whole
 
 
 def test_merged_equals_unmerged(adapted):
-    model, merged = adapted
+    model, whole = adapted
     rollout = rollout_of()
-    one, other = (models.response_stats(m, rollout, temperature=1.0).logprobs for m in adapted)
+    one, other = (wrap(m).stats(rollout, 1.0).logprobs for m in adapted)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    plain = models.response_stats(tiny_model(), rollout, temperature=1.0).logprobs
+    plain = wrap(tiny_model()).stats(rollout, 1.0).logprobs
     assert (plain - one).abs().max() > 0.01
-    expected = dict(merged.named_parameters())
-    found = dict(effective_parameters(model))
-    assert found.keys() == expected.keys()
-    for key, value in found.items():
+    expected = dict(whole.named_parameters())
+    effective = dict(merged(model, lambda parameter: parameter))
+    assert effective.keys() == expected.keys()
+    for key, value in effective.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_are_the_chain_rule_of_the_full_ones(adapted):
     """∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G, with G = ∂L/∂W of the merged model."""
-    model, merged = adapted
+    model, whole = adapted
     rollout = rollout_of()
     for each in adapted:
-        models.response_logprobs(each, rollout, temperature=1.0).sum().backward()
-    full = dict(merged.named_parameters())
+        wrap(each, learns=True).logprobs(rollout, 1.0).sum().backward()
+    full = dict(whole.named_parameters())
     seen = 0
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -74,8 +76,8 @@ def test_gradients_are_the_chain_rule_of_the_full_ones(adapted):
 def test_only_adapters_learn_and_all_share_one_base(job):
     """Policy, critic and a reference that is the start: one set of base tensors."""
     lora = changed(job, lora={"rank": 2}).config
-    actors = load_actors(
-        lora, init=job.init, critic_init=job.critic_init, anchor=job.anchor, pad_id=0, seed=0
+    actors = load_models(
+        lora, FP32, init=job.init, critic_init=job.critic_init, reference=job.rule, pad_id=0, seed=0
     )
     is_base = lambda name: "embed" in name or "base_layer" in name
     owned = lambda model: {p.data_ptr() for n, p in model.named_parameters() if is_base(n)}
@@ -109,7 +111,7 @@ def test_first_update_starts_at_the_reference_and_the_base_stays(job, tmp_path):
         trained["model.layers.0.mlp.up_proj.weight"] - start["model.layers.0.mlp.up_proj.weight"]
     )
     assert delta.abs().max() > 0 and torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
-    critic = models.load_scorer(tmp_path / "a" / "critic", pad_id=0)
+    critic = models.load_classifier(tmp_path / "a" / "critic", pad_id=0)
     assert critic.get_submodule("score").weight.abs().max() > 0
 
 
@@ -120,12 +122,19 @@ def test_one_step_towards_a_soup_equals_full_weight_arithmetic(job, make_checkpo
     against = changed(replace(job, reference=soup), **options)
     full, experience, _ = first_experience(against)
     lora, _, _ = first_experience(changed(against, lora={"rank": 2, "alpha": 4}))
-    for actors in (full, lora):
-        loss, _ = rl_module._losses(actors, ("policy",), experience, against, 0.5)
-        loss.backward()
-    weights = dict(full.policy.named_parameters())
+    mask = experience.rollout.response_mask
+    for one in (full, lora):
+        logprobs = one.policy.logprobs(experience.rollout, 1.0)
+        loss = objectives.policy_loss(
+            logprobs, experience.logprobs, experience.advantages, mask, clip_range=0.2
+        ).loss
+        kl = objectives.kl_loss(
+            logprobs, experience.logprobs, experience.ref_logprobs, mask, kl_kind="k2", importance=False
+        )
+        (loss + 0.5 * kl).backward()
+    weights = dict(full.policy.backbone.named_parameters())
     seen = 0
-    for name, module in lora.policy.named_modules():
+    for name, module in lora.policy.backbone.named_modules():
         if hasattr(module, "lora_A"):
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             expected = 2 * weights[f"{name}.weight"].grad @ a.detach().T
@@ -136,7 +145,7 @@ def test_one_step_towards_a_soup_equals_full_weight_arithmetic(job, make_checkpo
 
 def test_ema_of_adapters_is_the_ema_of_weights(job, tmp_path):
     """Averaging B and A apart would not be: the anchor follows W + (alpha/r)·B·A."""
-    rule = Anchor((job.init,), ema=0.25)
+    rule = ReferenceRule((job.init,), ema=0.25)
     options = {"num_updates": 1, "num_epochs": 1, "minibatch_size": 8, "lora": {"rank": 2}}
     run(replace(job, reference=rule), tmp_path / "a", **options)
     start, policy, anchor = (
@@ -179,12 +188,16 @@ def test_a_soup_of_adapters_is_the_mean_of_their_products(make_checkpoint, tmp_p
     )  # fmt: skip
     run = RunDirectory(tmp_path / "run")
     with run.opened("recipe"):
-        stages = Stages(recipe, run)
-        soup = Anchors(run, stages.base, [stages.sft(0), stages.sft(1)], recipe.soup)["soup"]
+        base_node = nodes.base(recipe, run.hashes)
+        sft = [nodes.sft(recipe, base_node, i, run.hashes) for i in (0, 1)]
+        node = Models(recipe, base_node, sft, run.hashes)[RecipeSoup()]
+        graph = Graph(run)
+        graph.finish([node])
+        soup = graph[node]
     key = "model.layers.1.self_attn.q_proj.weight"
-    found = models.load_policy(soup.path).state_dict()[key]
+    averaged = models.load_policy(soup.path).state_dict()[key]
     start = models.load_policy(base.path).state_dict()[key]
-    torch.testing.assert_close(found - start, (deltas[0] + deltas[1]) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(averaged - start, (deltas[0] + deltas[1]) / 2, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_that_do_not_exist(job):
@@ -197,9 +210,18 @@ def test_targets_that_do_not_exist(job):
     }
 
 
-def test_copying_weights_does_not_touch_the_source(adapted):
-    model, merged = adapted
-    target = tiny_model("llama", 3)
-    copy_effective(model, target)
-    for key, value in target.state_dict().items():
-        torch.testing.assert_close(value, merged.state_dict()[key], rtol=1e-6, atol=1e-7)
+def test_bf16_adapters_are_merged_from_fp32_masters(make_checkpoint, tmp_path):
+    """The base is written as exact as it was read, although it is computed with in bf16."""
+    checkpoint = make_checkpoint("llama", 0)
+    model = LanguageModel.load(checkpoint.path, Engine.create("bf16"), learns=True)
+    model.add_adapters(RANK_2, 0)
+    with torch.no_grad():
+        for name, master in model.trained().items():
+            master.copy_(torch.full_like(master, 1e-4 if "lora_B" in name else 1.0))
+    model.sync()
+    model.save(models.load_tokenizer(checkpoint.path), tmp_path)
+    start, saved = (models.load_policy(p).state_dict() for p in (checkpoint.path, tmp_path))
+    for key, value in saved.items():
+        adapted = any(part in key for part in ("proj",))
+        expected = start[key] + (3 * 2 * 1e-4 if adapted else 0)
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-8, msg=key)

@@ -92,13 +92,6 @@ def test_preference_rows(tokenizer):
     )
 
 
-def test_collate_pads_left_by_length_even_where_pad_is_a_real_token():
-    prompts = [data.Prompt((2, 5, 2), None, ""), data.Prompt((2,), None, "")]
-    batch = data.collate(prompts, pad_id=2)
-    assert batch.prompt.tolist() == [[2, 5, 2], [2, 2, 2]]
-    assert batch.prompt_mask.tolist() == [[True] * 3, [False, False, True]]
-
-
 def load(path_or_rows, tmp_path, columns=(("prompt",),)):
     source = path_or_rows
     if isinstance(source, list):

@@ -1,32 +1,35 @@
-"""FLOPs against a hand count, figures against a known clock."""
+"""FLOPs against a hand count, metrics against a known clock."""
 
 import pytest
 
 from salsa.runtime.meter import Meter, Work, forward_flops, gemm_peak, peak_memory_gb
-from tests.conftest import tiny_model
+from salsa.runtime.engine import Engine
+from tests.conftest import tiny_model, wrap
+
+FP32 = Engine.create("fp32")
 
 
 def test_forward_flops_by_hand():
     """Two layers of q 16x16, k and v 16x8, o 16x16, three of 16x32; a head of 261x16."""
     layers = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32)
-    assert forward_flops(tiny_model(), 10, 4) == 2 * (10 * layers + 4 * 261 * 16)
+    assert forward_flops(wrap(tiny_model()), 10, 4) == 2 * (10 * layers + 4 * 261 * 16)
 
 
-def test_figures_of_phases(monkeypatch):
+def test_metrics_of_phases(monkeypatch):
     from salsa.runtime import meter
 
     times = iter([0.0, 2.0, 6.0])
     monkeypatch.setattr(meter.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(meter, "gemm_peak", lambda precision: 100.0)
-    clock = Meter()
+    monkeypatch.setattr(meter, "gemm_peak", lambda device, dtype: 100.0)
+    clock = Meter(FP32)
     clock.phase_done("rollout")
     clock.phase_done("update")
-    found = clock.figures({"rollout": Work(10, 40.0), "update": Work(8, 200.0)}, "fp32")
+    found = clock.metrics({"rollout": Work(10, 40.0), "update": Work(8, 200.0)})
     assert (found["seconds_rollout"], found["seconds_update"]) == (2.0, 4.0)
     assert (found["tokens_per_second_rollout"], found["tokens_per_second_update"]) == (5.0, 2.0)
     assert (found["mfu_rollout"], found["mfu_update"]) == pytest.approx((0.2, 0.5))
 
 
 def test_the_machine_has_a_peak_and_memory():
-    assert gemm_peak("fp32") > 1e8
-    assert 0.05 < peak_memory_gb() < 1000
+    assert gemm_peak(FP32.device, FP32.dtype) > 1e8
+    assert 0.05 < peak_memory_gb(FP32) < 1000

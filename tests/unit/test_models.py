@@ -4,19 +4,24 @@ import pytest
 import torch
 
 from salsa import models
-from salsa.data import Prompt, collate
+from salsa.data import Prompt
 from salsa.errors import CheckpointError
+from salsa.models import LanguageModel, RewardModel, ValueModel, language
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler.local import _left_padded
 from salsa.types import Rollout
-from tests.conftest import FAMILIES, tiny_model
+from tests.conftest import FAMILIES, tiny_model, wrap
+
+FP32 = Engine.create("fp32")
 
 PROMPTS = [Prompt(ids, None, "") for ids in ((1, 3, 40, 41), (1, 3, 50, 51, 52, 53, 54), (1,))]
 
 
 def rollout_of(pad_id: int = 0) -> Rollout:
-    batch = collate(PROMPTS, pad_id)
+    prompt, prompt_mask = _left_padded([p.ids for p in PROMPTS], pad_id, torch.device("cpu"))
     response = torch.tensor([[60, 61, 2, pad_id], [70, 71, 72, 73], [2, pad_id, pad_id, pad_id]])
     lengths = torch.tensor([3, 4, 1])
-    return Rollout(batch.prompt, batch.prompt_mask, response, torch.arange(4) < lengths[:, None])
+    return Rollout(prompt, prompt_mask, response, torch.arange(4) < lengths[:, None])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,7 +29,7 @@ def rollout_of(pad_id: int = 0) -> Rollout:
 def test_logprobs_are_those_of_each_row_alone(family, pad_id):
     """Oracle: each sequence by itself, unpadded, full logits, float64 log-softmax. pad_id 2 is EOS."""
     model, rollout, temperature = tiny_model(family), rollout_of(pad_id), 0.7
-    stats = models.response_stats(model, rollout, temperature=temperature)
+    stats = wrap(model).stats(rollout, temperature)
     for row, prompt in enumerate(PROMPTS):
         length = int(rollout.lengths[row])
         ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])
@@ -37,7 +42,7 @@ def test_logprobs_are_those_of_each_row_alone(family, pad_id):
             assert stats.entropy[row, t].item() == pytest.approx(entropy, abs=1e-4)
         assert (stats.logprobs[row, length:] == 0).all()
         assert (stats.entropy[row, length:] == 0).all()
-    learnt = models.response_logprobs(model, rollout, temperature=temperature)
+    learnt = wrap(model, learns=True).logprobs(rollout, temperature)
     assert torch.allclose(learnt, stats.logprobs, atol=1e-6)
 
 
@@ -56,8 +61,8 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(chunk, monkeypatch):
             logprobs = distribution.gather(-1, rollout.response[..., None]).squeeze(-1)
             logprobs = logprobs * rollout.response_mask
         else:
-            monkeypatch.setattr(models, "LOGITS_CHUNK", chunk)
-            logprobs = models.response_logprobs(model, rollout, temperature=1.0)
+            monkeypatch.setattr(language, "LOGITS_CHUNK", chunk)
+            logprobs = wrap(model, learns=True).logprobs(rollout, 1.0)
         (logprobs * weights).sum().backward()
         gradients.append((logprobs.detach(), [p.grad for p in model.parameters()]))
     (expected, slopes), (got, own) = gradients
@@ -67,7 +72,7 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(chunk, monkeypatch):
 
 def test_exact_kl_against_full_distributions():
     policy, other, rollout = tiny_model("llama", 0), tiny_model("llama", 1), rollout_of()
-    got = models.response_kl(policy, other, rollout, temperature=0.7)
+    got = wrap(policy).kl_to(wrap(other), rollout, 0.7)
     for row, prompt in enumerate(PROMPTS):
         length = int(rollout.lengths[row])
         ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])
@@ -87,7 +92,7 @@ def test_soft_capped_logits_are_the_models_own(tmp_path):
         final_logit_softcapping=3.0, pad_token_id=0,
     )  # fmt: skip
     model, rollout = Gemma2ForCausalLM(config).eval(), rollout_of()
-    logprobs = models.response_logprobs(model, rollout, temperature=1.0)
+    logprobs = wrap(model, learns=True).logprobs(rollout, 1.0)
     ids = torch.tensor([[*PROMPTS[0].ids, *rollout.response[0, :3].tolist()]])
     expected = model(ids).logits[0].log_softmax(-1)[3:6].gather(-1, ids[0, 4:, None]).squeeze(-1)
     assert torch.allclose(logprobs[0, :3], expected, atol=1e-4)
@@ -102,14 +107,14 @@ def test_families_that_scale_their_logits_otherwise_are_refused(tmp_path):
     )  # fmt: skip
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="GraniteForCausalLM scales its logits"):
-        models.load_policy(tmp_path)
+        LanguageModel.load(tmp_path, FP32)
 
 
 def test_values_are_read_before_the_token(make_checkpoint):
     checkpoint = make_checkpoint("llama")
-    critic = models.load_scorer(checkpoint.path, pad_id=0, new_head_seed=3).eval()
+    critic = models.load_classifier(checkpoint.path, pad_id=0, new_head_seed=3)
     rollout = rollout_of()
-    values = models.response_values(critic, rollout)
+    values = ValueModel.load(checkpoint.path, FP32, pad_id=0, new_head_seed=3).values(rollout)
     for row, prompt in enumerate(PROMPTS):
         length = int(rollout.lengths[row])
         ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])
@@ -122,10 +127,11 @@ def test_values_are_read_before_the_token(make_checkpoint):
 
 
 def test_sequence_scores_do_not_depend_on_the_batch(make_checkpoint):
-    model = models.load_scorer(make_checkpoint("llama").path, pad_id=0, new_head_seed=3).eval()
+    model = models.load_classifier(make_checkpoint("llama").path, pad_id=0, new_head_seed=3)
+    reward = RewardModel(model, None, FP32)
     sequences = [[1, 3, 40], [1, 3, 50, 51, 52, 60, 61], [1, 9]]
-    together = models.sequence_scores(model, sequences, max_tokens=21)
-    assert models.sequence_scores(model, sequences, max_tokens=1) == pytest.approx(
+    together = reward.scores(sequences, max_tokens=21)
+    assert reward.scores(sequences, max_tokens=1) == pytest.approx(
         together, abs=1e-5
     )
     alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
@@ -137,7 +143,7 @@ def test_missing_models_are_named(tmp_path):
         models.load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="is no reward model"):
         (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-        models.load_scorer(tmp_path, pad_id=0)
+        models.load_classifier(tmp_path, pad_id=0)
 
 
 def test_pad_falls_back_to_eos(tmp_path):

@@ -1,22 +1,14 @@
 """Packed rows: every token once, within the budget, and nothing but rounding changed by it."""
 
 import random
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from salsa.errors import CheckpointError
 from salsa.runtime import packing
-from salsa.runtime.packing import (
-    can_pack,
-    last_hidden,
-    num_distinct,
-    pack,
-    packs_of,
-    recomputing,
-    take,
-)
+from salsa.models.trunk import enable_packing, hidden_states, recompute_activations
+from salsa.runtime.packing import num_distinct, pack, packs_of, take
 from tests.families import ALONE, PACKED, model_of
 
 ROWS = [[1, 5, 6, 7], [1, 5, 6, 8, 9], [3, 4], [1, 5, 6, 8, 9], [1, 5], [1, 9, 2, 4, 4, 6]]
@@ -62,13 +54,13 @@ def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
     monkeypatch.setattr(packing, "SHORT", 2**22 if scores == "at once" else 0)
     model = model_of(family)
     trunk = getattr(model, model.base_model_prefix)
-    assert can_pack(trunk)
     weights = torch.randn(trunk.config.hidden_size, generator=torch.Generator().manual_seed(1))
     alone = [trunk(torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in ROWS]
     sum((h @ weights).square().sum() for h in alone).backward()
     expected = {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
     trunk.zero_grad()
-    hidden, paths = last_hidden(trunk, ROWS)
+    assert enable_packing(model)
+    hidden, paths = hidden_states(trunk, ROWS, packs=True)
     assert hidden.shape[0] == 13  # of 24 tokens
     found = [take(hidden, paths[i, : len(row)]) for i, row in enumerate(ROWS)]
     sum((h @ weights).square().sum() for h in found).backward()
@@ -81,10 +73,11 @@ def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
 
 @pytest.mark.parametrize("family", ALONE)
 def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
-    trunk = (model := model_of(family)).base_model
-    trunk.packs_rows = can_pack(trunk)
-    hidden, paths = last_hidden(trunk, ROWS)
-    assert not trunk.packs_rows and hidden.shape[0] == 36
+    model = model_of(family)
+    before = model.config._attn_implementation
+    assert not enable_packing(model) and model.config._attn_implementation == before
+    hidden, paths = hidden_states(model.base_model, ROWS, packs=False)
+    assert hidden.shape[0] == 36
     for i, row in enumerate(ROWS):
         own = model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0]
         assert torch.allclose(hidden[paths[i, : len(row)]], own, atol=1e-4)
@@ -93,33 +86,35 @@ def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_recomputed_activations_give_the_same_bits(family, packs):
-    trunk, slopes = model_of(family).base_model, []
-    trunk.packs_rows = packs
-    forward = type(trunk.layers[0]).forward
-    for saving in (nullcontext(), recomputing(trunk)):
-        with saving:
-            hidden, _ = last_hidden(trunk, ROWS)
-            hidden.square().sum().backward()
-        slopes.append([p.grad.clone() for p in trunk.parameters() if p.grad is not None])
-        trunk.zero_grad()
+    slopes = []
+    for recompute in (False, True):
+        model = model_of(family)
+        assert not packs or enable_packing(model)
+        names = [name for name, _ in model.named_parameters()]
+        if recompute:
+            recompute_activations(model)
+        hidden, _ = hidden_states(model.base_model, ROWS, packs=packs)
+        hidden.square().sum().backward()
+        wrapped = [name for name, _ in model.named_parameters()]
+        assert (wrapped != names) is recompute
+        assert list(model.state_dict()) == list(model_of(family).state_dict())
+        slopes.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(slopes[0]) == len(slopes[1]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
-    assert trunk.layers[0].forward.__func__ is forward
 
 
 def test_models_without_layers_to_recompute_are_refused():
-    with (
-        pytest.raises(CheckpointError, match=r"Linear has no layers.*gradient_checkpointing"),
-        recomputing(torch.nn.Linear(2, 2)),
-    ):
-        pass
+    with pytest.raises(CheckpointError, match=r"Linear has no layers.*gradient_checkpointing"):
+        recompute_activations(torch.nn.Linear(2, 2))
 
 
 def test_layers_that_do_not_tell_their_window_are_not_packed():
     """What reaches further back than the four rows on trial would be wrong in silence."""
-    trunk = model_of("gemma2").base_model
+    model = model_of("gemma2")
+    trunk = model.base_model
     trunk.layers[0].self_attn.sliding_window = None
     trunk.config.sliding_window = 100
-    assert not can_pack(trunk)
+    assert not enable_packing(model)
 
 
 def test_gradients_of_a_shared_prefix_are_summed_in_fp32():
@@ -129,9 +124,11 @@ def test_gradients_of_a_shared_prefix_are_summed_in_fp32():
     assert flat.grad.tolist() == [[1000.0] * 3, [0.0] * 3]
 
 
-def test_the_models_attention_is_what_it_was_afterwards():
-    trunk = model_of("llama").base_model
-    before = trunk.config._attn_implementation
-    with pytest.raises(IndexError):
-        last_hidden(trunk, [[10**6]])
-    assert trunk.config._attn_implementation == before != "salsa_packed"
+def test_a_model_that_packs_still_runs_on_padded_rows():
+    """As transformers runs it: whoever is handed the model may call it."""
+    model, plain = model_of("llama"), model_of("llama")
+    assert enable_packing(model)
+    tokens = torch.tensor([[0, 0, 1, 5, 6], [1, 5, 6, 8, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ours, theirs = (m(tokens, attention_mask=mask).logits for m in (model, plain))
+    assert torch.equal(ours[mask.bool()], theirs[mask.bool()])

@@ -10,51 +10,55 @@ import torch
 from safetensors.torch import load_file
 
 from salsa import make_soup, models, objectives
-from salsa.anchors import Anchors, Reference, identity
-from salsa.artifacts import Checkpoint, RunDirectory
-from salsa.config import SoupConfig
+from salsa.artifacts import Checkpoint
+from salsa.config import Recipe, SoupConfig
+from salsa.config.expressions import ReferenceRule, parse_model
 from salsa.errors import CheckpointError
-from salsa.config.expressions import ReferenceRule, check_model, ingredients_of, parse_anchor
+from salsa.models import LanguageModel
+from salsa.references import Reference
+from salsa.resolve import Models
 from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
+from salsa.stages.directory import RunDirectory
+from salsa.stages.graph import Graph, Node
 from tests.conftest import tiny_model
-from tests.tiny_rl import changed, first_experience, run, run_killed
-
-PARSED = {
-    "soup": ReferenceRule(("soup",)),
-    "runs/x/model": ReferenceRule(("runs/x/model",)),
-    "shrink(soup[0,1], base, 0.7)": ReferenceRule(("shrink(soup[0,1], base, 0.7)",)),
-    "mixture(sft[0], soup[0,1], base)": ReferenceRule(("sft[0]", "soup[0,1]", "base"), (1 / 3,) * 3),
-    "mixture(0.25*sft[0], 0.75*soup)": ReferenceRule(("sft[0]", "soup"), (0.25, 0.75)),
-    "ema(soup, 0.01)": ReferenceRule(("soup",), ema=0.01),
-    "reset(sft[1], 10)": ReferenceRule(("sft[1]",), reset_every=10),
-    "reset(sft[1], 10, optimizer)": ReferenceRule(("sft[1]",), reset_every=10, reset_optimizer=True),
-    "none": ReferenceRule(("sft[0]",), pulls=False),
-}
-
-
-@pytest.mark.parametrize("text", PARSED)
-def test_expressions(text):
-    assert parse_anchor(text, init="sft[0]") == PARSED[text]
-
-
-def test_ingredients_of_models():
-    assert ingredients_of("soup", (0, 2)) == (0, 2) == ingredients_of("soup[0, 2]", (1,))
-    assert ingredients_of("shrink(soup, base, 0.5)", (0, 2)) == (0, 2)
-    assert ingredients_of("base", (0,)) == ingredients_of("a/path", (0,)) == ()
-    with pytest.raises(ValueError, match="names no model"):
-        check_model("mixture(sft[0], sft[1])")
-
+from tests.tiny_rl import FP32, changed, first_experience, run, run_killed
 
 @pytest.fixture(scope="module")
 def trio(make_checkpoint):
     return [make_checkpoint("llama", seed) for seed in range(3)]
 
 
+def recipe_of(soup: SoupConfig) -> Recipe:
+    """A recipe of which only `soup:` matters here."""
+    return Recipe.model_validate(
+        {
+            "name": "a", "model": {"path": "x"}, "sft": {"checkpoints": ["a/0", "a/1"]},
+            "soup": soup.model_dump(), "reward": {"functions": [{"call": "a:b"}]},
+            "rl": {"kl_coef": 0.1, "prompts": "p", "arms": {"a": {"init": "base", "reference": "base"}}},
+            "eval": {"prompts": "p", "baseline": "a"},
+        }
+    )  # fmt: skip
+
+
+class Made:
+    """The checkpoints of model expressions, made when they are asked for."""
+
+    def __init__(self, path, trio, soup: SoupConfig) -> None:
+        self.run = RunDirectory(path)
+        given = [Node(f"given {i}", (), lambda c=c: c) for i, c in enumerate(trio)]
+        self.models = Models(recipe_of(soup), given[2], given[:2], self.run.hashes)
+
+    def __getitem__(self, text: str) -> Checkpoint:
+        node = self.models[parse_model(text)]
+        with self.run.opened("recipe"):
+            graph = Graph(self.run)
+            graph.finish([node])
+        return graph[node]
+
+
 @pytest.fixture(scope="module")
-def anchors(trio, tmp_path_factory):
-    run = RunDirectory(tmp_path_factory.mktemp("runs") / "run")
-    with run.opened("recipe"):
-        yield Anchors(run, trio[2], trio[:2], SoupConfig(weights=(0.25, 0.75)))
+def made(trio, tmp_path_factory):
+    return Made(tmp_path_factory.mktemp("runs") / "run", trio, SoupConfig(weights=(0.25, 0.75)))
 
 
 def numbers(checkpoint):
@@ -69,29 +73,32 @@ def numbers(checkpoint):
         ("base", (0, 0, 1)),
         ("soup", (0.25, 0.75, 0)),
         ("soup[0,1]", (0.5, 0.5, 0)),
+        ("soup(0.25*sft[0], 0.75*sft[1])", (0.25, 0.75, 0)),
+        ("soup(0*sft[0], 1*sft[1])", (0, 1, 0)),
+        ("soup(0.5*sft[0], 0.5*base)", (0.5, 0, 0.5)),
         ("shrink(sft[0], base, 0.7)", (0.7, 0, 0.3)),
         ("shrink(soup, base, 0.5)", (0.125, 0.375, 0.5)),
     ],
 )
-def test_models_of_weight_arithmetic(expression, factors, anchors, trio):
+def test_models_of_weight_arithmetic(expression, factors, made, trio):
     """base + a·(sft − base), Σ w_i θ_i: in float64, by hand."""
-    made, parts = numbers(anchors[expression]), [numbers(checkpoint) for checkpoint in trio]
-    for key, value in made.items():
+    result, parts = numbers(made[expression]), [numbers(checkpoint) for checkpoint in trio]
+    for key, value in result.items():
         expected = sum(f * part[key] for f, part in zip(factors, parts, strict=True))
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
-    assert anchors[expression].digest == anchors[expression].digest
+    assert made[expression].digest == made[expression].digest
 
 
-def test_shrinking_to_a_soups_norm(anchors, trio):
+def test_shrinking_to_a_soups_norm(made, trio):
     """The control of METHOD's claims: one SFT model, as near to the base as the soup is."""
-    base, sft, soup, made = (
+    base, sft, soup, near = (
         numbers(checkpoint)
-        for checkpoint in (trio[2], trio[0], anchors["soup"], anchors["shrink(sft[0], base, soup)"])
+        for checkpoint in (trio[2], trio[0], made["soup"], made["shrink(sft[0], base, soup)"])
     )
     norm = lambda one: sum(((one[k] - base[k]) ** 2).sum() for k in base) ** 0.5
-    assert norm(made) == pytest.approx(norm(soup), rel=1e-5) and norm(made) < norm(sft)
+    assert norm(near) == pytest.approx(norm(soup), rel=1e-5) and norm(near) < norm(sft)
     share = norm(soup) / norm(sft)
-    for key, value in made.items():
+    for key, value in near.items():
         expected = base[key] + share * (sft[key] - base[key])
         np.testing.assert_allclose(value, expected, atol=1e-6)
 
@@ -106,10 +113,8 @@ def test_every_method_of_the_soup_engine(options, trio, tmp_path, monkeypatch):
     score = lambda path: -float(abs(numbers(Checkpoint.of(path))["model.norm.weight"]).sum())
     monkeypatch.setitem(sys.modules, "my_score", types.SimpleNamespace(score=score))
     greedy = options["method"] == "greedy"
-    run = RunDirectory(tmp_path / "run")
-    with run.opened("recipe"):
-        config = SoupConfig(**options | ({"score": "my_score:score"} if greedy else {}))
-        made = Anchors(run, trio[2], trio[:2], config)["soup"]
+    config = SoupConfig(**options | ({"score": "my_score:score"} if greedy else {}))
+    made = Made(tmp_path / "run", trio, config)["soup"]
     given = options | ({"score": score} if greedy else {"base": trio[2].path})
     expected = make_soup([c.path for c in trio[:2]], out=tmp_path / "soup", **given)
     assert made.digest == expected.digest
@@ -141,17 +146,17 @@ def test_exact_kl_of_a_mixture():
 
 def test_ema_by_hand(trio):
     """θ ← (1−μ)·θ + μ·θ_policy, twice, in float64; the small steps are not lost as they would be in bf16."""
-    reference = Reference(ReferenceRule((trio[0],), ema=0.01))
-    start = {k: v.double().clone() for k, v in reference.models[0].named_parameters()}
+    reference = Reference(ReferenceRule((trio[0],), ema=0.01), FP32)
+    start = {k: v.double().clone() for k, v in reference.models[0].weights()}
     policies = [tiny_model("llama", 0), tiny_model("llama", 0)]
     for number, policy in enumerate(policies):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter += 1e-3 * (number + 1) * torch.randn_like(parameter)
-        reference.after_step(policy)
+        reference.after_step(LanguageModel.of(policy, FP32))
     first, second = (dict(policy.named_parameters()) for policy in policies)
     moved = 0
-    for key, value in reference.models[0].named_parameters():
+    for key, value in reference.models[0].weights():
         expected = 0.99 * (0.99 * start[key] + 0.01 * first[key]) + 0.01 * second[key]
         torch.testing.assert_close(value.double(), expected.double(), rtol=1e-6, atol=1e-8)
         moved += (value.double() != start[key]).sum().item() / value.numel()
@@ -214,18 +219,13 @@ def test_damaged_anchor_weights_are_refused_on_resume(job, tmp_path):
         run(rule, tmp_path / "a")
 
 
-def test_identity_of_a_plain_reference_is_its_digest(job):
-    assert identity(ReferenceRule((job.init,))) == job.init.digest
-    assert identity(ReferenceRule((job.init,), pulls=False)) != job.init.digest
-
-
 def test_reference_stays_put_while_the_policy_learns(job, tmp_path):
     before = job.reference.digest
     run(job, tmp_path / "a", num_updates=2)
     assert Checkpoint.of(job.reference.path).digest == before
     assert not (tmp_path / "a" / "reference").exists()
     loaded = models.load_policy(job.reference.path)
-    actors, _, _ = first_experience(changed(job, num_updates=2))
-    for key, value in actors.reference.models[0].state_dict().items():
+    rl_models, _, _ = first_experience(changed(job, num_updates=2))
+    for key, value in rl_models.reference.models[0].weights():
         assert torch.equal(value, loaded.state_dict()[key])
-    assert not any(p.requires_grad for p in actors.reference.models[0].parameters())
+    assert not any(p.requires_grad for p in rl_models.reference.models[0].parameters())

@@ -8,8 +8,10 @@ import pytest
 from salsa.config import PreferencesConfig, RewardFunction
 from salsa.data import Prompt
 from salsa.preferences import label_pairs
-from salsa.reward import model_scorer
+from salsa.models import RewardModel
+from salsa.runtime.engine import Engine
 
+FP32 = Engine.create("fp32")
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
 
 
@@ -41,13 +43,13 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
 
     source = make_checkpoint("llama", 5)
     tokenizer = models.load_tokenizer(source.path)
-    models.save(models.load_scorer(source.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
+    models.save_checkpoint(models.load_classifier(source.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
     prompt = Prompt((99, 98), ({"role": "user", "content": "hi"},), "hi")
     ids = tokenizer("<|bos|><|user|>hi<|end|><|assistant|>yo<|end|>", add_special_tokens=False)[
         "input_ids"
     ]
-    expected = models.load_scorer(tmp_path, pad_id=0).eval()(torch.tensor([ids])).logits.item()
-    scores = model_scorer(tmp_path, "fp32")([prompt, prompt], ["yo", "something longer"])
+    expected = models.load_classifier(tmp_path, pad_id=0).eval()(torch.tensor([ids])).logits.item()
+    scores = RewardModel.load(tmp_path, FP32)([prompt, prompt], ["yo", "something longer"])
     assert scores[0] == pytest.approx(expected, abs=1e-5)
     assert scores[1] != pytest.approx(scores[0], abs=1e-3)
 
@@ -57,17 +59,18 @@ def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_pa
     from safetensors.torch import load_file
 
     from salsa import models
-    from salsa.anchors import Anchors
-    from salsa.artifacts import Checkpoint, RunDirectory
+    from salsa.artifacts import Checkpoint
     from salsa.config import Recipe
-    from salsa.stages import Stages
+    from salsa.pipeline import stages_of
+    from salsa.stages.directory import RunDirectory
+    from salsa.stages.graph import Graph
 
     paths = []
     for seed in (5, 6):
         source = make_checkpoint("llama", seed)
         path = tmp_path / f"rm{seed}"
-        scorer = models.load_scorer(source.path, pad_id=0, new_head_seed=seed)
-        models.save(scorer, models.load_tokenizer(source.path), path)
+        scorer = models.load_classifier(source.path, pad_id=0, new_head_seed=seed)
+        models.save_checkpoint(scorer, models.load_tokenizer(source.path), path)
         paths.append(str(path))
     recipe = Recipe.model_validate(
         {
@@ -84,18 +87,16 @@ def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_pa
     )  # fmt: skip
     run = RunDirectory(tmp_path / "run")
     with run.opened("recipe"):
-        stages = Stages(recipe, run)
-        sft = [stages.sft(0)]
-        reward = stages.reward(Anchors(run, stages.base, sft, recipe.soup), sft)
+        (node,) = stages_of(recipe, run.hashes).reward
+        graph = Graph(run)
+        graph.finish([node])
+        reward = graph[node]
     one, two, both = (
         load_file(Checkpoint.of(path).path / "model.safetensors")
-        for path in (*paths, reward.checkpoint.path)
+        for path in (*paths, reward.path)
     )
     assert all(((one[k] + two[k]) / 2 - both[k]).abs().max() < 1e-6 for k in both)
     assert "score.weight" in both
-    assert reward.score(PROMPTS, ["x", "y"]) == model_scorer(reward.checkpoint.path, "fp32")(
-        PROMPTS, ["x", "y"]
-    )
 
 
 def test_a_reward_model_of_another_family_and_tokenizer_scores(make_checkpoint, tmp_path):
@@ -106,10 +107,10 @@ def test_a_reward_model_of_another_family_and_tokenizer_scores(make_checkpoint, 
         "gemma", 3, template="{% for m in messages %}[{{ m.content }}]{% endfor %}"
     )
     tokenizer = models.load_tokenizer(other.path)
-    models.save(models.load_scorer(other.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
+    models.save_checkpoint(models.load_classifier(other.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
     prompt = Prompt((99, 98), ({"role": "user", "content": "hi"},), "hi")
     ids = tokenizer("[hi][yo]", add_special_tokens=False)["input_ids"]
     import torch
 
-    expected = models.load_scorer(tmp_path, pad_id=0)(torch.tensor([ids])).logits.item()
-    assert model_scorer(tmp_path, "fp32")([prompt], ["yo"]) == pytest.approx([expected], abs=1e-5)
+    expected = models.load_classifier(tmp_path, pad_id=0)(torch.tensor([ids])).logits.item()
+    assert RewardModel.load(tmp_path, FP32)([prompt], ["yo"]) == pytest.approx([expected], abs=1e-5)

@@ -10,12 +10,13 @@ import torch
 from salsa import make_soup, objectives
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
+from salsa.runtime.engine import Engine
 from tests.tiny_rl import drawn, run, run_killed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kl_starts_at_exactly_zero_where_reference_is_the_start(job, tmp_path, precision):
-    rows = run(replace(job, precision=precision), tmp_path / "a", num_updates=2)
+    rows = run(job, tmp_path / "a", Engine.create(precision), num_updates=2)
     assert rows[0]["kl"] == 0.0
     assert rows[1]["kl"] != 0.0
 

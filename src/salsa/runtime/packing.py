@@ -174,9 +174,15 @@ def _attention(
     K key heads serve H query heads in groups. Packed: each row's added tokens attend to the row's path.
     """
     if packing is None and cache is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others
-        )
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, **others
+            )
+        if attention_mask is None:
+            square = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            attention_mask = square.tril(key.shape[2] - query.shape[2])[None, None]
+        attended = attend(query, key, value, attention_mask, scaling, softcap)
+        return attended.transpose(1, 2), None
     if packing is None:
         assert cache is not None and attention_mask is not None
         visible = within(sliding_window, attention_mask, cache.lengths[:, None])
