@@ -14,7 +14,8 @@ name: tiny
 model: {path: model}
 sft: {dataset: sft.jsonl, seeds: [0, 1, 2], epochs: 4, learning_rate: 1.0e-2, batch_size: 8,
       max_length: 64, checkpoint_every: 10}
-reward: {dataset: pairs.jsonl, epochs: 6, learning_rate: 1.0e-2, batch_size: 8, max_length: 64, checkpoint_every: 10}
+preferences: {dataset: pairs.jsonl}
+reward: {epochs: 6, learning_rate: 1.0e-2, batch_size: 8, max_length: 64, checkpoint_every: 10}
 rl:
   arms:
     ppo: {init: "sft[0]", reference: "sft[0]"}
@@ -29,7 +30,7 @@ rl:
   learning_rate: 3.0e-3
   max_new_tokens: 8
   checkpoint_every: 3
-eval: {prompts: heldout.jsonl, baseline: ppo, scores: {gold: {call: "my_gold:score"}}}
+eval: {prompts: heldout.jsonl, baseline: ppo, kl_to: ["sft[0]", base], scores: {gold: {call: "my_gold:score"}}}
 """
 GOLD = "def score(prompts, responses):\n    return [float(r.count('a')) for r in responses]\n"
 

@@ -52,7 +52,7 @@ def test_report_holds_every_arm_seed_and_pair(finished):
         assert pair["low"] <= pair["rate"] <= pair["high"]
 
 
-def test_kl_of_the_untrained_anchor_is_zero_and_of_the_arms_is_not(finished):
+def test_kl_of_the_untrained_model_is_zero_and_of_the_arms_is_not(finished):
     arms = report_of(finished)["arms"]
     assert all(seed["kl_to_sft[0]"] == 0 for seed in arms["sft"]["seeds"])
     assert all(seed["kl_to_sft[0]"] > 0 for arm in ARMS for seed in arms[arm]["seeds"])
@@ -112,7 +112,7 @@ def test_a_changed_beta_redoes_rl_and_nothing_before(finished, inputs, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     reused = [line.split(":")[0] for line in done.stderr.splitlines() if line.endswith(": reused")]
-    assert reused == ["sft[0]", "sft[1]", "sft[2]", "reward"]
+    assert reused == ["sft[0]", "sft[1]", "sft[2]", "preferences", "reward", "soup", "soup[0,1,2]"]
     assert done.stderr.count("rl ") >= 3
 
 
@@ -157,6 +157,7 @@ def test_a_failing_reward_stops_with_exit_code_1_and_keeps_what_is_done(finished
     shutil.copytree(finished, copy)
     options = [
         "reward={functions: [{call: 'my_bad:score'}]}",
+        "preferences=null",
         "rl.seeds=[5]",
         "-o",
         str(copy),
@@ -180,6 +181,7 @@ def test_finished_checkpoints_can_be_given_instead_of_training(finished, inputs,
     (reward,) = (str(p) for p in (finished / "stages").iterdir() if p.name.startswith("reward-"))
     done = salsa(
         inputs, "run", "tiny.yaml", f"sft={{checkpoints: [{', '.join(models)}]}}", f"reward={{paths: [{reward}]}}",
+        "preferences=null",
         "rl.num_updates=2", "rl.seeds=[0]", "-o", str(tmp_path / "run"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,105 +1,15 @@
-"""Stages are done once, named by what goes in, and complete or absent."""
+"""Checkpoints notice change; hashes are remembered; a new directory is whole or absent."""
 
-import json
+import errno
 import subprocess
 import sys
+import time
 
 import pytest
 
-from salsa.artifacts import Checkpoint, RunDirectory
-from salsa.errors import CheckpointError, ConfigError
-
-
-def writer(calls, text="hello"):
-    def work(directory):
-        calls.append(directory)
-        (directory / "out.jsonl").write_text(text)
-
-    return work
-
-
-def test_a_finished_stage_is_reused_and_a_changed_one_redone(tmp_path):
-    calls = []
-    run = RunDirectory(tmp_path / "run")
-    with run.opened("recipe"):
-        first = run.stage("a[0]", config={"x": 1}, inputs={"i": "1"}, work=writer(calls))
-        again = run.stage("a[0]", config={"x": 1}, inputs={"i": "1"}, work=writer(calls))
-        other = run.stage("a[0]", config={"x": 2}, inputs={"i": "1"}, work=writer(calls))
-        third = run.stage("a[0]", config={"x": 1}, inputs={"i": "2"}, work=writer(calls))
-    assert (first.reused, again.reused, len(calls)) == (False, True, 3)
-    assert first.path == again.path and len({first.path, other.path, third.path}) == 3
-    assert first.checkpoint.digest == other.checkpoint.digest
-    record = json.loads((first.path / "stage.json").read_text())
-    assert record["inputs"] == {"i": "1"} and record["versions"]["torch"] and record["seconds"] >= 0
-
-
-def test_what_fails_leaves_no_finished_stage_and_keeps_its_resume_state(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-
-    def fails(directory):
-        (directory / "resume").mkdir()
-        (directory / "resume" / "state").write_text("half")
-        raise RuntimeError("killed")
-
-    def goes_on(directory):
-        assert (directory / "resume" / "state").read_text() == "half"
-
-    with run.opened("recipe"):
-        with pytest.raises(RuntimeError):
-            run.stage("a", config={}, inputs={}, work=fails)
-        assert [p.suffix for p in (run.path / "stages").iterdir()] == [".partial"]
-        stage = run.stage("a", config={}, inputs={}, work=goes_on)
-    assert not (stage.path / "resume").exists()
-    assert [p.suffix for p in (run.path / "stages").iterdir()] == [""]
-
-
-def test_another_recipe_does_not_overwrite(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    with run.opened("beta: 1\n"):
-        pass
-    with (
-        pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
-        run.opened("beta: 2\n"),
-    ):
-        pass
-    assert (run.path / "recipe.yaml").read_text() == "beta: 1\n"
-    with run.opened("beta: 2\n", force=True):
-        assert (run.path / "recipe.yaml").read_text() == "beta: 2\n"
-
-
-def test_foreign_directories_are_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with (
-        pytest.raises(ConfigError, match="files that are not a run's"),
-        RunDirectory(tmp_path).opened("recipe"),
-    ):
-        pass
-    with (
-        pytest.raises(ConfigError, match="is a file"),
-        RunDirectory(tmp_path / "thesis.tex").opened("recipe"),
-    ):
-        pass
-
-
-def test_a_directory_in_use_is_refused(tmp_path):
-    run = RunDirectory(tmp_path / "run")
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from salsa.artifacts import RunDirectory; from salsa.errors import ConfigError\n"
-        "try:\n    with RunDirectory(Path(sys.argv[1])).opened('recipe'): pass\n"
-        "except ConfigError as error: print(error)"
-    )
-    with run.opened("recipe"):
-        said = subprocess.run(
-            [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True
-        ).stdout
-    assert "in use by another salsa process" in said
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True
-        ).stdout
-        == ""
-    )
+from salsa import artifacts
+from salsa.artifacts import Checkpoint, FileHashes, new_directory, sha256_tree
+from salsa.errors import CheckpointError, ConfigError, accessing
 
 
 def test_checkpoints_notice_change(make_checkpoint, tmp_path):
@@ -114,3 +24,88 @@ def test_checkpoints_notice_change(make_checkpoint, tmp_path):
         checkpoint.verify()
     with pytest.raises(CheckpointError, match="no model here"):
         Checkpoint.of(tmp_path)
+
+
+def test_hashes_are_remembered_by_size_and_time(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "m" / "config.json"
+    file.write_text("{}")
+    memory = tmp_path / "hashes.json"
+    hashes = FileHashes(memory)
+    first = hashes.tree(tmp_path / "m")
+    assert first == sha256_tree(tmp_path / "m")
+    hashes.save()
+    reads = []
+    real = artifacts.sha256_file
+    monkeypatch.setattr(artifacts, "sha256_file", lambda path: reads.append(path) or real(path))
+    assert FileHashes(memory).tree(tmp_path / "m") == first and reads == []
+    assert FileHashes(memory, verify=True).tree(tmp_path / "m") == first and len(reads) == 1
+    file.write_text("{ }")
+    assert FileHashes(memory).tree(tmp_path / "m") != first and len(reads) == 2
+    memory.write_text("{half")
+    assert FileHashes(memory).tree(tmp_path / "m") != first and len(reads) == 3
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from salsa import artifacts
+from salsa.errors import ConfigError
+flush = artifacts._flush
+artifacts._flush = lambda path: (time.sleep(0.4), flush(path))
+try:
+    with artifacts.new_directory(Path(sys.argv[1])) as partial:
+        (partial / "config.json").write_text(sys.argv[2])
+        (partial / "model.safetensors").write_text("x")
+except ConfigError as error:
+    print(error); sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6])
+def test_of_two_processes_with_one_target_one_wins_and_nothing_is_lost(delay, tmp_path):
+    """The lock is held until the rename is done, on a slow disk too."""
+    target = tmp_path / "soup"
+    run = lambda name: subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(target), name], stdout=subprocess.PIPE, text=True
+    )
+    first = run("one")
+    time.sleep(delay)
+    second = run("two")
+    outputs = [process.communicate()[0] for process in (first, second)]
+    codes = [process.returncode for process in (first, second)]
+    assert sorted(codes) == [0, 2], outputs
+    winner = ("one", "two")[codes.index(0)]
+    assert (target / "config.json").read_text() == winner
+    assert sorted(p.name for p in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["soup"]
+    refused = outputs[codes.index(2)]
+    assert "in use by another salsa process" in refused or "exists" in refused
+
+
+def test_a_new_directory_leaves_nothing_when_it_fails(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "a") as partial:
+        (partial / "x").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("refusal", "action", "message"),
+    [
+        (PermissionError(errno.EACCES, "denied", "/a/b"), "read", "/a/b: cannot be read (permission denied). Give"),
+        (PermissionError(errno.EACCES, "denied", "/a/b"), "write", "/a/b: cannot be written (permission denied). Give"),
+        (NotADirectoryError(errno.ENOTDIR, "no", "/a/b"), "write", "/a/b: cannot be used as a directory, a file is"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "write", "/a/b: cannot be written (Read-only file"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "write", "/a/b: cannot be written (No space"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line(refusal, action, message, tmp_path):
+    with pytest.raises(ConfigError) as caught, accessing(tmp_path, action):
+        raise refusal
+    assert str(caught.value).startswith(message)
+
+
+def test_other_errors_of_the_system_pass():
+    with pytest.raises(OSError, match="strange"), accessing("x", "read"):
+        raise OSError(errno.EIO, "strange")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from salsa import models, objectives
-from salsa.actors import Progress, save_progress
 from salsa.errors import CheckpointError, WorkFailed
+from salsa.rl_models import Progress, save_progress
 from salsa.runtime.checkpoint import load_state, saved_steps, state_file
 from tests.tiny_rl import ascii_share, first_experience, run, run_killed, weights
 
@@ -33,7 +33,8 @@ def test_the_newest_and_the_best_stay(job, tmp_path):
     assert saved_steps(tmp_path / "a" / "resume") == [4, 8, 10]
     state = load_state(state_file(tmp_path / "a" / "resume", 10))
     assert state["progress"]["best"] == (4, 5.0)
-    assert {"policy", "critic", "policy_optimizer", "critic_optimizer", "reference"} < state.keys()
+    assert {"policy", "critic", "reference"} < state.keys()
+    assert state["policy"].keys() == state["critic"].keys() == {"weights", "optimizer"}
 
 
 @pytest.mark.slow
@@ -47,7 +48,7 @@ def test_select_best_returns_the_best_policy(job, tmp_path, capsys):
         run(replace(job, reward=scripted(*scores[:4])), tmp_path / "four", **options)
     state = load_state(state_file(tmp_path / "four" / "resume", 4))
     best = dict(models.load_policy(tmp_path / "best").named_parameters())
-    assert all(torch.equal(best[key], value) for key, value in state["policy"].items())
+    assert all(torch.equal(best[key], value) for key, value in state["policy"]["weights"].items())
     assert weights(tmp_path / "best") != weights(tmp_path / "last")
 
 
@@ -72,18 +73,18 @@ def test_nan_keeps_the_last_good_checkpoint(job, tmp_path, monkeypatch):
     with pytest.raises(WorkFailed, match="policy_loss is nan at update 4. The last checkpoint is"):
         run(job, tmp_path / "a")
     state = load_state(state_file(tmp_path / "a" / "resume", 2))
-    assert all(value.isfinite().all() for value in state["policy"].values())
+    assert all(value.isfinite().all() for value in state["policy"]["weights"].values())
     monkeypatch.undo()
     assert len(run(job, tmp_path / "a")) == 4
 
 
 def test_nan_weights_are_never_written(job, tmp_path):
-    actors, _, _ = first_experience(job)
+    rl_models, _, _ = first_experience(job)
     with torch.no_grad():
-        actors.critic.score.weight[0, 0] = float("inf")
-    progress = Progress(kl_coef=0.1, update=2, rewards=[1.0])
+        rl_models.critic.score.weight[0, 0] = float("inf")
+    progress = Progress(kl_coef=0.1, update=2, rewards=(1.0,))
     with pytest.raises(WorkFailed, match="the critic's weights hold NaN or Inf after update 2"):
-        save_progress(actors, progress, tmp_path, keep_last=2)
+        save_progress(rl_models, progress, tmp_path, keep_last=2)
     assert saved_steps(tmp_path) == []
 
 

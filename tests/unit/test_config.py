@@ -5,7 +5,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salsa.config import Recipe
+from pydantic import BaseModel
+
+from salsa.config import (
+    DPOConfig,
+    EngineConfig,
+    EvalConfig,
+    ModelConfig,
+    PreferencesConfig,
+    Recipe,
+    RewardConfig,
+    RewardFunction,
+    RLConfig,
+    RLSection,
+    SFTConfig,
+    SoupConfig,
+)
 from salsa.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -98,7 +113,22 @@ BAD = {
     "soup.weights=[1.0]": "has 1 weights for 2 ingredients; give one each.",
     "eval.baseline=dpo": "eval.baseline='dpo' is not an arm. Did you mean 'ppo'?",
     "reward.functions=[{call: nothing}]": "'nothing' is not module:function, e.g. my_rewards:score.",
-    "reward.paths=[some/model]": "reward: give exactly one of dataset, preferences, paths and functions.",
+    "reward={paths: [some/model], functions: [{call: 'a:b'}]}": "reward: give paths or functions, or neither to train",
+    "reward={}": "the reward model learns from preferences, and there are none. Add preferences: {dataset: …}, or give",
+    "preferences={dataset: x}": "preferences: nothing learns from them. Remove the section.",
+    "preferences={prompts: x}": "preferences: give either dataset, or prompts and labeller.",
+    "preferences={dataset: x, noise: 1}": "noise=1.0 changes nothing for the rows of a dataset. Remove it.",
+    "rl.arms.salsa.kl_coef=-1": "rl: arms.salsa.kl_coef=-1: input should be greater than or equal to 0.",
+    "rl.arms.salsa.minibatch_size=6": "minibatch_size=6 does not divide rollout_size=32. Use 1, 2, 4, 8, 16 or 32.",
+    "rl.arms.salsa={method: dpo, init: base, reference: base, kl_coef: 1}": "unknown key 'rl.arms.salsa.kl_coef'.",
+    "rl.arms.salsa={method: dpo, init: base, reference: none}": "DPO needs one model that stands still, e.g. soup",
+    "rl.arms.salsa={method: dpo, init: base, reference: soup}": "rl.arms.salsa (dpo) learns from preferences, and",
+    "rl.arms.salsa.prompts=x": "unknown key 'rl.arms.salsa.prompts'.",
+    "rl.kl_importance=never": "kl_importance=never changes nothing with kl_in=reward. Remove it, or set kl_in: loss.",
+    "rl.arms.salsa.init=soup(0.5*sft[0], 0.6*sft[1])": "weights must be 0 or more and sum to 1, not 1.1.",
+    "eval.kl_to=[base, base]": "eval.kl_to: names a model twice. Name each once.",
+    "eval.kl_to=[]": "eval.kl_to=[]: tuple should have at least 1 item",
+    "eval.kl_to=['sft[7]']": "eval.kl_to needs sft[7], but there are 2 SFT models",
     "sft.checkpoints=[a/b]": "sft: give exactly one of dataset (to train) and checkpoints (trained before).",
     "model.chat_template=nowhere.jinja": "nowhere.jinja: no such file. Give the path of a Jinja template.",
     "rl.algorithm=dqn": "rl.algorithm='dqn': input should be 'ppo', 'rloo' or 'grpo'.",
@@ -153,3 +183,110 @@ def test_missing_broken_and_empty_files(recipe_file, tmp_path):
     recipe_file.write_text("")
     with pytest.raises(ConfigError, match="a recipe is a mapping"):
         Recipe.load(recipe_file)
+
+
+# identity and execution
+
+SECTIONS_OF = [
+    DPOConfig, EngineConfig, EvalConfig, ModelConfig, PreferencesConfig, RewardConfig, RewardFunction, RLSection,
+    SFTConfig, SoupConfig,
+]  # fmt: skip
+EXECUTION = {
+    "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
+    "threads", "jobs", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
+    "precision",
+}  # fmt: skip
+INPUT = {
+    "path", "revision", "dataset", "checkpoints", "seeds", "prompts", "labeller", "paths", "functions", "init", "arms",
+    "baseline", "kl_to", "scores",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS_OF, ids=lambda section: section.__name__)
+def test_every_field_decides_the_result_or_says_why_not(section: type[BaseModel]):
+    made = section.model_construct()
+    for name in section.model_fields:
+        full = {name, f"{name} of {section.__name__}"}
+        marked = made._marked("execution"), made._marked("input")
+        assert (name in marked[0]) == bool(full & EXECUTION), name
+        assert (name in marked[1]) == bool(full & INPUT), name
+
+
+def test_identity_and_execution_share_no_field_and_leave_none_out():
+    config = RLConfig(kl_coef=0.1)
+    identity, execution = config.identity(), config.execution()
+    assert identity.keys() | execution.keys() == RLConfig.model_fields.keys()
+    assert not identity.keys() & execution.keys() and "kl_coef" in identity
+
+
+def test_checkpoints_decide_what_the_best_of_them_is():
+    every = lambda **keys: RLConfig(kl_coef=0.1, select="best", **keys).identity()
+    assert every(checkpoint_every=2) != every(checkpoint_every=3)
+    assert every(keep_checkpoints=2) == every(keep_checkpoints=3)
+
+
+def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
+    text = lambda *overrides: Recipe.decisive_text(Recipe.load(recipe_file, overrides).to_yaml())
+    plain = text()
+    for same in (
+        "rl.microbatch_tokens=64", "engine.jobs=2", "model.precision=bf16", "sft.checkpoint_every=7",
+        "eval.batch_size=8", "rl.gradient_checkpointing=true",
+    ):  # fmt: skip
+        assert text(same) == plain, same
+    for other in ("rl.kl_coef=0.1", "sft.seeds=[0, 2]", "rl.prompts=q.jsonl", "eval.seed=1", "rl.arms.ppo.kl_coef=1"):
+        assert text(other) != plain, other
+    assert Recipe.decisive_text("no: recipe") == "no: recipe"
+
+
+# arms
+
+
+def test_an_arm_overrides_settings_for_itself_only(recipe_file, tmp_path):
+    recipe = Recipe.load(recipe_file, ["rl.arms.salsa.kl_coef=0.3", "rl.arms.salsa.learning_rate=0.0001"])
+    ppo, salsa = (recipe.rl.config_of(name) for name in ("ppo", "salsa"))
+    assert (ppo.kl_coef, salsa.kl_coef, salsa.learning_rate) == (0.05, 0.3, 1e-4)
+    assert ppo == RLConfig(kl_coef=0.05) and salsa.identity() != ppo.identity()
+    written = yaml.safe_load(recipe.to_yaml())["rl"]["arms"]["salsa"]
+    assert written == {
+        "init": "sft[0]", "reference": "soup", "method": "rl", "kl_coef": 0.3, "learning_rate": 1e-4,
+    }  # fmt: skip
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
+
+
+def test_an_arm_may_have_another_algorithm(recipe_file):
+    recipe = Recipe.load(recipe_file, ["rl.arms.salsa={init: soup, reference: soup, algorithm: rloo, group_size: 4}"])
+    assert recipe.rl.config_of("salsa").algorithm == "rloo"
+    assert recipe.rl.config_of("ppo").algorithm == "ppo"
+
+
+def test_a_dpo_arm_has_settings_of_its_own(recipe_file, tmp_path):
+    arm = "rl.arms.salsa={method: dpo, init: 'sft[0]', reference: soup, beta: 0.2}"
+    recipe = Recipe.load(recipe_file, [arm, "preferences={dataset: pairs.jsonl}"])
+    assert recipe.rl.config_of("salsa") == DPOConfig(beta=0.2)
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "resolved.yaml") == recipe
+
+
+# recipes of 0.1
+
+OLD = SMALLEST.replace("functions: [{call: \"my.module:score\"}]", "dataset: pairs.jsonl, epochs: 2").replace(
+    "baseline: ppo", "baseline: ppo, anchor: base"
+)
+
+
+def test_old_recipes_load_and_say_the_new_names(recipe_file):
+    recipe_file.write_text(OLD + "engine: {kind: local}\n")
+    with pytest.warns(FutureWarning) as caught:
+        recipe = Recipe.load(recipe_file)
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "reward.dataset is now preferences.dataset" in messages
+    assert "eval.anchor is now eval.kl_to: [base]" in messages and "engine.kind is gone" in messages
+    assert recipe.preferences.dataset.path == "pairs.jsonl" and recipe.eval.kl_to == ("base",)
+
+
+def test_old_synthetic_preferences_load(recipe_file):
+    pairs = "reward={preferences: {prompts: p.jsonl, labeller: {call: 'a:b'}}}"
+    with pytest.warns(FutureWarning, match="reward.preferences is now a section of its own"):
+        recipe = Recipe.load(recipe_file, [pairs])
+    assert recipe.preferences.labeller.call == "a:b"

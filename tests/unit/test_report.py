@@ -26,7 +26,7 @@ def pair(candidate, baseline, rate, half, score="proxy"):
 
 @pytest.fixture
 def summary():
-    names = ("proxy", "kl_anchor", "kl_reference", "length", "eos_rate")
+    names = ("proxy", "kl_to_sft[0]", "kl_reference", "length", "eos_rate")
     arm = lambda trained: {
         "init": "sft[0]", "reference": "soup", "trained": trained,
         "seeds": [{"seed": 0, "policy": "abc"} | dict.fromkeys(names, 0.5)],
@@ -34,7 +34,7 @@ def summary():
     }  # fmt: skip
     return {
         "name": "test", "method": "SALSA", "notes": ["a <b>note</b>"], "scores": ["proxy"], "baseline": "ppo",
-        "anchor": "sft[0]", "num_prompts": 2, "arms": {"sft": arm(False), "ppo": arm(True), "salsa": arm(True)},
+        "kl_to": ["sft[0]"], "num_prompts": 2, "arms": {"sft": arm(False), "ppo": arm(True), "salsa": arm(True)},
         "pairs": [pair("ppo", "sft", 0.8, 0.1), pair("salsa", "ppo", 0.52, 0.1), pair("salsa", "sft", 0.8, 0.1)],
         "recipe": {"rl": {"seeds": [0], "kl_coef": 0.05}}, "versions": {"salsa-rlhf": "0.1.0"},
         "stages": [{"stage": "sft[0]", "digest": "d" * 64, "output": "e" * 64}], "times": {"sft[0]": 1.5},
@@ -92,6 +92,6 @@ def test_pairs_are_turned_towards_the_baseline(summary):
 def test_figures_are_plain_json(page):
     start = page.index("const figures = ") + len("const figures = ")
     figures = json.loads(page[start : page.index(";\n", start)])
-    assert {"curve-score", "curve-kl", "frontier-proxy", "histogram-proxy"} <= figures.keys()
-    names = [trace.get("name") for trace in figures["frontier-proxy"]["data"]]
+    assert {"curve-score", "curve-kl", "frontier-0-proxy", "histogram-proxy"} <= figures.keys()
+    names = [trace.get("name") for trace in figures["frontier-0-proxy"]["data"]]
     assert names[::2] == ["sft", "ppo", "salsa"]

@@ -21,7 +21,7 @@ _SOUP = re.compile(r"soup\[(\d+(?:\s*,\s*\d+)*)\]")
 _CALL = re.compile(r"(\w+)\((.*)\)")
 _WEIGHTED = re.compile(r"([\d.eE+-]+)\s*\*\s*(.+)")
 _MODELS = (
-    "sft[0], soup, soup[0,1], soup(0.75*sft[0], 0.25*sft[1]), shrink(sft[0], base, 0.7), base, "
+    "sft[0], soup, soup[0,1], shrink(sft[0], base, 0.7), soup(0.75*sft[0], 0.25*sft[1]), base, "
     "or a path that contains a /"
 )
 _REFERENCES = "mixture(sft[0], sft[1]), ema(sft[0], 0.01), reset(sft[0], 10) or none"
@@ -141,8 +141,6 @@ def parse_reference(text: str, init: str) -> ReferenceRule[Model]:
         parts, weights = _weighted(text, arguments, "a mixture")
         if weights is None:
             weights = (1 / len(parts),) * len(parts)
-        if min(weights) <= 0:
-            raise ValueError(f"{text!r}: weights of a mixture must be above 0")
         return ReferenceRule(parts, weights)
     if name == "ema" and len(arguments) == 2:
         share = _number(arguments[1])
@@ -226,8 +224,11 @@ def _weighted(
     if matches[0] is None:
         return parts, None
     weights = tuple(_number(match[1]) for match in matches if match)
-    if not all(weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"{text!r}: weights must not be negative and sum to 1, not {sum(weights):g}")
+    least = "above 0" if what == "a mixture" else "0 or more"
+    if not all(w > 0 or (w == 0 and what != "a mixture") for w in weights) or (
+        abs(sum(weights) - 1) > 1e-6
+    ):
+        raise ValueError(f"{text!r}: weights must be {least} and sum to 1, not {sum(weights):g}")
     return parts, weights
 
 

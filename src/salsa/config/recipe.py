@@ -4,14 +4,13 @@ Core fields come first, every field says what it does, derived numbers are prope
 paper states neither learning rates nor KL coefficients nor batch sizes (docs/method.md).
 """
 
-import difflib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
@@ -21,7 +20,7 @@ from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
 from salsa.config.rl import RLSection
-from salsa.config.schema import Input, Strict
+from salsa.config.schema import Input, Strict, explain, nearest
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
 from salsa.errors import ConfigError, accessing
@@ -45,7 +44,7 @@ class Recipe(Strict):
     def _references_exist(self) -> Self:
         if self.eval.baseline not in self.rl.arms:
             raise ValueError(
-                f"eval.baseline={self.eval.baseline!r} is not an arm. {_nearest(self.eval.baseline, self.rl.arms)}"
+                f"eval.baseline={self.eval.baseline!r} is not an arm. {nearest(self.eval.baseline, self.rl.arms)}"
             )
         for where, model in self.expressions():
             for index in sft_indices(model, self.soup.ingredients):
@@ -86,7 +85,7 @@ class Recipe(Strict):
         path = Path(path)
         if not path.is_file():
             others = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-            near = _nearest(path.name, others) if others else ""
+            near = nearest(path.name, others) if others else ""
             raise ConfigError(f"{path}: no such recipe. {near or 'Give the path of a YAML file.'}")
         try:
             with accessing(path, "read"):
@@ -121,11 +120,6 @@ class Recipe(Strict):
             return text  # of another version: compared as it stands
 
 
-def _nearest(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
-
-
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set a dotted key of nested dictionaries from `key=value`, the value in YAML."""
     key, equals, text = override.partition("=")
@@ -141,40 +135,3 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML") from error
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first problem in one line, and how many more there are."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1], root)
-        text = f"unknown key {where!r}. {_nearest(str(first['loc'][-1]), known)}"
-    elif first["type"] == "missing":
-        text = f"{where} is missing. Add it."
-    elif first["type"] == "value_error":
-        text = f"{where + ': ' if where else ''}{first['ctx']['error']}"
-        text += "" if text.endswith((".", "?")) else "."
-    else:
-        text = f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
-    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    """Names of the keys that are valid at a place under `root`."""
-    model: Any = root
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = _model_in(model.model_fields[str(part)].annotation)
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> Any:
-    """The pydantic model inside an annotation such as `dict[str, ArmConfig]` or `DataSource | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _model_in(argument)) is not None:
-            return found
-    return None

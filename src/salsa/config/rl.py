@@ -1,4 +1,4 @@
-"""The recipe's `rl:` section. Torch-free.
+"""The recipe's `rl:` section: settings of the loop, and the arms that are compared.
 
 A key that would change nothing, or two keys that contradict each other, are errors.
 """
@@ -14,6 +14,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from salsa.config.dpo import DPOConfig
 from salsa.config.expressions import Model, ReferenceRule, parse_model, parse_reference
@@ -28,6 +29,7 @@ from salsa.config.schema import (
     Seeds,
     Strict,
     check_divides,
+    explain,
 )
 
 _CRITIC_ONLY = (
@@ -67,6 +69,11 @@ class ArmConfig(Strict):
         own = {key: values[key] for key in ("init", "reference", "method") if key in values}
         rest = {key: value for key, value in values.items() if key not in own}
         nested = rest.pop("settings", {})  # when one ArmConfig is made from another's fields
+        kind = DPOConfig if own.get("method") == "dpo" else RLConfig
+        for key in rest:
+            if key not in kind.model_fields:
+                known = ["init", "reference", "method", *kind.model_fields]
+                raise PydanticCustomError("unknown_key", "{key}", {"key": key, "known": known})
         return own | {"settings": rest | nested}
 
     @model_serializer(mode="wrap")
@@ -322,6 +329,5 @@ class RLSection(RLConfig):
         try:
             return kind(**shared | settings)
         except ValidationError as error:
-            from salsa.config.recipe import explain
-
-            raise ValueError(f"arms.{arm}: {explain(error, kind)}") from None
+            text = explain(error, kind)
+            raise ValueError(f"arms.{arm}{': ' if ' ' in text.split('=')[0] else '.'}{text}") from None

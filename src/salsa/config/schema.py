@@ -1,9 +1,18 @@
 """What the sections of a recipe are written with: number types, markers, data sources, callables. Torch-free."""
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -126,3 +135,49 @@ def check_divides(whole: int, part: int | None, part_name: str, whole_name: str)
             ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
         )
         raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
+
+
+def nearest(word: str, words: Any) -> str:
+    """What was probably meant by `word`, or all that is known."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first problem in one line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1], root)
+        text = f"unknown key {where!r}. {nearest(str(first['loc'][-1]), known)}"
+    elif first["type"] == "unknown_key":
+        key, known = first["ctx"]["key"], first["ctx"]["known"]
+        text = f"unknown key '{where}.{key}'. {nearest(key, known)}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing. Add it."
+    elif first["type"] == "value_error":
+        text = f"{where + ': ' if where else ''}{first['ctx']['error']}"
+        text += "" if text.endswith((".", "?")) else "."
+    else:
+        text = f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    """Names of the keys that are valid at a place under `root`."""
+    model: Any = root
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = _model_in(model.model_fields[str(part)].annotation)
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside an annotation such as `dict[str, ArmConfig]` or `DataSource | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

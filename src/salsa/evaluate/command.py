@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from salsa.config import apply_override
+from salsa.config.recipe import apply_override
 from salsa.errors import ConfigError
 from salsa.evaluate.spec import EvalSpec
 

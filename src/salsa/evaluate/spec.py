@@ -5,9 +5,17 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from salsa.config import explain
+
 from salsa.errors import ConfigError
-from salsa.config.schema import Count, DataSource, NonNegative, Positive, RewardFunction, Strict
+from salsa.config.schema import (
+    Count,
+    DataSource,
+    NonNegative,
+    Positive,
+    RewardFunction,
+    Strict,
+    explain,
+)
 
 
 class JudgeConfig(Strict):
