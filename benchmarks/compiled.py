@@ -2,7 +2,7 @@
 
     python benchmarks/compiled.py [--model DIR] [--prompts FILE] [--part mlp|layer]
 
-The pass is the one that an update makes (`models.response_logprobs`, packed, bf16); compiling is timed by itself, and
+The pass is the one that an update makes (`LanguageModel.logprobs`, packed, in what is faster here); compiling is timed by itself, and
 needs a C++ compiler. Prints one JSON line, with the passes after which compiling has paid for itself, if it does.
 """
 
@@ -13,25 +13,26 @@ import time
 from pathlib import Path
 
 import torch
-from common import draw_prompts, model_directory, models, say
+from common import draw_prompts, model_directory, say
 
-from salsa.data import collate
-from salsa.runtime.local import computing, prepare_process
+from salsa.models import LanguageModel
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler.local import left_padded
 from salsa.types import Rollout
 
 
-def seconds(policy: torch.nn.Module, rollout: Rollout) -> float:
+def seconds(policy: LanguageModel, rollout: Rollout) -> float:
     """One forward and backward pass."""
     start = time.perf_counter()
-    with computing("auto", policy):
-        models.response_logprobs(policy, rollout, temperature=1.0).mean().backward()
-    policy.zero_grad()
+    policy.logprobs(rollout, 1.0).mean().backward()
+    for weight in policy.trained().values():
+        weight.grad = None
     return time.perf_counter() - start
 
 
-def compile_parts(policy: torch.nn.Module, part: str) -> None:
+def compile_parts(policy: LanguageModel, part: str) -> None:
     """Mark every layer, or every layer's MLP and norms, to be compiled when it is first run."""
-    for layer in policy.base_model.layers:
+    for layer in policy.trunk.layers:
         pieces = layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
         for module in pieces if part == "mlp" else (layer,):
             module.compile(dynamic=True)
@@ -46,12 +47,15 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    prepare_process(None)
+    engine = Engine.create()
     path = model_directory(args.model)
-    batch = collate(draw_prompts(args.prompts, path, args.episodes, seed=0), 0)
+    prompts = draw_prompts(args.prompts, path, args.episodes, seed=0)
+    padded = left_padded([prompt.ids for prompt in prompts], 0, engine.device)
     response = torch.randint(100, 4000, (args.episodes, 32))
-    rollout = Rollout(batch.prompt, batch.prompt_mask, response, torch.ones_like(response).bool())
-    policies = {name: models.load_policy(path) for name in ("plain", "compiled")}
+    rollout = Rollout(*padded, response, torch.ones_like(response).bool())
+    policies = {
+        name: LanguageModel.load(path, engine, learns=True) for name in ("plain", "compiled")
+    }
     compile_parts(policies["compiled"], args.part)
     first = {name: seconds(policy, rollout) for name, policy in policies.items()}
     say(json.dumps(first))

@@ -15,46 +15,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import draw_prompts, model_directory, models, say
+from common import draw_prompts, model_directory, say
 
-from salsa.data import Prompt, collate
-from salsa.runtime.generation import generate
-from salsa.runtime.local import freeze, prepare_process
+from salsa.data import Prompt
+from salsa.models import LanguageModel, load_tokenizer, sampling_for
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler import LocalSampler
+from salsa.runtime.sampler.local import left_padded
 from salsa.runtime.tracking import quiet_libraries
 from salsa.types import Sampling
 
 
 def ours(
-    model: torch.nn.Module, prompts: Sequence[Prompt], sampling: Sampling, rows: int, seed: int
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, rows: int, seed: int
 ) -> list[list[int]]:
     """All prompts in one call."""
-    batch = collate(prompts, sampling.pad_id)
-    said = generate(
-        model,
-        batch.prompt,
-        batch.prompt_mask,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        eos_ids=sampling.eos_ids,
-        pad_id=sampling.pad_id,
-        generator=torch.Generator().manual_seed(seed),
-        max_rows=rows,
-    )
-    return [r[m].tolist() for r, m in zip(said.response, said.response_mask, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    ids = [prompt.ids for prompt in prompts]
+    rollout = LocalSampler(model, rows).generate(ids, sampling, generator).rollout
+    return [r[m].tolist() for r, m in zip(rollout.response, rollout.response_mask, strict=True)]
 
 
 @torch.no_grad()
 def theirs(
-    model: torch.nn.Module, prompts: Sequence[Prompt], sampling: Sampling, rows: int, seed: int
+    model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, rows: int, seed: int
 ) -> list[list[int]]:
     """Batch after batch, left-padded, as its documentation has it."""
     torch.manual_seed(seed)
     replies = []
     for start in range(0, len(prompts), rows):
-        batch = collate(prompts[start : start + rows], sampling.pad_id)
-        said = model.generate(
-            batch.prompt,
-            attention_mask=batch.prompt_mask.long(),
+        batch = [prompt.ids for prompt in prompts[start : start + rows]]
+        prompt, mask = left_padded(batch, sampling.pad_id, model.engine.device)
+        drawn = model.backbone.generate(
+            prompt,
+            attention_mask=mask.long(),
             max_new_tokens=sampling.max_new_tokens,
             do_sample=True,
             temperature=sampling.temperature,
@@ -63,7 +57,7 @@ def theirs(
             eos_token_id=list(sampling.eos_ids),
             pad_token_id=sampling.pad_id,
         )
-        for row in said[:, batch.prompt.shape[1] :].tolist():
+        for row in drawn[:, prompt.shape[1] :].tolist():
             end = next((i + 1 for i, t in enumerate(row) if t in sampling.eos_ids), len(row))
             replies.append(row[:end])
     return replies
@@ -91,18 +85,13 @@ def main() -> None:
     """Entry point."""
     args = _arguments()
     quiet_libraries()
-    prepare_process(None)
+    engine = Engine.create(args.precision)
     path = model_directory(args.model)
     prompts = draw_prompts(args.prompts, path, args.num_prompts, seed=0)
-    model = freeze(models.load_policy(path), args.precision)
-    sampling = models.sampling(
-        path,
-        models.load_tokenizer(path),
-        max_new_tokens=args.new_tokens,
-        temperature=1.0,
-        precision=args.precision,
-    )
-    greedy = Sampling(12, 1e-4, sampling.eos_ids, sampling.pad_id, args.precision)
+    model = LanguageModel.load(path, engine)
+    tokenizer = load_tokenizer(path)
+    sampling = sampling_for(path, tokenizer, max_new_tokens=args.new_tokens, temperature=1.0)
+    greedy = Sampling(12, 1e-4, sampling.eos_ids, sampling.pad_id)
     pairs = zip(
         ours(model, prompts[:8], greedy, 8, 0),
         theirs(model, prompts[:8], greedy, 8, 0),
@@ -127,7 +116,7 @@ def main() -> None:
     result = {
         "benchmark": "generation",
         "model": Path(path).name,
-        "precision": args.precision,
+        "precision": engine.precision,
         "rows": args.rows,
         "num_prompts": args.num_prompts,
         "new_tokens": args.new_tokens,

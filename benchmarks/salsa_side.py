@@ -9,13 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from common import models
+from salsa.runtime.local import prepare_process
 
 from salsa import rl
 from salsa.artifacts import Checkpoint, read_jsonl
 from salsa.config import RLConfig
 from salsa.data import Prompt
 from salsa.reward import model_scorer
-from salsa.runtime.local import prepare_process
 from salsa.runtime.tracking import quiet_libraries
 
 

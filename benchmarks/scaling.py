@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import models, say
+from common import say
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from salsa.artifacts import EMBEDDED, Checkpoint, read_jsonl, resolve
 from salsa.config import RLConfig
 from salsa.data import Prompt
-from salsa.rl import RLJob, train_rl
-from salsa.runtime.local import prepare_process
+from salsa.models import load_tokenizer, save_checkpoint
+from salsa.rl import RLSetup, train_rl
+from salsa.runtime.engine import Engine
 from salsa.runtime.tracking import quiet_libraries
 
 MIDDLE = {"episodes": 16, "new_tokens": 32, "width": 256}
@@ -49,7 +50,7 @@ def write_model(width: int, folder: Path) -> int:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    models.save(model, models.load_tokenizer(resolve(EMBEDDED)), folder)
+    save_checkpoint(model, load_tokenizer(resolve(EMBEDDED)), folder)
     return model.num_parameters()
 
 
@@ -70,7 +71,7 @@ def measure(episodes: int, new_tokens: int, width: int) -> dict[str, Any]:
             Prompt(tuple(torch.randint(9, VOCABULARY, (PROMPT,), generator=rng).tolist()), None, "")
             for _ in range(episodes)
         ]
-        job = RLJob(
+        setup = RLSetup(
             "scaling",
             checkpoint,
             checkpoint,
@@ -82,7 +83,7 @@ def measure(episodes: int, new_tokens: int, width: int) -> dict[str, Any]:
         )
         out = Path(folder) / "out"
         out.mkdir()
-        train_rl(job, out)
+        train_rl(setup, out, Engine.create())
         rows = read_jsonl(out / "metrics.jsonl")[1:]
     phases = {p: statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
     return {"parameters": parameters, "seconds": sum(phases.values()), **phases}
@@ -123,7 +124,6 @@ def main() -> None:
     parser.add_argument("--plot")
     args = parser.parse_args()
     quiet_libraries()
-    prepare_process(None)
     points: dict[str, list[dict[str, Any]]] = {axis: [] for axis in AXES}
     for axis, values in AXES.items():
         for value in values:

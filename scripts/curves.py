@@ -35,7 +35,7 @@ def curves(precision: str, model: Path) -> dict[str, list[dict[str, float]]]:
     prompts = draw_prompts(None, model, 16, seed=0)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        scorer = make_scorer(model, Path(folder) / "scorer", engine)
+        scorer = make_scorer(model, Path(folder) / "scorer")
         for algorithm in ("ppo", "rloo", "grpo"):
             config = RLConfig(
                 kl_coef=0.05,

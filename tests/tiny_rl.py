@@ -66,9 +66,7 @@ def rows_in(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_killed(
-    job: RLSetup, directory: Path, update: int, engine: Engine = FP32, **config
-) -> None:
+def run_killed(job: RLSetup, directory: Path, update: int, engine: Engine = FP32, **config) -> None:
     """Like `run`, killed when the rollout of `update` (from 1) is scored."""
     calls = 0
 

@@ -1,5 +1,18 @@
-"""`python -m salsa` is `salsa`."""
+"""`salsa` and `python -m salsa`: signals are handled before anything slow is imported."""
 
-from salsa.cli import main
+from salsa.stopping import listen, stopped
 
-main()
+
+def main() -> None:
+    """Run the command line; a signal ends it with one line, however early it comes."""
+    try:
+        listen()
+        from salsa.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        stopped()
+
+
+if __name__ == "__main__":
+    main()

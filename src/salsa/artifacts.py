@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -39,11 +39,11 @@ class Checkpoint:
             CheckpointError: there is no model directory at `path`, or it cannot be read.
         """
         path = Path(path)
-        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-            raise CheckpointError(
-                f"{path}: no model here (no config.json). Give a directory that save_pretrained wrote."
-            )
         with accessing(path, "read", CheckpointError):
+            if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+                raise CheckpointError(
+                    f"{path}: no model here (no config.json). Give a directory that save_pretrained wrote."
+                )
             return cls(path, hashes.tree(path) if hashes else sha256_tree(path))
 
     def verify(self) -> None:
@@ -100,7 +100,9 @@ def sha256_tree(path: Path, *, known: Mapping[str, str] | None = None) -> str:
         known: file name → its sha256, of files that need not be read again.
     """
     known = known or {}
-    return digest_of({file.name: known.get(file.name) or sha256_file(file) for file in _content(path)})
+    return digest_of(
+        {file.name: known.get(file.name) or sha256_file(file) for file in _content(path)}
+    )
 
 
 class FileHashes:

@@ -1,10 +1,10 @@
 """The command line: thin, and it imports no torch until there is work to do.
 
-Exit codes: 0 ok, 1 the work failed, 2 bad input, 130 stopped with Ctrl-C.
+Exit codes: 0 ok, 1 the work failed, 2 bad input, 130 stopped with Ctrl-C, 143 by SIGTERM.
 """
 
-import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +77,23 @@ _EvalTarget = Annotated[
         help="a recipe; or checkpoints, NAME again for a further seed; or a finished run's directory",
     ),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"salsa-rlhf {version('salsa-rlhf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report."""
 
 
 @app.command("eval")
@@ -220,23 +237,32 @@ def soup(
 
 
 def main() -> None:
-    """Entry point: one line for an error, the traceback with --debug."""
+    """Run a command: one line for an error, the traceback with --debug."""
     from salsa.errors import SalsaError, WorkFailed
+
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
 
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns Ctrl-C into an exit code
-            _stopped()
+            raise KeyboardInterrupt
         sys.exit(code)
     except SalsaError as error:
         if debug:
             raise
         _fail(str(error), 1 if isinstance(error, WorkFailed) else 2)
-    except (typer.Abort, KeyboardInterrupt):
-        _stopped()
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except _UsageError as error:
         _fail(f"{error.format_message()} See salsa --help.", 2)
+    except PermissionError as error:
+        if debug:
+            raise
+        _fail(
+            f"{error.filename}: cannot be read or written (permission denied). Mend that, or name another.",
+            2,
+        )
     except Exception as error:
         if debug:
             raise
@@ -246,12 +272,16 @@ def main() -> None:
         )
 
 
-def _stopped() -> None:
-    command = " ".join(["salsa", *map(shlex.quote, sys.argv[1:])])
-    _fail(f"stopped; finished work is kept. Go on with: {command}", _INTERRUPTED)
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+) -> None:
+    """Old names in one plain line; libraries' warnings as Python shows them."""
+    if category is FutureWarning and "salsa" in filename:
+        print(f"note: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
 
 def _fail(message: str, code: int) -> None:
-    text = message if code == _INTERRUPTED else f"error: {message}"
-    print(" ".join(text.split()), file=sys.stderr)
+    print(" ".join(f"error: {message}".split()), file=sys.stderr)
     sys.exit(code)

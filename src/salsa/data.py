@@ -21,7 +21,7 @@ from typing import Any
 
 from salsa.artifacts import digest_of, parse_jsonl, sha256_file
 from salsa.config import DataSource
-from salsa.errors import ConfigError, DataError
+from salsa.errors import ConfigError, DataError, accessing
 from salsa.runtime.tracking import say
 
 SFT_COLUMNS = [("messages",), ("prompt", "completion")]
@@ -56,9 +56,9 @@ def import_callable(call: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, PermissionError) as error:
         raise ConfigError(
-            f"{call}: cannot import {module_name} ({error}). Install it, or run from its directory."
+            f"{call}: {module_name} cannot be imported ({error}). Install it, or run from its directory."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -77,7 +77,8 @@ def fingerprint(source: DataSource) -> str:
         file = getattr(sys.modules[import_callable(source.call).__module__], "__file__", None)
         content = sha256_file(Path(file)) if file else source.call
     elif (path := Path(str(source.path))).is_file():
-        content = sha256_file(path)
+        with accessing(path, "read", DataError):
+            content = sha256_file(path)
     else:
         content = str(source.path)
     return digest_of({"source": source.model_dump(exclude={"path"}), "content": content})

@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023): TRL's DPOTrainer, whose reference may be a soup.
 
-    L = −log σ(β·[log π/π_ref (chosen) − log π/π_ref (rejected)])
+L = −log σ(β·[log π/π_ref (chosen) − log π/π_ref (rejected)])
 """
 
 from pathlib import Path

@@ -29,9 +29,7 @@ T = TypeVar("T")
 class Models:
     """The node of every model expression of one recipe."""
 
-    def __init__(
-        self, recipe: Recipe, base: Node, sft: Sequence[Node], hashes: FileHashes
-    ) -> None:
+    def __init__(self, recipe: Recipe, base: Node, sft: Sequence[Node], hashes: FileHashes) -> None:
         self._soup, self._base, self._sft, self._hashes = recipe.soup, base, sft, hashes
         self._nodes: dict[str, Node] = {}
 

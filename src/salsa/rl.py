@@ -136,7 +136,10 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
 
 
 def collect_rollout(
-    policy: LanguageModel, source: PolicySampler, prompts: Sequence[Prompt], generator: torch.Generator
+    policy: LanguageModel,
+    source: PolicySampler,
+    prompts: Sequence[Prompt],
+    generator: torch.Generator,
 ) -> Rollout:
     """Sample one response per prompt from the policy as it is now.
 
@@ -265,11 +268,16 @@ def update(
         metrics: dict[str, Tensor] = {}
         for group in models.groups(warming_up=progress.update < config.critic_warmup):
             for micro, share in microbatches(minibatch, config, engine):
-                mask, losses, parts = micro.rollout.response_mask, [], {}
+                mask, losses = micro.rollout.response_mask, []
+                parts: dict[str, Tensor] = {}
                 if "policy" in group:
                     logprobs = models.policy.logprobs(micro.rollout, config.temperature)
                     clipped = objectives.policy_loss(
-                        logprobs, micro.logprobs, micro.advantages, mask, clip_range=config.clip_range
+                        logprobs,
+                        micro.logprobs,
+                        micro.advantages,
+                        mask,
+                        clip_range=config.clip_range,
                     )
                     losses.append(clipped.loss)
                     parts |= {

@@ -79,7 +79,9 @@ def test_references_that_start_at_the_policy_start_at_kl_0(finished_run, arms):
         assert (rows(finished_run, arm)[0]["kl"] == 0.0) is (arm in ("reset", "none"))
         assert all((row["kl_coef"] == 0.0) is (arm == "none") for row in rows(finished_run, arm))
     # with adapters the reference is W + BA in one matrix, the policy W and BA apart: bf16 rounds them differently
-    assert rows(finished_run, "reset")[2]["kl"] == pytest.approx(0, abs=0 if "none" in arms else 0.05)
+    assert rows(finished_run, "reset")[2]["kl"] == pytest.approx(
+        0, abs=0 if "none" in arms else 0.05
+    )
 
 
 def test_moving_references_are_written_and_the_rest_is_not(finished_run, arms):

@@ -129,7 +129,12 @@ def test_one_step_towards_a_soup_equals_full_weight_arithmetic(job, make_checkpo
             logprobs, experience.logprobs, experience.advantages, mask, clip_range=0.2
         ).loss
         kl = objectives.kl_loss(
-            logprobs, experience.logprobs, experience.ref_logprobs, mask, kl_kind="k2", importance=False
+            logprobs,
+            experience.logprobs,
+            experience.ref_logprobs,
+            mask,
+            kl_kind="k2",
+            importance=False,
         )
         (loss + 0.5 * kl).backward()
     weights = dict(full.policy.backbone.named_parameters())

@@ -19,7 +19,16 @@ from salsa.data import draw_prompts
 from salsa.rewards import FunctionScorer
 from salsa.rl import RLSetup
 from salsa.rl_models import Progress
-from tests.tiny_rl import FP32, GRPO, RLOO, ascii_share, changed, first_experience, run, without_times
+from tests.tiny_rl import (
+    FP32,
+    GRPO,
+    RLOO,
+    ascii_share,
+    changed,
+    first_experience,
+    run,
+    without_times,
+)
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
 REWARDS = torch.tensor([[-0.1, -0.2, 2.0], [1.0, 0, 0], [-0.5, 0.5, 0], [0.1, 0.1, 3.8]])
@@ -27,16 +36,20 @@ REWARDS = torch.tensor([[-0.1, -0.2, 2.0], [1.0, 0, 0], [-0.5, 0.5, 0], [0.1, 0.
 
 def estimate_advantages(rewards, values, mask, algorithm="ppo", gamma=1.0, group_size=1):
     return objectives.estimate_advantages(
-        rewards, values, mask, algorithm=algorithm, gamma=gamma, gae_lambda=0.95, group_size=group_size
+        rewards,
+        values,
+        mask,
+        algorithm=algorithm,
+        gamma=gamma,
+        gae_lambda=0.95,
+        group_size=group_size,
     )
 
 
 def test_rloo_compares_whole_rewards_with_the_rest_of_the_group():
     """Sums 1.7, 1, 0, 4 in groups of 2: each minus the other, on every real token; no returns."""
     values = torch.zeros_like(REWARDS)
-    advantages, returns = estimate_advantages(
-        REWARDS, values, MASK, algorithm="rloo", group_size=2
-    )
+    advantages, returns = estimate_advantages(REWARDS, values, MASK, algorithm="rloo", group_size=2)
     expected = torch.tensor([[0.7] * 3, [-0.7, 0, 0], [-4.0, -4.0, 0], [4.0] * 3])
     torch.testing.assert_close(advantages, expected)
     assert (returns == 0).all()
@@ -44,9 +57,7 @@ def test_rloo_compares_whole_rewards_with_the_rest_of_the_group():
 
 def test_grpo_scales_by_the_groups_deviation():
     values = torch.zeros_like(REWARDS)
-    advantages, _ = estimate_advantages(
-        REWARDS, values, MASK, algorithm="grpo", group_size=2
-    )
+    advantages, _ = estimate_advantages(REWARDS, values, MASK, algorithm="grpo", group_size=2)
     one = 0.35 / (0.7 / math.sqrt(2) + 1e-4)
     two = 2.0 / (4.0 / math.sqrt(2) + 1e-4)
     expected = torch.tensor([[one] * 3, [-one, 0, 0], [-two, -two, 0], [two] * 3])
@@ -243,7 +254,9 @@ def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
     assert rows[0]["kl_to_base"] == 0.0
     assert all(row["kl_to_sft[1]"] == row["kl"] for row in rows if "kl_to_base" in row)
     plain = run(replace(job, kl_to={}), tmp_path / "b", num_updates=4)
-    watched = [{k: v for k, v in row.items() if k not in ("kl_to_base", "kl_to_sft[1]")} for row in rows]
+    watched = [
+        {k: v for k, v in row.items() if k not in ("kl_to_base", "kl_to_sft[1]")} for row in rows
+    ]
     assert without_times(watched) == without_times(plain), (
         "measuring must not change what is measured"
     )

@@ -81,31 +81,125 @@ def test_soup_command(make_checkpoint, tmp_path):
     assert again.returncode == 2 and "exists" in again.stderr
 
 
-@pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(repository, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "salsa",
-        "run",
-        str(repository / "recipes" / "quickstart.yaml"),
-        "-o",
-        "out",
-    ]
-    process = subprocess.Popen(
-        command,
+def started(tmp_path, *arguments):
+    """The command as a process that signals reach, also where the tests run as a background job."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "salsa", *map(str, arguments)],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"COLUMNS": "400"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_says_how_to_go_on(number, code, repository, tmp_path):
+    process = started(tmp_path, "run", repository / "recipes" / "quickstart.yaml", "-o", "out")
     while not list((tmp_path / "out").glob("stages/sft-0*.partial")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.2)
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(number)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "stopped; finished work is kept. Go on with: salsa run" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("module", ["salsa.stopping", "typer", "salsa.config"])
+def test_a_signal_while_python_imports_gives_no_traceback(
+    number, code, module, repository, tmp_path
+):
+    """The signal comes the moment a module is looked for: before the command line is there."""
+    program = f"""
+import os, signal, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r} and name != "salsa.stopping":
+            os.kill(os.getpid(), {int(number)})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Watch())
+sys.argv = ["salsa", "check", {str(repository / "recipes" / "quickstart.yaml")!r}]
+from salsa.__main__ import main
+if {module!r} == "salsa.stopping":
+    import threading
+    threading.Timer(0.02, lambda: os.kill(os.getpid(), {int(number)})).start()
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
     assert (
-        "stopped; finished work is kept. Go on with: salsa run" in said and "Traceback" not in said
+        done.stderr.startswith("stopped; finished work is kept") and "Traceback" not in done.stderr
     )
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert salsa("--version").stdout == f"salsa-rlhf {version('salsa-rlhf')}\n"
+
+
+def test_a_missing_recipe_where_there_is_none_says_what_to_give(tmp_path):
+    done = salsa("check", "NO_SUCH.yaml", cwd=tmp_path)
+    assert done.stderr == "error: NO_SUCH.yaml: no such recipe. Give the path of a YAML file.\n"
+
+
+def test_old_keys_are_told_in_a_line(tmp_path, repository):
+    text = (repository / "recipes" / "quickstart.yaml").read_text()
+    (tmp_path / "old.yaml").write_text(text.replace('kl_to: ["sft[0]", base]', "anchor: base"))
+    done = salsa("check", "old.yaml", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "note: old.yaml: eval.anchor is now eval.kl_to: [base]\n"
+
+
+def test_directories_that_cannot_be_written_are_told(repository, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = salsa("run", repository / "recipes" / "quickstart.yaml", "-o", tmp_path / "file" / "run")
+    assert done.returncode == 2 and "a file is in the way" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("what", ["run directory", "data", "model", "callable"])
+def test_permissions_that_are_missing_are_told(what, repository, tmp_path):
+    """As nobody, for root may read and write everything."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents:
+        if str(parent).startswith("/tmp/pytest"):
+            parent.chmod(0o755)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "config.json").write_text("{}")
+    secret = tmp_path / "secret.py"
+    secret.write_text("def score(prompts, responses): ...")
+    secret.chmod(0o600)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    rows.chmod(0o600)
+    out = tmp_path / "open"
+    out.mkdir()
+    out.chmod(0o777)
+    options = {
+        "run directory": ["-o", str(closed / "run")],
+        "data": ["-o", str(out / "run"), f"sft.dataset={rows}"],
+        "model": ["-o", str(out / "run"), f"model.path={closed}"],
+        "callable": ["-o", str(out / "run"), "eval.scores={gold: {call: 'secret:score'}}"],
+    }[what]
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); os.setgid(65534); os.setuid(65534); "
+        "sys.argv = ['salsa', 'sft', *sys.argv[2:]]; os.environ['HOME'] = '/tmp'\n"
+        "from salsa.__main__ import main; main()"
+    )
+    recipe = repository / "recipes" / "quickstart.yaml"
+    command = [sys.executable, "-c", code, str(tmp_path), str(recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    if "Permission denied: '/root" in done.stderr or "No module named" in done.stderr:
+        pytest.skip("nobody may not read the interpreter's packages")
+    assert done.returncode == 2, done.stderr
+    assert "cannot be" in done.stderr.splitlines()[-1]

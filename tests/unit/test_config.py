@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from pydantic import BaseModel
 
 from salsa.config import (
@@ -233,7 +232,13 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
         "eval.batch_size=8", "rl.gradient_checkpointing=true",
     ):  # fmt: skip
         assert text(same) == plain, same
-    for other in ("rl.kl_coef=0.1", "sft.seeds=[0, 2]", "rl.prompts=q.jsonl", "eval.seed=1", "rl.arms.ppo.kl_coef=1"):
+    for other in (
+        "rl.kl_coef=0.1",
+        "sft.seeds=[0, 2]",
+        "rl.prompts=q.jsonl",
+        "eval.seed=1",
+        "rl.arms.ppo.kl_coef=1",
+    ):
         assert text(other) != plain, other
     assert Recipe.decisive_text("no: recipe") == "no: recipe"
 
@@ -242,7 +247,9 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
 
 
 def test_an_arm_overrides_settings_for_itself_only(recipe_file, tmp_path):
-    recipe = Recipe.load(recipe_file, ["rl.arms.salsa.kl_coef=0.3", "rl.arms.salsa.learning_rate=0.0001"])
+    recipe = Recipe.load(
+        recipe_file, ["rl.arms.salsa.kl_coef=0.3", "rl.arms.salsa.learning_rate=0.0001"]
+    )
     ppo, salsa = (recipe.rl.config_of(name) for name in ("ppo", "salsa"))
     assert (ppo.kl_coef, salsa.kl_coef, salsa.learning_rate) == (0.05, 0.3, 1e-4)
     assert ppo == RLConfig(kl_coef=0.05) and salsa.identity() != ppo.identity()
@@ -255,7 +262,9 @@ def test_an_arm_overrides_settings_for_itself_only(recipe_file, tmp_path):
 
 
 def test_an_arm_may_have_another_algorithm(recipe_file):
-    recipe = Recipe.load(recipe_file, ["rl.arms.salsa={init: soup, reference: soup, algorithm: rloo, group_size: 4}"])
+    recipe = Recipe.load(
+        recipe_file, ["rl.arms.salsa={init: soup, reference: soup, algorithm: rloo, group_size: 4}"]
+    )
     assert recipe.rl.config_of("salsa").algorithm == "rloo"
     assert recipe.rl.config_of("ppo").algorithm == "ppo"
 
@@ -270,9 +279,9 @@ def test_a_dpo_arm_has_settings_of_its_own(recipe_file, tmp_path):
 
 # recipes of 0.1
 
-OLD = SMALLEST.replace("functions: [{call: \"my.module:score\"}]", "dataset: pairs.jsonl, epochs: 2").replace(
-    "baseline: ppo", "baseline: ppo, anchor: base"
-)
+OLD = SMALLEST.replace(
+    'functions: [{call: "my.module:score"}]', "dataset: pairs.jsonl, epochs: 2"
+).replace("baseline: ppo", "baseline: ppo, anchor: base")
 
 
 def test_old_recipes_load_and_say_the_new_names(recipe_file):

@@ -121,7 +121,7 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
         load(DataSource(path=str(tmp_path / "x.csv")), tmp_path)
     with pytest.raises(DataError, match="nobody/nothing: neither a file here nor a data set"):
         load(DataSource(path="nobody/nothing"), tmp_path)
-    with pytest.raises(ConfigError, match="cannot import no_such_module"):
+    with pytest.raises(ConfigError, match="no_such_module cannot be imported"):
         load(DataSource(call="no_such_module:rows"), tmp_path)
     with pytest.raises(ConfigError, match="salsa.demo has no function 'rows'"):
         load(DataSource(call="salsa.demo:rows"), tmp_path)

@@ -12,13 +12,15 @@ from salsa.models.loading import load_classifier
 from salsa.models.weights import digest_of_weights
 from salsa.runtime import engine as engine_module
 from salsa.runtime.engine import Engine
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, tiny_tokenizer
 from tests.unit.test_models import rollout_of
 
 BF16, FP32 = Engine.create("bf16"), Engine.create("fp32")
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(176, 20, "fp32"), (100, 120, "fp32"), (100, 300, "bf16")])
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"), [(176, 20, "fp32"), (100, 120, "fp32"), (100, 300, "bf16")]
+)
 def test_auto_takes_what_is_faster_by_measurement(fp32, bf16, chosen, monkeypatch):
     speeds = {torch.float32: fp32 * 1e9, torch.bfloat16: bf16 * 1e9}
     monkeypatch.setattr(engine_module, "_flops_per_second", speeds.__getitem__)
@@ -60,7 +62,9 @@ def test_gradients_of_several_passes_add_up_in_fp32_on_the_masters():
     assert all(p.grad is None for p in model.parameters())
     once = LanguageModel.of(tiny_model(), BF16, learns=True)
     (once.logprobs(rollout, 1.0).sum() / 2).backward()
-    for (name, master), other in zip(model.trained().items(), exact.trained().values(), strict=True):
+    for (name, master), other in zip(
+        model.trained().items(), exact.trained().values(), strict=True
+    ):
         assert master.dtype == master.grad.dtype == torch.float32
         assert torch.equal(master, other)
         assert (master.grad - other.grad).norm() < 0.1 * other.grad.norm() + 1e-6
@@ -82,7 +86,10 @@ def test_sync_rounds_what_an_optimizer_changed():
 
 
 def test_a_frozen_model_computes_the_bits_of_the_model_that_learns():
-    learner, frozen = LanguageModel.of(tiny_model(), BF16, learns=True), LanguageModel.of(tiny_model(), BF16)
+    learner, frozen = (
+        LanguageModel.of(tiny_model(), BF16, learns=True),
+        LanguageModel.of(tiny_model(), BF16),
+    )
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in frozen.parameters())
     rollout = rollout_of()
@@ -100,11 +107,15 @@ def test_following_moves_by_its_share_in_fp32(engine):
             parameter += 1e-3
     model.follow(LanguageModel.of(target, FP32), 1e-3)
     for name, weight in model.weights():
-        torch.testing.assert_close(weight - start[name], torch.full_like(weight, 1e-6), rtol=0.2, atol=0)
+        torch.testing.assert_close(
+            weight - start[name], torch.full_like(weight, 1e-6), rtol=0.2, atol=0
+        )
     model.follow(LanguageModel.of(target, FP32), 1.0)
     for (name, weight), parameter in zip(model.weights(), target.parameters(), strict=True):
         torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-7, msg=name)
-        assert torch.equal(dict(model.state._module.named_parameters())[name], weight.to(engine.dtype))
+        assert torch.equal(
+            dict(model.state._module.named_parameters())[name], weight.to(engine.dtype)
+        )
 
 
 def test_the_version_covers_every_tensor_and_every_name():
@@ -129,7 +140,7 @@ def test_scalar_heads_are_in_fp32(make_checkpoint):
 
 def test_a_score_is_read_at_the_last_token_that_is_not_padding(make_checkpoint):
     model = load_classifier(make_checkpoint("llama").path, pad_id=0, new_head_seed=3)
-    reward = RewardModel(model, None, FP32)
+    reward = RewardModel(model, tiny_tokenizer(), FP32)
     plain = reward.scores([[1, 3, 40, 41]], 100)
     assert reward.scores([[1, 3, 40, 41, 0, 0]], 100) == pytest.approx(plain, abs=1e-5)
     assert reward.scores([[1, 3, 40]], 100) != pytest.approx(plain, abs=1e-3)
@@ -159,7 +170,13 @@ def test_a_checkpoint_does_not_depend_on_the_environment(make_checkpoint, tmp_pa
     digests = set()
     for name, extra in (("on", {}), ("off", {"HF_HUB_OFFLINE": "1"})):
         environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | extra
-        command = [sys.executable, "-c", code, str(make_checkpoint("llama", 0).path), str(tmp_path / name)]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(make_checkpoint("llama", 0).path),
+            str(tmp_path / name),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout.split()[-1])

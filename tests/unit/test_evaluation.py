@@ -219,7 +219,7 @@ def test_greedy_answers_are_the_argmax_and_need_no_batch(make_checkpoint, tmp_pa
     for talk, reply in zip(talks, replies, strict=True):
         ids = writer.tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
         for _ in range(6):
-            token = int(writer.policy(torch.tensor([ids])).logits[0, -1].argmax())
+            token = int(writer.sampler.model.backbone(torch.tensor([ids])).logits[0, -1].argmax())
             ids.append(token)
             if token == writer.tokenizer.eos_token_id:
                 break

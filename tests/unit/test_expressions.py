@@ -30,7 +30,9 @@ MODELS = {
 }
 REFERENCES = {
     "soup": ReferenceRule((RecipeSoup(),)),
-    "mixture(sft[0], soup[0,1], base)": ReferenceRule((SFT(0), Soup((SFT(0), SFT(1))), Base()), (1 / 3,) * 3),
+    "mixture(sft[0], soup[0,1], base)": ReferenceRule(
+        (SFT(0), Soup((SFT(0), SFT(1))), Base()), (1 / 3,) * 3
+    ),
     "mixture(0.25*sft[0], 0.75*soup)": ReferenceRule((SFT(0), RecipeSoup()), (0.25, 0.75)),
     "ema(soup, 0.01)": ReferenceRule((RecipeSoup(),), ema=0.01),
     "reset(sft[1], 10)": ReferenceRule((SFT(1),), reset_every=10),
@@ -53,11 +55,15 @@ def test_references(text):
 def test_indices():
     of = lambda text: sft_indices(parse_model(text), (0, 2))
     assert of("soup") == (0, 2) == of("soup[0, 2]") == of("shrink(soup, base, 0.5)")
-    assert of("shrink(sft[1], base, soup)") == (1, 0, 2) and of("soup(0.5*sft[3], 0.5*base)") == (3,)
+    assert of("shrink(sft[1], base, soup)") == (1, 0, 2) and of("soup(0.5*sft[3], 0.5*base)") == (
+        3,
+    )
     assert of("base") == of("a/path") == ()
 
 
-@pytest.mark.parametrize("text", ["mixture(sft[0], sft[1])", "sft", "sft[x]", "soup(0.5*sft[0])", "ema(soup, 0.1)"])
+@pytest.mark.parametrize(
+    "text", ["mixture(sft[0], sft[1])", "sft", "sft[x]", "soup(0.5*sft[0])", "ema(soup, 0.1)"]
+)
 def test_what_names_no_model(text):
     with pytest.raises(ValueError, match="names no model|two models or more"):
         parse_model(text)

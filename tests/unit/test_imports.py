@@ -44,7 +44,9 @@ def imports(name: str, *, inside_functions: bool) -> set[str]:
         if isinstance(node, ast.Import):
             targets.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            start = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            start = (
+                package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            )
             module = ".".join([*start, *([node.module] if node.module else [])])
             for alias in node.names:
                 whole = f"{module}.{alias.name}"
@@ -81,7 +83,9 @@ def test_doors_import_nothing_heavy(module):
     assert not {top(name) for name in reached(module)} & HEAVY
 
 
-@pytest.mark.parametrize("module", ["salsa.cli", "salsa.pipeline", "salsa.soup", "salsa.report.page"])
+@pytest.mark.parametrize(
+    "module", ["salsa.cli", "salsa.pipeline", "salsa.soup", "salsa.report.page"]
+)
 def test_what_python_loads_agrees(module):
     """The rule is read off the source; the interpreter has the last word."""
     code = f"import {module}, sys; print(' '.join(sys.modules))"
@@ -97,7 +101,9 @@ def test_make_soup_is_exported_without_torch():
 
 def test_objectives_import_torch_only():
     assert {top(name) for name in reached("salsa.objectives")} & HEAVY == {"torch"}
-    assert not any(name.startswith("salsa.") for name in reached("salsa.objectives") - {"salsa.objectives"})
+    assert not any(
+        name.startswith("salsa.") for name in reached("salsa.objectives") - {"salsa.objectives"}
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -115,8 +121,16 @@ def test_the_runtime_imports_no_stage_and_no_algorithm(name):
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("salsa.report")])
 def test_the_report_imports_no_stage(name):
     targets = imports(name, inside_functions=True)
-    assert not {t for t in targets if t.startswith("salsa.stages") and t != "salsa.stages.directory"}
-    assert not {t.split(".")[1] for t in targets if t.startswith("salsa.")} & {"rl", "sft", "reward", "dpo", "models"}
+    assert not {
+        t for t in targets if t.startswith("salsa.stages") and t != "salsa.stages.directory"
+    }
+    assert not {t.split(".")[1] for t in targets if t.startswith("salsa.")} & {
+        "rl",
+        "sft",
+        "reward",
+        "dpo",
+        "models",
+    }
 
 
 def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
@@ -124,5 +138,8 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
     file = SOURCE / "runtime" / "engine.py"
     code = "from salsa import rl\nfrom ..models import language\ndef f():\n    import ray\n"
     monkeypatch.setattr(Path, "read_text", lambda self: code if self == file else "")
-    assert imports("salsa.runtime.engine", inside_functions=False) == {"salsa.rl", "salsa.models.language"}
+    assert imports("salsa.runtime.engine", inside_functions=False) == {
+        "salsa.rl",
+        "salsa.models.language",
+    }
     assert "ray" in imports("salsa.runtime.engine", inside_functions=True)

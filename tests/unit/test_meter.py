@@ -2,8 +2,8 @@
 
 import pytest
 
-from salsa.runtime.meter import Meter, Work, forward_flops, gemm_peak, peak_memory_gb
 from salsa.runtime.engine import Engine
+from salsa.runtime.meter import Meter, Work, forward_flops, gemm_peak, peak_memory_gb
 from tests.conftest import tiny_model, wrap
 
 FP32 = Engine.create("fp32")

@@ -8,9 +8,9 @@ from salsa.data import Prompt
 from salsa.errors import CheckpointError
 from salsa.models import LanguageModel, RewardModel, ValueModel, language
 from salsa.runtime.engine import Engine
-from salsa.runtime.sampler.local import _left_padded
+from salsa.runtime.sampler.local import left_padded
 from salsa.types import Rollout
-from tests.conftest import FAMILIES, tiny_model, wrap
+from tests.conftest import FAMILIES, tiny_model, tiny_tokenizer, wrap
 
 FP32 = Engine.create("fp32")
 
@@ -18,7 +18,7 @@ PROMPTS = [Prompt(ids, None, "") for ids in ((1, 3, 40, 41), (1, 3, 50, 51, 52, 
 
 
 def rollout_of(pad_id: int = 0) -> Rollout:
-    prompt, prompt_mask = _left_padded([p.ids for p in PROMPTS], pad_id, torch.device("cpu"))
+    prompt, prompt_mask = left_padded([p.ids for p in PROMPTS], pad_id, torch.device("cpu"))
     response = torch.tensor([[60, 61, 2, pad_id], [70, 71, 72, 73], [2, pad_id, pad_id, pad_id]])
     lengths = torch.tensor([3, 4, 1])
     return Rollout(prompt, prompt_mask, response, torch.arange(4) < lengths[:, None])
@@ -128,12 +128,10 @@ def test_values_are_read_before_the_token(make_checkpoint):
 
 def test_sequence_scores_do_not_depend_on_the_batch(make_checkpoint):
     model = models.load_classifier(make_checkpoint("llama").path, pad_id=0, new_head_seed=3)
-    reward = RewardModel(model, None, FP32)
+    reward = RewardModel(model, tiny_tokenizer(), FP32)
     sequences = [[1, 3, 40], [1, 3, 50, 51, 52, 60, 61], [1, 9]]
     together = reward.scores(sequences, max_tokens=21)
-    assert reward.scores(sequences, max_tokens=1) == pytest.approx(
-        together, abs=1e-5
-    )
+    assert reward.scores(sequences, max_tokens=1) == pytest.approx(together, abs=1e-5)
     alone = [model(torch.tensor([ids])).logits.item() for ids in sequences]
     assert together == pytest.approx(alone, abs=1e-4)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from salsa.errors import CheckpointError
-from salsa.runtime import packing
 from salsa.models.trunk import enable_packing, hidden_states, recompute_activations
+from salsa.runtime import packing
 from salsa.runtime.packing import num_distinct, pack, packs_of, take
 from tests.families import ALONE, PACKED, model_of
 

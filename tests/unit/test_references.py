@@ -23,6 +23,7 @@ from salsa.stages.graph import Graph, Node
 from tests.conftest import tiny_model
 from tests.tiny_rl import FP32, changed, first_experience, run, run_killed
 
+
 @pytest.fixture(scope="module")
 def trio(make_checkpoint):
     return [make_checkpoint("llama", seed) for seed in range(3)]
@@ -204,7 +205,9 @@ def test_none_penalises_nothing_and_logs_the_kl_to_the_start(job, tmp_path):
 
 def test_a_changed_rule_is_refused_on_resume(job, tmp_path):
     run_killed(replace(job, reference=ReferenceRule((job.init,), ema=0.1)), tmp_path / "a", 3)
-    with pytest.raises(CheckpointError, match=r"was pulled towards reference .*'ema': 0.1.*, now it"):
+    with pytest.raises(
+        CheckpointError, match=r"was pulled towards reference .*'ema': 0.1.*, now it"
+    ):
         run(replace(job, reference=ReferenceRule((job.init,), ema=0.2)), tmp_path / "a")
 
 
@@ -215,7 +218,9 @@ def test_damaged_anchor_weights_are_refused_on_resume(job, tmp_path):
     state = load_state(file)
     state["reference"]["weights"]["model.norm.weight"][3] += 1e-3
     save_state(file, state)
-    with pytest.raises(CheckpointError, match="the reference's weights are not those that were writ"):
+    with pytest.raises(
+        CheckpointError, match="the reference's weights are not those that were writ"
+    ):
         run(rule, tmp_path / "a")
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from salsa.config import PreferencesConfig, RewardFunction
 from salsa.data import Prompt
-from salsa.preferences import label_pairs
 from salsa.models import RewardModel
+from salsa.preferences import label_pairs
 from salsa.runtime.engine import Engine
 
 FP32 = Engine.create("fp32")
@@ -43,7 +43,9 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
 
     source = make_checkpoint("llama", 5)
     tokenizer = models.load_tokenizer(source.path)
-    models.save_checkpoint(models.load_classifier(source.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
+    models.save_checkpoint(
+        models.load_classifier(source.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path
+    )
     prompt = Prompt((99, 98), ({"role": "user", "content": "hi"},), "hi")
     ids = tokenizer("<|bos|><|user|>hi<|end|><|assistant|>yo<|end|>", add_special_tokens=False)[
         "input_ids"
@@ -92,8 +94,7 @@ def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_pa
         graph.finish([node])
         reward = graph[node]
     one, two, both = (
-        load_file(Checkpoint.of(path).path / "model.safetensors")
-        for path in (*paths, reward.path)
+        load_file(Checkpoint.of(path).path / "model.safetensors") for path in (*paths, reward.path)
     )
     assert all(((one[k] + two[k]) / 2 - both[k]).abs().max() < 1e-6 for k in both)
     assert "score.weight" in both
@@ -107,7 +108,9 @@ def test_a_reward_model_of_another_family_and_tokenizer_scores(make_checkpoint, 
         "gemma", 3, template="{% for m in messages %}[{{ m.content }}]{% endfor %}"
     )
     tokenizer = models.load_tokenizer(other.path)
-    models.save_checkpoint(models.load_classifier(other.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path)
+    models.save_checkpoint(
+        models.load_classifier(other.path, pad_id=0, new_head_seed=1), tokenizer, tmp_path
+    )
     prompt = Prompt((99, 98), ({"role": "user", "content": "hi"},), "hi")
     ids = tokenizer("[hi][yo]", add_special_tokens=False)["input_ids"]
     import torch

@@ -392,7 +392,10 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(job, tmp_path):
         progress = replace(progress, update=update, rewards=(reward,))
         progress = save_progress(models, progress, tmp_path, keep_last=1)
     assert progress.best == (1, 0.9)
-    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-000001.pt", "state-000003.pt"]
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == [
+        "state-000001.pt",
+        "state-000003.pt",
+    ]
 
 
 def test_rows_of_an_experience_stay_together(job):

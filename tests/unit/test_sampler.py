@@ -24,7 +24,9 @@ def prompts_of(count: int) -> list[Prompt]:
     ]
 
 
-def sample(model, prompts, *, pad_id=0, max_rows=64, steps=24, ends=ENDS, seed=0, heat=0.8) -> Generation:
+def sample(
+    model, prompts, *, pad_id=0, max_rows=64, steps=24, ends=ENDS, seed=0, heat=0.8
+) -> Generation:
     model = model if isinstance(model, LanguageModel) else wrap(model)
     return LocalSampler(model, max_rows).generate(
         [prompt.ids for prompt in prompts],

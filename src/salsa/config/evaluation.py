@@ -16,7 +16,7 @@ class EvalConfig(Strict):
     baseline: Input[str]
     """The arm that the others are compared with."""
     kl_to: Input[Annotated[tuple[str, ...], Field(min_length=1)]] = ("sft[0]",)
-    """The models to which every arm's KL is measured, so that arms compare; the first is also shown as the arm `sft`."""
+    """The models to which every arm's KL is measured, so that arms compare; the first is shown as the arm `sft`."""
     scores: Input[dict[str, RewardFunction]] = Field(default={})
     """Further scores besides the training reward (the proxy), e.g. `gold`."""
     max_new_tokens: Count | None = None

@@ -20,8 +20,8 @@ class ModelConfig(Strict):
     chat_template: str | None = None
     """Path of a Jinja chat template, for a model that has none."""
     precision: Execution[Literal["auto", "fp32", "bf16"]] = "auto"
-    """Of forward and backward passes; master weights stay fp32. auto: what is faster here, measured. What it resolves to
-    is part of every stage's identity."""
+    """Of forward and backward passes; master weights stay fp32. auto: what is faster here, measured. What it
+    resolves to is part of every stage's identity."""
 
     @field_validator("chat_template")
     @classmethod

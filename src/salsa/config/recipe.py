@@ -110,10 +110,9 @@ class Recipe(Strict):
         """The resolved recipe: every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
 
-
     @classmethod
     def decisive_text(cls, text: str) -> Any:
-        """What of a resolved recipe's text decides results: two texts of one recipe differ in execution settings only."""
+        """What of a resolved recipe's text decides results: all but execution settings."""
         try:
             return cls.model_validate(yaml.safe_load(text)).decisive()
         except (ValidationError, yaml.YAMLError):

@@ -330,4 +330,6 @@ class RLSection(RLConfig):
             return kind(**shared | settings)
         except ValidationError as error:
             text = explain(error, kind)
-            raise ValueError(f"arms.{arm}{': ' if ' ' in text.split('=')[0] else '.'}{text}") from None
+            raise ValueError(
+                f"arms.{arm}{': ' if ' ' in text.split('=')[0] else '.'}{text}"
+            ) from None

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from salsa.artifacts import Checkpoint, read_jsonl, resolve, write_jsonl
-from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.config import RewardFunction
+from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.errors import ConfigError, DataError
 from salsa.evaluate import arena_hard, games, inputs
 from salsa.evaluate.inputs import TEMPERATURES, JudgePrompt, Question
@@ -146,9 +146,7 @@ class _Evaluation:
         for entrant in self.entrants:
             tokenizer = load_tokenizer(entrant.checkpoint.path)
             seen[entrant.label] = [as_prompt(row, tokenizer, where) for row in rows]
-            if spec.kl_to and not same_vocabulary(
-                resolve(spec.kl_to), entrant.checkpoint.path
-            ):
+            if spec.kl_to and not same_vocabulary(resolve(spec.kl_to), entrant.checkpoint.path):
                 raise ConfigError(
                     f"kl_to={spec.kl_to!r} and {entrant.label} ({entrant.checkpoint.path}) differ in "
                     "vocabulary, so no KL between them is defined. Leave kl_to out."

@@ -98,7 +98,7 @@ def _models(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run_arms(run: Path) -> dict[str, list[str]]:
-    """Arm → its policies' directories, a training seed each, of a finished run; `sft` is the model that its arms are measured to.
+    """Arm → its policies' directories, a training seed each, of a finished run; `sft` is where it measures KL to.
 
     Raises:
         ConfigError: the run has no report yet, or a policy is no longer there.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from salsa.artifacts import digest_of
+from salsa.config.schema import DataSource
 from salsa.errors import DataError
 from salsa.evaluate.judgments import Row, need, read_rows
-from salsa.config.schema import DataSource
 
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 """Their judge prompts show a reference answer."""

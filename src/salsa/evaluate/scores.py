@@ -72,7 +72,9 @@ def _measured(
             loaded[checkpoint.digest] = LanguageModel.load(checkpoint.path, engine)
         return loaded[checkpoint.digest]
 
-    named = {f"to_{name}": (model(c),) for name, c in job.kl_to.items()}
+    named: dict[str, tuple[LanguageModel, ...]] = {}
+    for name, checkpoint in job.kl_to.items():
+        named[f"to_{name}"] = (model(checkpoint),)
     if job.references:
         named["reference"] = tuple(model(c) for c in job.references)
     return named

@@ -5,8 +5,6 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-
-from salsa.errors import ConfigError
 from salsa.config.schema import (
     Count,
     DataSource,
@@ -16,6 +14,7 @@ from salsa.config.schema import (
     Strict,
     explain,
 )
+from salsa.errors import ConfigError
 
 
 class JudgeConfig(Strict):

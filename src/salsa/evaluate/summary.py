@@ -24,7 +24,11 @@ def summarise(recipe: Recipe, stages: Sequence[Stage], samples: Samples) -> dict
     kl = [f"kl_to_{name}" for name in recipe.eval.kl_to]
     measured = [*scores, *kl, "kl_reference", "length", "ended"]
     by_arm = {name: tables(of_arm, measured) for name, of_arm in samples.items()}
-    policies = {stage.path: stage.record["inputs"]["policy"] for stage in stages if "policy" in stage.record["inputs"]}
+    policies = {
+        stage.path: stage.record["inputs"]["policy"]
+        for stage in stages
+        if "policy" in stage.record["inputs"]
+    }
     return {
         "name": recipe.name,
         "method": "SALSA, arXiv 2411.01798",
@@ -45,8 +49,7 @@ def summarise(recipe: Recipe, stages: Sequence[Stage], samples: Samples) -> dict
         "recipe": recipe.model_dump(mode="json"),
         "versions": versions(),
         "stages": [
-            {"stage": s.label, "digest": s.digest, "output": s.record["output"]}
-            for s in stages
+            {"stage": s.label, "digest": s.digest, "output": s.record["output"]} for s in stages
         ],
         "times": {s.label: s.record["seconds"] for s in stages},
     }

@@ -89,7 +89,8 @@ class LanguageModel(nn.Module):
         Raises:
             CheckpointError: it cannot be loaded, or it does more to its logits than is known here.
         """
-        backbone = load_policy(path).to(engine.device)
+        backbone = load_policy(path)
+        nn.Module.to(backbone, engine.device)
         return cls.of(backbone, engine, learns=learns, moves=moves, recompute=recompute)
 
     @classmethod

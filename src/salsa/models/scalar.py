@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,8 @@ T = TypeVar("T")
 class ValueModel(nn.Module):
     """The critic: a trunk of its own or the policy's, and a scalar head in fp32."""
 
+    trunk: nn.Module
+    score: nn.Linear
     output_head = None
     """It makes no logits."""
 
@@ -71,11 +73,17 @@ class ValueModel(nn.Module):
             CheckpointError: it cannot be loaded, or has several labels.
         """
         model = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
-        model = model.to(engine.device)
+        nn.Module.to(model, engine.device)
         packs = enable_packing(model)
         if recompute:
             recompute_activations(model)
-        return cls(trunk_of(model), model.get_submodule("score"), engine, packs=packs, owns_trunk=True)
+        return cls(
+            trunk_of(model),
+            cast(nn.Linear, model.get_submodule("score")),
+            engine,
+            packs=packs,
+            owns_trunk=True,
+        )
 
     @classmethod
     def head_on(cls, policy: LanguageModel) -> "ValueModel":
@@ -118,11 +126,11 @@ class ValueModel(nn.Module):
         self.state.sync()
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, like: Path) -> None:
-        """Write a sequence classifier in fp32, trunk included and adapters merged, configured as the model at `like`."""
+        """Write a sequence classifier in fp32, adapters merged, configured as the model at `like`."""
         model = load_classifier(like, pad_id=int(tokenizer.pad_token_id), new_head_seed=0)
         prefix, master = model.base_model_prefix, self._trunk_state.master
         weights = {f"{prefix}.{name}": weight for name, weight in merged(self.trunk, master)}
-        weights["score.weight"] = self.state.master(self.score.weight)
+        weights["score.weight"] = self.state.master(cast(nn.Parameter, self.score.weight))
         save_weights(model, tokenizer, directory, weights)
 
 
@@ -149,7 +157,8 @@ class RewardModel:
         """
         tokenizer = load_tokenizer(path)
         model = load_classifier(path, pad_id=int(tokenizer.pad_token_id))
-        return cls(model.to(engine.device), tokenizer, engine)
+        nn.Module.to(model, engine.device)
+        return cls(model, tokenizer, engine)
 
     def __call__(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
         """One score each."""

@@ -1,4 +1,4 @@
-"""A model's trunk: hidden states of many rows of tokens at once, without padding where its attention can be replaced."""
+"""A model's trunk: hidden states of many rows of tokens, without padding where its attention can be replaced."""
 
 from collections.abc import Sequence
 from typing import Any

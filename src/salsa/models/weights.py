@@ -33,7 +33,7 @@ class Weights:
         moves: bool = False,
         shared: "Weights | None" = None,
     ) -> None:
-        """Lower the parameters to the engine's arithmetic; keep fp32 masters of what learns, or moves without gradients.
+        """Lower the parameters to the engine's arithmetic; keep fp32 masters of what learns or moves.
 
         Parameters that the module shares with another have their masters in `shared`.
         """
@@ -105,7 +105,9 @@ def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in weights:
-        bits = weight.detach().contiguous().view(torch.int32 if weight.itemsize == 4 else torch.int16)
+        bits = (
+            weight.detach().contiguous().view(torch.int32 if weight.itemsize == 4 else torch.int16)
+        )
         digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()
 

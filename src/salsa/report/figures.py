@@ -52,9 +52,7 @@ def _curve(
     return {"data": data, "layout": layout(title, "update", "")}
 
 
-def _frontier(
-    score: str, model: str, summary: Mapping[str, Any], arms: Sequence[str]
-) -> Figure:
+def _frontier(score: str, model: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Figure:
     """A score against the KL to a model."""
     data, kl = [], f"kl_to_{model}"
     for arm, record in summary["arms"].items():

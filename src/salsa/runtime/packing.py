@@ -40,7 +40,7 @@ class KeyValueCache(Protocol):
     """Tokens of each sequence that are in the cache."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Prefill: a layer's keys and values of all rows, each [B, K, T, D]; behind a row's end lies anything finite."""
+        """Prefill: a layer's keys and values of all rows, each [B, K, T, D]; anything finite behind a row's end."""
 
     def attend(
         self,

@@ -44,8 +44,10 @@ LAYOUT_VERSION = 2
 class Job(Protocol):
     """The work of one stage as plain data: frozen, picklable, made without loading a model."""
 
-    label: str
-    """Names the directory and the report's row, e.g. `sft[0]`."""
+    @property
+    def label(self) -> str:
+        """Names the directory and the report's row, e.g. `sft[0]`."""
+
     needs_engine: ClassVar[bool]
     """Whether the work computes with torch, so that its arithmetic is part of its identity."""
 
@@ -55,8 +57,11 @@ class Job(Protocol):
     def execution(self) -> dict[str, Any]:
         """How it is computed, which does not decide the result; recorded beside the identity."""
 
-    def run(self, directory: Path, engine: "Engine | None") -> None:
-        """Fill `directory`; what is kept in `directory/resume` survives a kill and is dropped at the end."""
+    def run(self, directory: Path, engine: Any) -> None:
+        """Fill `directory`, by an `Engine` if the job needs one.
+
+        What is kept in `directory/resume` survives a kill and is dropped at the end.
+        """
 
 
 @dataclass(frozen=True)

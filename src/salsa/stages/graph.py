@@ -42,7 +42,7 @@ class Graph:
         executor: Executor | None = None,
         before_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without an executor jobs run here. `before_work` is called once, before the first job that is not finished."""
+        """Without an executor jobs run here. `before_work` is called once, before the first job that runs."""
         self.run, self.precision, self.executor = run, precision, executor
         self._threads = executor.threads if executor else threads
         self._before_work = before_work

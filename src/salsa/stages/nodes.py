@@ -2,7 +2,7 @@
 
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, Recipe
-from salsa.config.expressions import Base, SFT, parse_model, sft_indices, text_of
+from salsa.config.expressions import SFT, Base, Model, parse_model, sft_indices, text_of
 from salsa.data import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
@@ -86,7 +86,9 @@ def reward(
         assert preferences is not None  # the schema
         several = len(config.seeds) > 1
         parts = [
-            _trained_reward(recipe, f"reward seed {s}" if several else "reward", s, models, preferences)
+            _trained_reward(
+                recipe, f"reward seed {s}" if several else "reward", s, models, preferences
+            )
             for s in config.seeds
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
@@ -151,7 +153,9 @@ def samples(
     measured = {name: models[parse_model(name)] for name in config.kl_to}
     rule = section.arms[arm].rule if arm in section.arms else None
     moves = rule is not None and rule.moves
-    owned = [] if moves else [models[m] for m in (rule.models if rule else [parse_model(config.shown)])]
+    owned = (
+        [] if moves else [models[m] for m in (rule.models if rule else [parse_model(config.shown)])]
+    )
     label = f"eval {arm} seed {section.seeds[number]}"
 
     def job(policy: Checkpoint, *made: Checkpoint) -> EvalJob:
@@ -215,5 +219,5 @@ def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:
         for _, model in recipe.expressions()
         for index in sft_indices(model, recipe.soup.ingredients)
     }
-    named = [Base(), *(SFT(index) for index in sorted(used))]
+    named: list[Model] = [Base(), *(SFT(index) for index in sorted(used))]
     return {text_of(model): models[model] for model in named}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -42,7 +43,8 @@ class ProcessPool:
 def _in_worker(
     threads: int, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
 ) -> None:
-    """What a worker process does with a call: prepare itself like the process that sent it."""
+    """What a worker process does with a call: prepare itself like the process that sent it, which stops it too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if engine is not None:
         from salsa.runtime.engine import Engine
         from salsa.runtime.tracking import quiet_libraries

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_SEQUENCES = 64
 """Sequences decoded at once."""
 REFILL_SHARE = 4
-"""Waiting prompts are prefilled when a quarter of the slots are free: one prefill costs as much as a decode step of all."""
+"""Waiting prompts are prefilled when a quarter of the slots are free: one prefill costs as much as a step of all."""
 SPARE_COLUMNS = 64
 """Tokens for which a slot has room beyond what it needs, when it is made."""
 
@@ -50,7 +50,7 @@ class LocalSampler:
         shape = len(prompts), sampling.max_new_tokens
         noise = torch.rand(shape, generator=generator, device=here, dtype=torch.float64)
         responses = Responses(noise, sampling)
-        prompt, prompt_mask = _left_padded(prompts, sampling.pad_id, here)
+        prompt, prompt_mask = left_padded(prompts, sampling.pad_id, here)
         if self.model.packs:
             _generate_packed(self.model, prompts, responses, self.max_sequences)
         else:
@@ -88,7 +88,7 @@ class Responses:
 
 
 class KVCache:
-    """The sequences that are being decoded: row numbers, lengths, and in every layer a slot each for keys and values."""
+    """The sequences being decoded: row numbers, lengths, and in every layer a slot each for keys and values."""
 
     def __init__(self, model: "LanguageModel", slots: int) -> None:
         self.model, self.slots = model, slots
@@ -230,7 +230,7 @@ def _generate_padded(
     )
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Prompts left-padded to the longest; the mask comes from the lengths."""
