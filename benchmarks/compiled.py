@@ -2,8 +2,9 @@
 
     python benchmarks/compiled.py [--model DIR] [--prompts FILE] [--part mlp|layer]
 
-The pass is the one that an update makes (`LanguageModel.logprobs`, packed, in what is faster here); compiling is timed by itself, and
-needs a C++ compiler. Prints one JSON line, with the passes after which compiling has paid for itself, if it does.
+The pass is the one that an update makes (`LanguageModel.logprobs`, packed, in what is
+faster here); compiling is timed by itself, and needs a C++ compiler. Prints one JSON line, with the passes after which
+compiling has paid for itself, if it does.
 """
 
 import argparse

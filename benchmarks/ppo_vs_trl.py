@@ -3,7 +3,8 @@
     python -m venv trl-venv && trl-venv/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0
     python benchmarks/ppo_vs_trl.py --trl-python trl-venv/bin/python [--model DIR] [--prompts FILE]
 
-Same model, prompts, batch, lengths and epochs, fp32 master weights with bf16 compute; a critic, a reward model and a
+Same model, prompts, batch, lengths and epochs, fp32 master weights, computing in fp32 or bf16 (--precision; both by
+default, one after the other); a critic, a reward model and a
 reference of their own on either side; each run in a process of its own, so that its peak memory is its own. The
 first update of a run warms up and does not count. CPU seconds stand beside wall time, which a busy machine stretches.
 Two settings of ours: its defaults, and `lean`, one forward pass a step with gradient checkpointing. Two of TRL:
@@ -27,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import draw_prompts, model_directory, models, run_child, say
+from common import draw_prompts, make_scorer, model_directory, run_child, say
 
 from salsa import objectives
-from salsa.data import Prompt, collate
+from salsa.data import Prompt
+from salsa.models import LanguageModel, ValueModel
+from salsa.runtime.engine import Engine
+from salsa.runtime.sampler.local import left_padded
 from salsa.types import Rollout
 
 HERE = Path(__file__).parent
@@ -54,12 +58,15 @@ def _trl_figures(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A fixed batch, and what TRL's train() computes on it."""
     rng = torch.Generator().manual_seed(0)
-    batch, width = collate(prompts, job["pad_id"]), int(lengths.max())
+    width = int(lengths.max())
+    prompt, prompt_mask = left_padded(
+        [prompt.ids for prompt in prompts], job["pad_id"], torch.device("cpu")
+    )
     mask = torch.arange(width) < lengths[:, None]
     tokens = torch.randint(1000, 4000, mask.shape, generator=rng)
     given = {
-        "prompt": batch.prompt,
-        "prompt_mask": batch.prompt_mask,
+        "prompt": prompt,
+        "prompt_mask": prompt_mask,
         "response": torch.where(mask, tokens, job["pad_id"]),
         "response_mask": mask,
         "scores": torch.randn(len(prompts), generator=rng),
@@ -89,12 +96,12 @@ def _our_figures(
     mask = value_mask = rollout.response_mask
     if late_score:  # one slot more, where there is one
         value_mask = torch.arange(mask.shape[1]) < rollout.lengths[:, None] + 1
-    policy = models.load_policy(Path(job["model"]))
-    critic = models.load_scorer(Path(job["scorer"]), pad_id=job["pad_id"])
+    engine = Engine.create("fp32")
+    policy = LanguageModel.load(Path(job["model"]), engine)
+    critic = ValueModel.load(Path(job["scorer"]), engine, pad_id=job["pad_id"], new_head_seed=0)
     with torch.no_grad():
-        temperature = job["temperature"]
-        logprobs = models.response_stats(policy, rollout, temperature=temperature).logprobs
-        values = models.response_values(critic, replace(rollout, response_mask=value_mask))
+        logprobs = policy.stats(rollout, job["temperature"]).logprobs
+        values = critic.values(replace(rollout, response_mask=value_mask))
     old = torch.where(mask, theirs["old_logprobs"], 0)
     old_values = torch.where(value_mask, theirs["old_values"], 0)
     rewards = objectives.token_rewards(
@@ -180,6 +187,7 @@ def _arguments() -> argparse.Namespace:
         "--microbatch-tokens", type=int, default=None, help="ours; default: RLConfig's"
     )
     parser.add_argument("--microbatch", type=int, default=8, help="TRL's rows per forward pass")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--with-trl-defaults", action="store_true")
@@ -195,7 +203,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "model": str(model),
-            "scorer": _make_scorer(model, Path(folder)),
+            "scorer": str(make_scorer(model, Path(folder))),
             "pad_id": 0,
             "prompts": [list(prompt.ids) for prompt in prompts],
             "microbatch": args.microbatch,
@@ -228,16 +236,12 @@ def main() -> None:
                     if (apart := result["loss_differences"][name][figure]) > TOLERANCE:
                         sys.exit(f"{name}: {figure} differ by {apart:.2g}. Nothing was timed.")
         if args.only != "loss":
-            result |= compare_speed(job, args.trl_python, args.rounds, args.with_trl_defaults)
+            for precision in ("fp32", "bf16") if args.precision == "both" else (args.precision,):
+                own = job | {"bf16": precision == "bf16"}
+                result[precision] = compare_speed(
+                    own, args.trl_python, args.rounds, args.with_trl_defaults
+                )
     print(json.dumps(result))
-
-
-def _make_scorer(model: Path, folder: Path) -> str:
-    """A reward model: the same trunk with a head drawn from seed 0; critics start there too."""
-    scorer = models.load_scorer(model, pad_id=0, new_head_seed=0)
-    scorer.config.pad_token_id = 0
-    models.save(scorer, models.load_tokenizer(model), folder)
-    return str(folder)
 
 
 if __name__ == "__main__":

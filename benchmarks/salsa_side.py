@@ -8,14 +8,12 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from common import models
-from salsa.runtime.local import prepare_process
-
 from salsa import rl
 from salsa.artifacts import Checkpoint, read_jsonl
 from salsa.config import RLConfig
 from salsa.data import Prompt
-from salsa.reward import model_scorer
+from salsa.models import RewardModel, load_tokenizer
+from salsa.runtime.engine import Engine
 from salsa.runtime.tracking import quiet_libraries
 
 
@@ -23,10 +21,9 @@ def main() -> None:
     """One update to warm up, then `job.updates` that count; every update sees the same prompts."""
     job = json.loads(Path(sys.argv[1]).read_text())
     quiet_libraries()
-    prepare_process(None)
     model, scorer = Path(job["model"]), Path(job["scorer"])
-    tokenizer = models.load_tokenizer(model)
-    precision = "bf16" if job["bf16"] else "fp32"
+    tokenizer = load_tokenizer(model)
+    engine = Engine.create("bf16" if job["bf16"] else "fp32")
     config = RLConfig(
         kl_coef=job["kl_coef"],
         num_updates=job["updates"] + 1,
@@ -40,28 +37,28 @@ def main() -> None:
     )
     checkpoint = Checkpoint.of(model)
     prompts = [Prompt(tuple(ids), None, tokenizer.decode(ids)) for ids in job["prompts"]]
-    run = rl.RLJob(
+    setup = rl.RLSetup(
         "ppo",
         checkpoint,
         checkpoint,
         Checkpoint.of(scorer),
         config,
         prompts,
-        model_scorer(scorer, precision),
+        RewardModel.load(scorer, engine),
         job["seed"],
-        precision,
     )
     stops, cpu_stops, advance = [], [], rl.advance
 
-    def timed_advance(*args) -> None:
+    def timed_advance(*args):
         """What an update does last, and the time."""
-        advance(*args)
+        progress = advance(*args)
         stops.append(time.perf_counter())
         cpu_stops.append(time.process_time())
+        return progress
 
     rl.advance = timed_advance
     with tempfile.TemporaryDirectory() as folder:
-        rl.train_rl(run, Path(folder))
+        rl.train_rl(setup, Path(folder), engine)
         rows = read_jsonl(Path(folder) / "metrics.jsonl")
     phases = [
         {

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from salsa.runtime.local import reuse_freed_memory
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from salsa import demo
 from salsa.runtime.checkpoint import load_state, save_state
+from salsa.runtime.engine import reuse_freed_memory
 
 BOS, PAD, END, USER, ASSISTANT = "<|bos|>", "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (

@@ -12,7 +12,8 @@ def test_map_lists_every_module_and_only_what_exists(repository):
         if file.name.startswith("__"):
             continue
         relative = file.relative_to(repository).as_posix()
-        in_a_package = file.parent.name in ("runtime", "soup") and f"`{file.name}`" in text
+        packages = [path for path in listed if path.endswith("/") and relative.startswith(path)]
+        in_a_package = any(f"`{relative.removeprefix(path)}`" in text for path in packages)
         assert relative in listed or in_a_package, relative
 
 

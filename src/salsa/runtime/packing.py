@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +33,7 @@ SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: faster on a CPU than torch's masked kernel."""
 
 
+@runtime_checkable
 class KeyValueCache(Protocol):
     """Keeps the keys and values of sequences that are being generated, and attends to them."""
 
