@@ -244,9 +244,12 @@ def kl_loss(
     Per token: the effect of a token on the states that follow is left out, as everywhere in the loss.
     """
     mask = mask.bool()
+    logprobs, old_logprobs, ref_logprobs = (
+        torch.where(mask, x, 0) for x in (logprobs, old_logprobs, ref_logprobs)
+    )
     kl = kl_estimate(logprobs, ref_logprobs, kl_kind)
     if importance:
-        ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()
+        ratio = (logprobs - old_logprobs).exp()
         kl = (ratio.detach() if kl_kind == "k2" else ratio) * kl
     return masked_mean(kl, mask)
 
@@ -260,6 +263,8 @@ def value_loss(
     value_clip_range: float,
 ) -> ValueLoss:
     """½·mean_t max((V−G)², (V_old + clip(V−V_old, ±ε) − G)²), as in OpenAI's PPO; the mean is over real tokens."""
+    mask = mask.bool()
+    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     clipped_values = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
     unclipped, clipped = (values - returns).square(), (clipped_values - returns).square()
     return ValueLoss(

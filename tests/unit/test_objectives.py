@@ -290,3 +290,148 @@ def test_nothing_outside_the_mask_matters():
         ),
     ]:
         close(soiled, clean)
+
+
+def test_nan_outside_the_mask_reaches_neither_a_value_nor_a_gradient():
+    _, mask, (a, b, c, _) = ragged()
+    dirty = lambda x: torch.where(mask, x, math.nan)
+    scores = torch.ones(B, dtype=torch.float64)
+    whole = {"mask": mask, "gamma": 0.9, "gae_lambda": 0.5}
+    plain = o.gae(dirty(a), dirty(b), **whole)
+    for value, clean in zip(plain, o.gae(a, b, **whole), strict=True):
+        close(value, clean)
+    assert o.token_rewards(scores, dirty(a), dirty(b), mask, kl_coef=0.1).isfinite().all()
+    assert o.whiten(dirty(a), mask).isfinite().all()
+    for algorithm in ("ppo", "rloo", "grpo"):
+        rewards = o.token_rewards(scores, a, b, mask, kl_coef=0.1)[:4]
+        for value in o.estimate_advantages(
+            rewards, dirty(b)[:4], mask[:4], algorithm=algorithm, gamma=1.0, gae_lambda=0.9, group_size=2
+        ):  # fmt: skip
+            assert (value.isfinite() | ~mask[:4]).all()
+    losses = {
+        "policy": lambda x: o.policy_loss(x, dirty(b), dirty(c), mask, clip_range=0.2).loss,
+        "value": lambda x: o.value_loss(x, dirty(b), dirty(c), mask, value_clip_range=0.2).loss,
+    } | {
+        kind: lambda x, kind=kind: o.kl_loss(x, dirty(b), dirty(c), mask, kl_kind=kind, importance=True)
+        for kind in ("k2", "k3")
+    }  # fmt: skip
+    for name, loss in losses.items():
+        leaf = dirty(a).requires_grad_()
+        value = loss(leaf)
+        value.backward()
+        assert value.isfinite() and leaf.grad.isfinite().all(), name
+        assert (leaf.grad[~mask] == 0).all() and leaf.grad[mask].abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clips"),
+    [
+        (0.81, -1.0, False), (0.79, -1.0, True), (1.19, 1.0, False), (1.21, 1.0, True), (0.5, 1.0, False),
+        (2.0, -1.0, False),
+    ],
+)  # fmt: skip
+def test_the_ratio_is_clipped_at_one_minus_and_one_plus_epsilon(ratio, advantage, clips):
+    """1/(1+ε) = 0.833 in place of 1−ε = 0.8 would clip at 0.81."""
+    one = lambda x: torch.tensor([[x]], dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    result = o.policy_loss(one(math.log(ratio)), one(0.0), one(advantage), mask, clip_range=0.2)
+    assert result.clip_fraction.item() == clips
+    limited = min(max(ratio, 0.8), 1.2)
+    close(result.loss, -min(ratio * advantage, limited * advantage))
+
+
+@pytest.mark.parametrize("advantages", [o.rloo_advantages, o.grpo_advantages])
+def test_a_group_of_one_has_nothing_to_compare(advantages):
+    with pytest.raises(
+        ValueError, match="group_size=1 does not fit 4 episodes. Use a divisor of that, 2 or more"
+    ):
+        advantages(torch.ones(4), 1)
+
+
+# score shaping
+
+
+def test_scores_are_clipped_on_both_sides():
+    scores, ended = torch.tensor([-9.0, -1.0, 1.0, 9.0]), torch.ones(4, dtype=torch.bool)
+    shaped, moments = o.shape_scores(
+        scores, ended, o.Moments(), normalize=False, score_clip=2.0, missing_eos_penalty=0.0
+    )
+    assert shaped.tolist() == [-2.0, -1.0, 1.0, 2.0] and moments == o.Moments()
+
+
+def test_scores_are_normalised_by_all_that_were_seen():
+    """The second batch is scaled by the moments of both: its own would give it mean 0."""
+    ended = torch.ones(2, dtype=torch.bool)
+    shape = lambda scores, moments: o.shape_scores(
+        torch.tensor(scores).double(), ended, moments, normalize=True, score_clip=None, missing_eos_penalty=0.0
+    )  # fmt: skip
+    _, moments = shape([0.0, 2.0], o.Moments())
+    shaped, after = shape([4.0, 6.0], moments)
+    mean, std = 3.0, math.sqrt(20 / 3)
+    close(shaped, [(4 - mean) / std, (6 - mean) / std])
+    assert after.n == 4 and after.mean == mean
+
+
+def test_the_penalty_is_for_those_that_did_not_end_and_comes_after_the_clip():
+    scores, ended = torch.tensor([9.0, 9.0]), torch.tensor([True, False])
+    shaped, _ = o.shape_scores(
+        scores, ended, o.Moments(), normalize=False, score_clip=1.0, missing_eos_penalty=0.5
+    )
+    assert shaped.tolist() == [1.0, 0.5]
+
+
+# the KL in the loss
+
+REF = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+OLD = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64).log()
+
+
+def gradient(kind: str, importance: bool, old: torch.Tensor | None) -> torch.Tensor:
+    """E under π_old of the gradient of kl_loss, by enumerating a vocabulary of three; `old` None: π_old = π."""
+    logits = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+    drawn_from = logprobs.detach() if old is None else old
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    losses = [
+        o.kl_loss(
+            logprobs[i].view(1, 1), drawn_from[i].view(1, 1), REF[i].view(1, 1), mask,
+            kl_kind=kind, importance=importance,
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    expected = sum(p * loss for p, loss in zip(drawn_from.exp(), losses, strict=True))
+    return torch.autograd.grad(expected, logits)[0]
+
+
+def true_gradient() -> torch.Tensor:
+    """∇ Σ π (log π − log π_ref)."""
+    logits = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+    return torch.autograd.grad((logprobs.exp() * (logprobs - REF)).sum(), logits)[0]
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+@pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
+def test_weighed_by_the_ratio_the_gradient_is_that_of_the_kl(kind, old):
+    close(gradient(kind, True, old), true_gradient())
+
+
+def test_without_the_ratio_only_k2_on_policy_is_right():
+    close(gradient("k2", False, None), true_gradient())
+    for kind, old in (("k2", OLD), ("k3", None), ("k3", OLD)):
+        assert (gradient(kind, False, old) - true_gradient()).abs().max() > 0.01, (kind, old)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_loss_against_a_loop(kind):
+    lengths, mask, (new, old, ref, _) = ragged()
+    old = new + 0.3 * old
+    weighed, plain = [], []
+    for b in range(B):
+        for t in range(lengths[b]):
+            d = (new[b, t] - ref[b, t]).item()
+            kl = {"k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[kind]
+            plain.append(kl)
+            weighed.append(kl * math.exp((new[b, t] - old[b, t]).item()))
+    close(o.kl_loss(new, old, ref, mask, kl_kind=kind, importance=True), sum(weighed) / len(plain))
+    close(o.kl_loss(new, old, ref, mask, kl_kind=kind, importance=False), sum(plain) / len(plain))
