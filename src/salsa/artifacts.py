@@ -48,9 +48,9 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raise CheckpointError if the files are no longer those that were hashed."""
-        if (found := sha256_tree(self.path)) != self.digest:
+        if (digest := sha256_tree(self.path)) != self.digest:
             raise CheckpointError(
-                f"{self.path}: changed since it was made (digest {found[:12]}, recorded {self.digest[:12]}). "
+                f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.digest[:12]}). "
                 "Delete that directory and run the recipe again to rebuild it."
             )
 
@@ -274,13 +274,13 @@ def _flush(path: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in _REPORTED_PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers
 
 
 class InUseError(ConfigError):

@@ -102,10 +102,10 @@ def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]
         if not isinstance(row, dict) or not any(
             all(row.get(c) is not None for c in wanted) for wanted in columns
         ):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            columns_here = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             wanted = " or ".join(" + ".join(names) for names in columns)
             raise DataError(
-                f"{where}: row {number} has columns {found or 'none'}; wanted {wanted}. Rename them."
+                f"{where}: row {number} has columns {columns_here or 'none'}; wanted {wanted}. Rename them."
             )
     if source.limit is not None and source.limit < len(rows):
         rows = random.Random(source.shuffle_seed).sample(rows, source.limit)

@@ -86,8 +86,8 @@ class FunctionScorer:
         ]
 
         def total() -> list[float]:
-            found = [[weight * s for s in scores.result()] for weight, scores in begun]
-            return [sum(parts) for parts in zip(*found, strict=True)]
+            columns = [[weight * s for s in scores.result()] for weight, scores in begun]
+            return [sum(parts) for parts in zip(*columns, strict=True)]
 
         return total
 

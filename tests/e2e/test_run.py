@@ -99,6 +99,65 @@ def test_same_command_again_reuses_everything(finished, inputs):
     assert (finished / "report.html").read_bytes() == page
 
 
+def test_a_finished_run_is_enumerated_without_torch_and_at_once(finished, inputs):
+    """No model is loaded to see that nothing is left to do."""
+    code = (
+        "import sys; sys.argv = ['salsa', 'run', 'tiny.yaml']\n"
+        "from salsa.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print([m for m in ('torch', 'transformers', 'plotly') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=inputs, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+    assert time.monotonic() - start < 10  # 1.4 s for the quickstart on an idle machine
+
+
+def test_execution_settings_may_change_at_any_time(finished, inputs, tmp_path):
+    """What says only how it is computed redoes nothing and needs no --force."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    options = ["rl.microbatch_tokens=64", "rl.gradient_checkpointing=true", "rl.checkpoint_every=2"]
+    done = salsa(inputs, "run", "tiny.yaml", *options, "engine.threads=1", "-o", str(copy))
+    assert done.returncode == 0 and "done in" not in done.stderr, done.stderr
+    assert "microbatch_tokens: 64" in (copy / "recipe.yaml").read_text()
+
+
+def test_two_jobs_at_once_give_the_same_run(finished, inputs, tmp_path):
+    done = salsa(inputs, "run", "tiny.yaml", "--jobs", "2", "-o", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    outputs = lambda run: {s["stage"]: s["output"] for s in report_of(run)["stages"]}
+    assert outputs(tmp_path / "run") == outputs(finished)
+
+
+def test_dpo_arms_with_and_without_the_soup(finished, inputs, tmp_path):
+    """Through TRL's DPOTrainer on the run's preferences; beside a PPO arm that is reused."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    dpo = "{method: dpo, init: 'sft[0]', learning_rate: 1.0e-2, epochs: 2, checkpoint_every: 5, reference: "
+    arms = [
+        f"rl.arms.dpo={dpo}'sft[0]'}}",
+        f"rl.arms.dpo_soup={dpo}'soup(0.25*sft[0], 0.75*sft[1])'}}",
+    ]
+    done = salsa(inputs, "run", "tiny.yaml", *arms, "rl.seeds=[0]", "-o", str(copy), "--force")
+    assert done.returncode == 0, done.stderr
+    assert "rl ppo seed 0: reused" in done.stderr
+    report = report_of(copy)
+    assert set(report["arms"]) == {"sft", *ARMS, "dpo", "dpo_soup"}
+    rows = {}
+    for arm in ("dpo", "dpo_soup"):
+        (folder,) = (copy / "stages").glob(f"rl-{arm.replace('_', '-')}-seed-0-*")
+        rows[arm] = [
+            json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert rows[arm][-1]["rewards/margins"] > rows[arm][0]["rewards/margins"]
+        assert report["arms"][arm]["mean"]["kl_to_sft[0]"]["mean"] > 0
+    assert rows["dpo"][0]["loss"] != rows["dpo_soup"][0]["loss"]
+
+
 def test_a_changed_beta_redoes_rl_and_nothing_before(finished, inputs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)

@@ -17,9 +17,9 @@ from salsa.models import LanguageModel
 from salsa.objectives import Moments
 from salsa.references import Reference, sha256_of
 from salsa.rl_models import Learner, Progress, load_progress, save_progress
-from salsa.runtime.checkpoint import state_file
+from salsa.runtime.checkpoint import load_state, state_file
 from salsa.types import rows_of
-from tests.tiny_rl import FP32, GRPO, changed, drawn, first_experience
+from tests.tiny_rl import FP32, GRPO, changed, drawn, first_experience, run_killed
 
 
 def generator(seed=0):
@@ -307,6 +307,13 @@ def test_the_moments_are_those_of_all_scores_so_far(job):
     assert after.mean == pytest.approx((5.0 * 100 + metrics["score"] * 8) / 108)
 
 
+def test_a_run_carries_the_moments_on(job, tmp_path):
+    """After two updates of 8 episodes the checkpoint has seen 16 scores."""
+    run_killed(job, tmp_path / "a", 3, normalize_scores=True)
+    state = load_state(state_file(tmp_path / "a" / "resume", 2))
+    assert state["progress"]["moments"][0] == 16
+
+
 # temperature
 
 
@@ -327,6 +334,14 @@ def test_old_and_reference_logprobs_are_under_the_temperature(temperature, apart
             n = int(rollout.lengths[b])
             expected = logits.log_softmax(-1)[-n - 1 : -1].gather(-1, ids[-n:, None]).squeeze(-1)
             torch.testing.assert_close(ours[b, :n], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_new_logprobs_are_under_the_temperature_too(temperature, job):
+    """Before the first step the ratio is 1."""
+    warm = changed(job, temperature=temperature, num_epochs=1, minibatch_size=8)
+    models, experience, _ = first_experience(warm)
+    assert one_update(warm, models, experience).ratio == pytest.approx(1.0, abs=1e-5)
 
 
 # stale samples, checkpoints, the best policy

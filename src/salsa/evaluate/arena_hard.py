@@ -76,7 +76,7 @@ def load_questions(path: Path | str) -> list[Question]:
     """Upstream's `question.jsonl`: `uid` and `prompt` (v2.0, and v0.1 since then), or `question_id` and `turns`."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no questions there. Take question.jsonl from {UPSTREAM}.")
-    found: dict[Any, Question] = {}
+    questions: dict[Any, Question] = {}
     for row in read_rows(path):
         values = row.values
         if "prompt" in values:
@@ -87,17 +87,17 @@ def load_questions(path: Path | str) -> list[Question]:
             question = Question(
                 values["question_id"], str(values["category"]), (values["turns"][0]["content"],)
             )
-        if question.id in found:
+        if question.id in questions:
             raise DataError(f"{row.where}: question {question.id} is there twice. Remove one.")
-        found[question.id] = question
-    return list(found.values())
+        questions[question.id] = question
+    return list(questions.values())
 
 
 def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
     """Question → answer, from upstream's `model_answer/<model>.jsonl` of either version."""
     if not Path(path).is_file():
         raise DataError(f"{path}: no answers there. Take model_answer/*.jsonl from {UPSTREAM}.")
-    found: dict[Any, tuple[str, ...]] = {}
+    answers: dict[Any, tuple[str, ...]] = {}
     for row in read_rows(path):
         values = row.values
         try:
@@ -112,9 +112,9 @@ def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
             raise DataError(
                 f"{row.where} is no Arena-Hard answer (no {error}). Give v0.1's or v2.0's format."
             ) from error
-        if found.setdefault(key, (answer,)) != (answer,):
+        if answers.setdefault(key, (answer,)) != (answer,):
             raise DataError(f"{row.where}: a second, different answer to question {key}.")
-    return found
+    return answers
 
 
 def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[str, Any]:
@@ -251,8 +251,8 @@ def _label(game: Any, reparse: bool, counts: Counter[str]) -> str | None:
     parsed = None
     if isinstance(text, str):
         parsed = parse_arena_verdict(text)
-        found = {_MEANINGS.get(label.upper()) for label in _LABEL.findall(text)} - {None}
-        counts["texts with several different labels"] += len(found) > 1
+        verdicts = {_MEANINGS.get(label.upper()) for label in _LABEL.findall(text)} - {None}
+        counts["texts with several different labels"] += len(verdicts) > 1
     if reparse or "score" not in game:
         return parsed
     stored = game["score"]
@@ -274,9 +274,9 @@ def _scores(labels: Sequence[str | None], *, both: bool) -> tuple[tuple[float, f
     """(the model's score, weight) of each game that counts; `both`: none unless both games have a verdict."""
     if both and None in labels:
         return ()
-    found = []
+    rows = []
     for number, label in enumerate(labels):
         if label is not None:
             score, weight = _SCORES[label]
-            found.append((score if number == 1 else 1 - score, weight))
-    return tuple(found)
+            rows.append((score if number == 1 else 1 - score, weight))
+    return tuple(rows)

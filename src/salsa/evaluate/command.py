@@ -82,19 +82,19 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _models(words: Sequence[str]) -> dict[str, list[str]]:
     """NAME=DIRECTORY, a bare directory (named after itself), or a run directory (its arms)."""
-    found: dict[str, list[str]] = {}
+    arms: dict[str, list[str]] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals:
             name, path = Path(word).name, word
             if (Path(word) / "stages").is_dir():
                 for arm, checkpoints in run_arms(Path(word)).items():
-                    found.setdefault(arm, []).extend(checkpoints)
+                    arms.setdefault(arm, []).extend(checkpoints)
                 continue
         if not name or not path:
             raise ConfigError(f"{word!r}: write NAME=DIRECTORY, a directory, or a run directory.")
-        found.setdefault(name, []).append(path)
-    return found
+        arms.setdefault(name, []).append(path)
+    return arms
 
 
 def run_arms(run: Path) -> dict[str, list[str]]:
@@ -114,7 +114,7 @@ def run_arms(run: Path) -> dict[str, list[str]]:
         for folder in (run / "stages").glob("*/stage.json")
         if (record := json.loads(folder.read_text(encoding="utf-8")))
     }
-    found = {}
+    policies = {}
     for arm, record in report["arms"].items():
         wanted = [seed["policy"] for seed in record["seeds"]]
         if not record["trained"]:
@@ -125,8 +125,8 @@ def run_arms(run: Path) -> dict[str, list[str]]:
                 f"{run}: the policy of {arm} ({missing[0][:12]}) is gone. Run its recipe again, or name directories."
             )
         if wanted:
-            found[arm] = [str(by_output[output]) for output in wanted]
-    return found
+            policies[arm] = [str(by_output[output]) for output in wanted]
+    return policies
 
 
 def _mt_bench(folder: Path) -> dict[str, str]:

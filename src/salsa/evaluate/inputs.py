@@ -71,14 +71,14 @@ def load_questions(
     given = load_answers(references) if references is not None else {}
     if corrections is not None:
         given |= load_answers(corrections)
-    found: dict[Any, Question] = {}
-    for row in _rows(questions, "questions"):
+    by_id: dict[Any, Question] = {}
+    for row in _rows(questions, "by_id"):
         question = _question(row, given)
-        if question.id in found:
+        if question.id in by_id:
             raise DataError(f"{row.where}: question {question.id} is there twice. Remove one.")
         _check_reference(row, question, references)
-        found[question.id] = question
-    return list(found.values())
+        by_id[question.id] = question
+    return list(by_id.values())
 
 
 def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
@@ -87,7 +87,7 @@ def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
     Raises:
         DataError: a row of another shape, or two different answers to one question.
     """
-    found: dict[Any, tuple[str, ...]] = {}
+    answers: dict[Any, tuple[str, ...]] = {}
     for row in _rows(path, "answers"):
         need(row, "MT-Bench answer", "question_id", "choices")
         try:
@@ -96,11 +96,11 @@ def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
             turns = (None,)
         if not all(isinstance(turn, str) for turn in turns):
             raise DataError(f"{row.where}: choices[0].turns is no list of strings.")
-        if found.setdefault(row.values["question_id"], turns) != turns:
+        if answers.setdefault(row.values["question_id"], turns) != turns:
             raise DataError(
                 f"{row.where}: a second, different answer to question {row.values['question_id']}."
             )
-    return found
+    return answers
 
 
 def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[str, Any]:
@@ -115,14 +115,14 @@ def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[s
 
 def load_judge_prompts(path: Path | str) -> dict[str, JudgePrompt]:
     """Name → judge prompt, from upstream's `judge_prompts.jsonl`."""
-    found = {}
+    prompts = {}
     for row in _rows(path, "judge prompts"):
         need(row, "judge prompt", "name", "system_prompt", "prompt_template")
         values = row.values
-        found[values["name"]] = JudgePrompt(
+        prompts[values["name"]] = JudgePrompt(
             values["name"], values["system_prompt"], values["prompt_template"]
         )
-    return found
+    return prompts
 
 
 def judge_prompt(

@@ -102,7 +102,7 @@ class JudgmentCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, Reply] = {}
+        self.replies: dict[str, Reply] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if drop_half_line(path):
             say(f"{path}: dropped half a line that an interrupted write had left")
@@ -121,7 +121,7 @@ class JudgmentCache:
     def write(self, key: str, judge: Judge, reply: Reply) -> None:
         """Append one judgment, as one whole line."""
         append_jsonl(self.path, [{"key": key, "model": judge.model, **asdict(reply)}])
-        self.found[key] = reply
+        self.replies[key] = reply
 
     def _read(self, number: int, row: Any) -> None:
         try:
@@ -136,7 +136,7 @@ class JudgmentCache:
             raise DataError(
                 f"{self.path}: line {number} is no cached judgment. Remove that line."
             ) from error
-        self.found.setdefault(key, reply)
+        self.replies.setdefault(key, reply)
 
 
 def judge_all(
@@ -155,14 +155,14 @@ def judge_all(
     missing = {
         key: messages
         for key, messages in zip(keys, requests, strict=True)
-        if key not in cache.found
+        if key not in cache.replies
     }
     totals = Totals(reused=len(set(keys)) - len(missing))
     refusals: dict[str, Refusal] = {}
     if missing:
         with tracker(cache.path.parent, label, len(missing), ("judged", "refused")) as progress:
             asyncio.run(_ask_missing(missing, judge, cache, refusals, totals, progress))
-    replies = {key: cache.found.get(key) or refusals[key] for key in keys}
+    replies = {key: cache.replies.get(key) or refusals[key] for key in keys}
     for reply in replies.values():
         if isinstance(reply, Reply):
             totals.prompt_tokens += reply.prompt_tokens

@@ -172,9 +172,9 @@ def of_one_judge(rows: Sequence[Row], judge: str | None) -> tuple[list[Row], str
     """
     names = Counter(judge_of(row) for row in rows)
     if judge is None and len(names) > 1:
-        found = ", ".join(f"{name} ({count})" for name, count in names.items())
+        judges = ", ".join(f"{name} ({count})" for name, count in names.items())
         raise DataError(
-            f"{rows[0].where} and after: rows of {len(names)} judges: {found}. Choose one with judge=…"
+            f"{rows[0].where} and after: rows of {len(names)} judges: {judges}. Choose one with judge=…"
         )
     chosen = judge or next(iter(names))
     if chosen not in names:
@@ -239,18 +239,18 @@ def summarise(
         raise NoVerdict(
             f"{judge}: none of {len(comparisons)} comparisons has a verdict. Look at the judge's texts."
         )
-    found = dict(counts)
+    totals = dict(counts)
     if unequal := _questions_not_shared(pairs):
-        found["questions that not every pair was judged on"] = unequal
+        totals["questions that not every pair was judged on"] = unequal
     judged = {pair: own for pair, own in pairs.items() if any(c.scores for c in own)}
-    found |= {
+    totals |= {
         f"no verdict at all for {a} and {b}": len(pairs[a, b]) for a, b in pairs.keys() - judged
     }
     return PairsSummary(
         judge=judge,
         pairs={pair: summarise_pair(own) for pair, own in judged.items()},
         models={model: rate(own) for model, own in models.items() if any(c.scores for c in own)},
-        counts={name: count for name, count in found.items() if count},
+        counts={name: count for name, count in totals.items() if count},
         comparisons=comparisons,
     )
 

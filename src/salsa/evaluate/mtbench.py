@@ -147,9 +147,9 @@ def summarise_singles(
         judge=judge,
         models=models,
         differences={
-            pair: found
+            pair: difference
             for pair in combinations(models, 2)
-            if (found := _difference(ratings[pair[0]], ratings[pair[1]])) is not None
+            if (difference := _difference(ratings[pair[0]], ratings[pair[1]])) is not None
         },
         counts={name: count for name, count in counts.items() if count},
     )

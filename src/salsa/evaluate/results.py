@@ -83,34 +83,34 @@ def summarise(results: Results) -> dict[str, Any]:
 
 def notes(spec: EvalSpec, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a number."""
-    found = []
+    sentences = []
     if spec.num_seeds == 1:
-        found.append(
+        sentences.append(
             "One checkpoint per arm: the intervals cover prompts only and say nothing about another training seed."
         )
     else:
-        found.append(
+        sentences.append(
             f"{spec.num_seeds} checkpoints per arm: intervals are Student's t over prompts or over seeds, whichever is "
             "wider."
         )
     for name, bench in judged.items():
         for what, count in bench["counts"].items():
-            found.append(f"{name}: {count} {what}.")
+            sentences.append(f"{name}: {count} {what}.")
         for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
             if one["score"]["stderr"] == 0:
-                found.append(
+                sentences.append(
                     f"{name}: every rating of {arm} is {one['score']['mean']:g}. A judge that rates everything alike "
                     "says nothing, and its interval has no width."
                 )
         for pair in bench["pairs"]:
             consistency = pair["position"]["consistency"]
             if consistency is not None and consistency < DOUBTFUL_CONSISTENCY:
-                found.append(
+                sentences.append(
                     f"{name}, {pair['candidate']} against {pair['baseline']}: only {consistency:.0%} of the verdicts "
                     "survive exchanging the answers' places. What does not survive counts as a tie, which pulls the "
                     "rate towards 50 %: this judge can hardly tell these answers apart."
                 )
-    return found
+    return sentences
 
 
 def verdict_rows(bench: Bench) -> list[dict[str, Any]]:
@@ -170,9 +170,9 @@ def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     if bench.singles:
         categories = {question.id: question.category for question in bench.questions}
         try:
-            found = mtbench.summarise_singles(bench.singles, categories=categories, arms=arms)
-            singles = _singles(found)
-            counts |= {f"(ratings) {name}": count for name, count in found.counts.items()}
+            ratings = mtbench.summarise_singles(bench.singles, categories=categories, arms=arms)
+            singles = _singles(ratings)
+            counts |= {f"(ratings) {name}": count for name, count in ratings.counts.items()}
         except NoVerdict as error:
             counts[f"judgments and no rating at all ({error})"] = len(bench.singles)
     adjusted = holm([pair.win_rate.p_value for pair in pairs])

@@ -57,29 +57,29 @@ def summarise(recipe: Recipe, stages: Sequence[Stage], samples: Samples) -> dict
 
 def notes(recipe: Recipe) -> list[str]:
     """What a reader must know before believing a number."""
-    found = []
+    sentences = []
     if (preferences := recipe.preferences) is not None and preferences.labeller is not None:
-        found.append(_synthetic(preferences, recipe.sft.count))
+        sentences.append(_synthetic(preferences, recipe.sft.count))
     num_seeds = len(recipe.rl.seeds)
     if num_seeds == 1:
-        found.append(
+        sentences.append(
             "One RL seed: the intervals cover prompts only and say nothing about another seed."
         )
     elif num_seeds < 4:
-        found.append(
+        sentences.append(
             f"{num_seeds} RL seeds: the intervals are those of Student's t over prompts or over seeds, whichever is "
             "wider, and with so few seeds they are wide. More seeds narrow them faster than more prompts."
         )
-    found.append(
+    sentences.append(
         f"{_betas(recipe)} The same β is another constraint once the "
         f"reference moves, so compare arms at equal KL to {recipe.eval.shown} (the reward–KL plot), "
         "not by reward alone."
     )
-    found.append(
+    sentences.append(
         "The proxy is what the policies were trained to raise. A proxy that rises while a held-out "
         "score does not is reward hacking, not improvement."
     )
-    return found
+    return sentences
 
 
 def _betas(recipe: Recipe) -> str:
@@ -156,11 +156,11 @@ def pairs_of_score(
         by_arm: arm → figure → values [seeds, prompts].
         arms: in every pair the earlier is the baseline.
     """
-    found = [
+    rows = [
         _pair(score, candidate, baseline, by_arm) for baseline, candidate in combinations(arms, 2)
     ]
-    adjusted = holm([pair["p_value"] for pair in found])
-    return [pair | {"p_holm": round_metric(p)} for pair, p in zip(found, adjusted, strict=True)]
+    adjusted = holm([pair["p_value"] for pair in rows])
+    return [pair | {"p_holm": round_metric(p)} for pair, p in zip(rows, adjusted, strict=True)]
 
 
 def _pair(

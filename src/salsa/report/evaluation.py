@@ -55,17 +55,17 @@ def render(
 
 def headline(summary: Mapping[str, Any]) -> list[str]:
     """One sentence per benchmark, reward and arm that met the baseline."""
-    found = []
+    sentences = []
     for name, bench in summary["benchmarks"].items():
         outside = {p["baseline"] for p in bench["pairs"]} - set(summary["arms"])
         for pair in bench["pairs"]:
             if pair["baseline"] in {summary["baseline"], *outside}:
-                found.append(sentence(pair, name))
+                sentences.append(sentence(pair, name))
     if summary["samples"]:
         for pair in summary["samples"]["pairs"]:
             if pair["baseline"] == summary["baseline"]:
-                found.append(sentence(pair, pair["score"]))
-    return found
+                sentences.append(sentence(pair, pair["score"]))
+    return sentences
 
 
 def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -90,27 +90,27 @@ def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _figures(
     summary: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]
 ) -> dict[str, Figure]:
-    arms, found = summary["arms"], {}
+    arms, figures = summary["arms"], {}
     for name, bench in summary["benchmarks"].items():
         slug, singles = _slug(name), bench["singles"]
         if singles and any(one["by_category"] for one in singles["arms"].values()):
-            found[f"{slug}-bars"] = judged_figures.category_bars(singles, arms)
-            found[f"{slug}-radar"] = judged_figures.category_radar(singles, arms)
+            figures[f"{slug}-bars"] = judged_figures.category_bars(singles, arms)
+            figures[f"{slug}-radar"] = judged_figures.category_radar(singles, arms)
         shown = [
             p
             for p in bench["pairs"]
             if p["baseline"] not in arms or p["baseline"] == summary["baseline"]
         ]
         if any(len(pair["by_category"]) > 1 for pair in shown):
-            found[f"{slug}-rates"] = judged_figures.rates_by_category(shown, arms)
+            figures[f"{slug}-rates"] = judged_figures.rates_by_category(shown, arms)
         for number, pair in enumerate(bench["pairs"]):
             own = [row for row in verdicts if row["bench"] == name and _same(row, pair, summary)]
             if any(row["lengths"] and row["outcome"] is not None for row in own):
                 title = f"{pair['candidate']} against {pair['baseline']}: length"
-                found[f"{slug}-length-{number}"] = judged_figures.length_against_verdict(
+                figures[f"{slug}-length-{number}"] = judged_figures.length_against_verdict(
                     own, title, colour(pair["candidate"], arms)
                 )
-    return found
+    return figures
 
 
 def _same(row: Mapping[str, Any], pair: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:

@@ -44,6 +44,8 @@ def _curve(
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():
+        if name not in seeds[0][0]:  # DPO logs other metrics
+            continue
         steps = [row["step"] for row in seeds[0]]
         values = np.array([[row[name] for row in seed] for seed in seeds])
         for seed in values:

@@ -9,7 +9,7 @@ is not the same in all ingredients (keys, shapes, architecture, vocabulary) is a
     ingredients  what must be the same in all of them
     mix          the options, and the rule that they stand for
     methods      the rules: linear, wise, slerp, model_stock
-    pot          one soup, from opening the ingredients to its record
+    average      one soup, from opening the ingredients to its record
     blend        the streaming loop
     lora         adapters: side by side, or added to their base
     diagnostics  norms, cosines, distances, what bf16 loses
@@ -27,9 +27,9 @@ from typing import Any
 
 from salsa.artifacts import Checkpoint, new_directory, resolve, write_atomic
 from salsa.errors import ConfigError, WorkFailed
+from salsa.soup.average import Average, Source
 from salsa.soup.blend import Progress
 from salsa.soup.mix import Method, Mix, Score
-from salsa.soup.pot import Pot, Source
 
 __all__ = ["Method", "Score", "interpolate", "make_soup", "measure_soup", "write_soup"]
 
@@ -92,12 +92,12 @@ def make_soup(
         allow_identical=force,
     )
     out = Path(out)
-    found = [_found(path) for path in ingredients]
-    below = _found(base) if base is not None else None
-    _check_target(out, [*found, *([below] if below else [])])
+    sources = [_source(path) for path in ingredients]
+    base_source = _source(base) if base is not None else None
+    _check_target(out, [*sources, *([base_source] if base_source else [])])
     try:
         with new_directory(out, force=force) as partial:
-            digest = _write(found, partial, mix, below, progress)
+            digest = _write(sources, partial, mix, base_source, progress)
     except OSError as error:
         raise WorkFailed(f"{out}: {error}. Nothing was left there.") from error
     return Checkpoint(out, digest)
@@ -118,8 +118,8 @@ def write_soup(
     """Fill `directory` with a soup of checkpoints whose digests must still hold, as `make_soup`; returns its digest."""
     mix = Mix(weights=weights, method=method, alpha=alpha, score=score, dtype=dtype, heads=heads)
     sources = [Source(c.path, str(c.path), c.digest) for c in ingredients]
-    below = Source(base.path, str(base.path), base.digest) if base is not None else None
-    return _write(sources, directory, mix, below, None)
+    base_source = Source(base.path, str(base.path), base.digest) if base is not None else None
+    return _write(sources, directory, mix, base_source, None)
 
 
 def measure_soup(
@@ -135,9 +135,9 @@ def measure_soup(
         raise ConfigError(
             "soup: a greedy soup is scored, so it must be written. Leave --dry-run out."
         )
-    found = [_found(path) for path in ingredients]
-    with Pot(found, mix, _found(base) if base is not None else None) as pot:
-        return pot.cook(None, progress)
+    sources = [_source(path) for path in ingredients]
+    with Average(sources, mix, _source(base) if base is not None else None) as average:
+        return average.write(None, progress)
 
 
 def interpolate(
@@ -164,22 +164,22 @@ def interpolate(
     out, base = Path(out), options.pop("base", None)
     if not points or len(set(points)) != len(points):
         raise ConfigError("soup: give different --points, e.g. 0,0.25,0.5,0.75,1.")
-    found = [_found(start), _found(end)]
-    _check_target(out, found)
-    below = _found(base) if base is not None else None
+    sources = [_source(start), _source(end)]
+    _check_target(out, sources)
+    base_source = _source(base) if base is not None else None
     made = []
     with new_directory(out, force=force) as partial:
         for t in points:
             mix = Mix(weights=(1 - t, t), extrapolate=extrapolate, **options)
             (partial / f"t={t:g}").mkdir()
-            digest = _write(found, partial / f"t={t:g}", mix, below, None)
+            digest = _write(sources, partial / f"t={t:g}", mix, base_source, None)
             made.append(Checkpoint(out / f"t={t:g}", digest))
         record = {"method": "interpolate", "points": list(points)}
         write_atomic(partial / "soup.json", json.dumps(record, indent=1) + "\n")
     return made
 
 
-def _found(path: Path | str) -> Source:
+def _source(path: Path | str) -> Source:
     directory = resolve(str(path))
     snapshot = _HUB_SNAPSHOT.search(directory.as_posix())
     if snapshot is None:
@@ -206,8 +206,8 @@ def _write(
     """Fill a directory that is there; returns its digest."""
     if mix.method == "greedy":
         mix, tried = _greedy(sources, directory, mix, base, progress)
-    with Pot(sources, mix, base) as pot:
-        record = pot.cook(directory, progress)
+    with Average(sources, mix, base) as average:
+        record = average.write(directory, progress)
     if mix.kept is not None:
         record |= {"method": "greedy", "greedy": tried}
     for warning in record["warnings"]:
@@ -234,8 +234,8 @@ def _greedy(
     for i in order[1:]:
         shutil.rmtree(candidate, ignore_errors=True)
         candidate.mkdir()
-        with Pot(sources, replace(mix, kept=(*kept, i)), base) as pot:
-            pot.cook(candidate, progress)
+        with Average(sources, replace(mix, kept=(*kept, i)), base) as average:
+            average.write(candidate, progress)
         score = _scored(mix.score, candidate)
         stays = score >= best
         tried.append({"ingredient": i, "alone": scores[i], "soup": score, "kept": stays})

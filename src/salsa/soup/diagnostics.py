@@ -15,7 +15,7 @@ from salsa.soup.methods import Factors
 
 _ROW = 4096
 _STRANGERS = 0.8
-"""Fine-tunings of one base have weights with cosines near 1; below this they do not look like siblings."""
+"""Fine-tunings of one base have weights with cosines near 1; base_source this they do not look like siblings."""
 _OUTLIER = 2.0
 """An ingredient is an outlier if it is this many times as far from the others as is usual among them."""
 _COARSE = 0.05
@@ -131,30 +131,30 @@ def _described(total: Tally, layers: Mapping[str, Tally], with_base: bool) -> di
 
 def warnings_of(diagnostics: Mapping[str, Any], names: Sequence[str], stored: str) -> list[str]:
     """What a person should know before using the soup."""
-    found = []
+    messages = []
     cosines, distances = (
         np.array(diagnostics[k], dtype=float) for k in ("cosines", "relative_distances")
     )
     count = len(names)
     pairs = ~np.eye(count, dtype=bool)
     if diagnostics["of"] == "weights" and count > 1 and cosines[pairs].min() < _STRANGERS:
-        found.append(
+        messages.append(
             f"the weights of the ingredients point apart (cosine {cosines[pairs].min():.2f}): they do not look like "
             "fine-tunings of one base, and an average of strangers is no model"
         )
     if count > 2:
         mean = np.array([distances[i][pairs[i]].mean() for i in range(count)])
         for i in map(int, np.flatnonzero(mean > _OUTLIER * np.median(mean))):
-            found.append(
+            messages.append(
                 f"{names[i]} lies {mean[i] / np.median(mean):.1f} times as far from the others as they from each other"
             )
     share = diagnostics["bf16_rounding"]["share_of_delta"]
     if stored == "BF16" and share is not None and share > _COARSE:
-        found.append(
+        messages.append(
             f"storing bf16 loses {share:.0%} of the delta ({diagnostics['bf16_rounding']['delta']}): "
             "use --dtype float32"
         )
-    return found
+    return messages
 
 
 def _geometry(tally: Tally, with_base: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -100,14 +100,14 @@ class Weights:
         self.tensors: dict[str, Tensor] = {}
         self._open: tuple[Shard, BinaryIO] | None = None
         for name, expected in _shard_names(directory, stem).items():
-            shard, found = _read_header(directory / name)
-            if expected is not None and expected != found.keys():
-                stray = sorted(expected ^ found.keys())[0]
+            shard, header = _read_header(directory / name)
+            if expected is not None and expected != header.keys():
+                stray = sorted(expected ^ header.keys())[0]
                 raise CheckpointError(
                     f"{directory / name}: the index and this shard disagree about {stray!r}. Copy or save it again."
                 )
             self.shards.append(shard)
-            self.tensors |= found
+            self.tensors |= header
         if not self.tensors:
             raise CheckpointError(f"{directory}: its weight files hold no tensor.")
         for key in self.tensors:
@@ -332,20 +332,20 @@ def _plain(name: str) -> bool:
 
 def _read_header(path: Path) -> tuple[Shard, dict[str, Tensor]]:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("no regular file")
         with path.open("rb") as stream:
             start = stream.read(8)
             (length,) = struct.unpack("<Q", start)
-            if length > min(_MAX_HEADER_BYTES, found.st_size - 8):
+            if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
                 raise ValueError(f"a header of {length} bytes")
             text = stream.read(length)
         header = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("the header is no JSON object")
         header.pop("__metadata__", None)
-        shard = Shard(path, found.st_size)
+        shard = Shard(path, status.st_size)
         shard.hasher.update(start + text)
         shard.hashed = 8 + length
         tensors = {key: _tensor(shard, key, entry) for key, entry in header.items()}
@@ -405,12 +405,12 @@ def _split(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise ValueError(f"the key {key!r} twice")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def _brief(error: Exception) -> str:

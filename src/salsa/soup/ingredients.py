@@ -106,13 +106,13 @@ class Ingredient:
         Raises:
             CheckpointError: it is not the `expected` one.
         """
-        found = sha256_tree(self.path, known=self.weights.sha256())
-        if self.expected is not None and found != self.expected:
+        digest = sha256_tree(self.path, known=self.weights.sha256())
+        if self.expected is not None and digest != self.expected:
             raise CheckpointError(
-                f"{self.path}: changed since it was made (digest {found[:12]}, recorded {self.expected[:12]}). "
+                f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.expected[:12]}). "
                 "Delete that directory and run the recipe again to rebuild it."
             )
-        return found
+        return digest
 
 
 def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> None:
@@ -174,8 +174,8 @@ def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> Non
 
 def companions(homes: Sequence[Path]) -> list[Path]:
     """Configuration and tokenizer files that go with the weights."""
-    found = {name: home / name for home in homes for name in COMPANIONS if (home / name).is_file()}
-    return list(found.values())
+    files = {name: home / name for home in homes for name in COMPANIONS if (home / name).is_file()}
+    return list(files.values())
 
 
 def _check_tensors(first: Ingredient, other: Ingredient) -> None:
@@ -214,19 +214,21 @@ def _check_equal(
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration that weights depend on, in one spelling for all versions of transformers; null is absent."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
         if value is None or key in _NO_MEANING or _is_setting(key):
             continue
-        found[key] = _architecture(value) if isinstance(value, dict) else value
-    if "rope_type" in found:
-        return found
-    theta, scaling = found.pop("rope_theta", None), found.pop("rope_scaling", None)
+        values[key] = _architecture(value) if isinstance(value, dict) else value
+    if "rope_type" in values:
+        return values
+    theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
     if theta is not None or scaling is not None:  # transformers 4
         rope = {"rope_type": "default"} | (scaling if isinstance(scaling, dict) else {})
         rope["rope_type"] = rope.pop("type", rope["rope_type"])
-        found.setdefault("rope_parameters", rope | ({} if theta is None else {"rope_theta": theta}))
-    return found
+        values.setdefault(
+            "rope_parameters", rope | ({} if theta is None else {"rope_theta": theta})
+        )
+    return values
 
 
 def _is_setting(key: str) -> bool:
@@ -235,18 +237,18 @@ def _is_setting(key: str) -> bool:
 
 def _settings(ingredient: Ingredient) -> dict[str, Any]:
     """What is written beside the weights and must come from somewhere."""
-    found = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
+    settings = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
     generation = _optional_json(ingredient.file("generation_config.json"))
-    found |= {f"generation_config {k}": v for k, v in generation.items()}
-    found.pop("generation_config transformers_version", None)
-    found.pop("generation_config _from_model_config", None)
+    settings |= {f"generation_config {k}": v for k, v in generation.items()}
+    settings.pop("generation_config transformers_version", None)
+    settings.pop("generation_config _from_model_config", None)
     tokenizer = _optional_json(ingredient.file("tokenizer_config.json"))
     roles = tokenizer | _optional_json(ingredient.file("special_tokens_map.json"))
-    found |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
+    settings |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
     template = ingredient.file("chat_template.jinja")
     text = read_text(template) if template.exists() else None
-    found["chat template"] = text or tokenizer.get("chat_template")
-    return {key: value for key, value in found.items() if value is not None}
+    settings["chat template"] = text or tokenizer.get("chat_template")
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | None) -> None:
@@ -288,13 +290,13 @@ def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
                 if isinstance(t, dict)
             },
         }
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in ("vocab.json", "added_tokens.json"):
         if (file := ingredient.file(name)).exists():
-            found[name] = read_json(file)
+            values[name] = read_json(file)
     names = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
     there = {name: ingredient.file(name) for name in names}
-    return found | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
+    return values | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
 
 
 def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:
@@ -308,8 +310,8 @@ def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -
 
 
 def _embedding(ingredient: Ingredient) -> Tensor | None:
-    found = [t for key, t in ingredient.tensors.items() if key.endswith(_EMBEDDINGS)]
-    return found[0] if len(found) == 1 else None
+    matrices = [t for key, t in ingredient.tensors.items() if key.endswith(_EMBEDDINGS)]
+    return matrices[0] if len(matrices) == 1 else None
 
 
 def _is_alias(ingredient: Ingredient, key: str) -> bool:

@@ -92,21 +92,21 @@ class Adapter:
 
     def pairs(self) -> dict[str, str]:
         """Key of each A → key of its B."""
-        found = {}
+        pairs = {}
         for key in self.tensors:
             for end, other in _FACTORS.items():
                 if key.endswith(end):
-                    found[key] = key.removesuffix(end) + other
-        if lonely := [a for a, b in found.items() if b not in self.tensors]:
+                    pairs[key] = key.removesuffix(end) + other
+        if lonely := [a for a, b in pairs.items() if b not in self.tensors]:
             raise CheckpointError(f"{self.path}: {lonely[0]} has no B. Copy or save it again.")
-        for a, b in found.items():
+        for a, b in pairs.items():
             rank = self.tensors[a].shape[0]
             if self.tensors[b].shape[1:2] != (rank,) or rank != self.config["r"]:
                 raise CheckpointError(
                     f"{self.path}: {a} is {self.tensors[a].shape} and its B {self.tensors[b].shape}, which is not "
                     f"rank {self.config['r']}."
                 )
-        return found
+        return pairs
 
 
 def check_adapters(adapters: Sequence[Adapter]) -> None:
@@ -254,7 +254,7 @@ class MergedAdapter(Ingredient):
 
     def _targets(self) -> dict[str, tuple[str, str]]:
         """Key in the base → keys of its A and B."""
-        found = {}
+        tensors = {}
         for a, b in self.adapter.pairs().items():
             module = a.removeprefix(_PREFIX).split(".lora_")[0]
             target = self.base.tensors.get(f"{module}.weight")
@@ -268,8 +268,8 @@ class MergedAdapter(Ingredient):
                 raise CheckpointError(
                     f"{self.path}: B A of {module} is {shape}, in {self.base.path} the weight is {target.shape}."
                 )
-            found[f"{module}.weight"] = (a, b)
-        return found
+            tensors[f"{module}.weight"] = (a, b)
+        return tensors
 
 
 def _product_tally(adapters: Sequence[Adapter], a: str, b: str, factors: Factors) -> Tally:

@@ -135,8 +135,8 @@ def _show(record: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    found = record["diagnostics"]
-    of = "delta" if found["of"] == "deltas" else "weights"
+    diagnostics = record["diagnostics"]
+    of = "delta" if diagnostics["of"] == "deltas" else "weights"
     count = len(record["ingredients"])
     console.print(f"soup of {count}, {record['method']}, {record['dtype']}")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -145,13 +145,13 @@ def _show(record: Mapping[str, Any]) -> None:
     for name in ("weight", f"norm of {of}", *(f"cos to {i}" for i in range(count))):
         table.add_column(name, justify="right")
     for i, ingredient in enumerate(record["ingredients"]):
-        cosines = [_short(c, 4) for c in found["cosines"][i]]
-        norm = _short(found["norms"][i], 4)
+        cosines = [_short(c, 4) for c in diagnostics["cosines"][i]]
+        norm = _short(diagnostics["norms"][i], 4)
         table.add_row(str(i), ingredient["path"], f"{ingredient['weight']:.4g}", norm, *cosines)
-    table.add_row("", "soup", "", _short(found["soup_norm"], 4))
+    table.add_row("", "soup", "", _short(diagnostics["soup_norm"], 4))
     console.print(table)
-    _show_layers(console, found)
-    loss = found["bf16_rounding"]
+    _show_layers(console, diagnostics)
+    loss = diagnostics["bf16_rounding"]
     if (share := loss["share_of_delta"]) is not None:
         console.print(f"bf16 would lose {_share(share)} of the delta ({loss['delta']})")
     for step in record.get("greedy", ()):
@@ -159,14 +159,14 @@ def _show(record: Mapping[str, Any]) -> None:
         console.print(f"greedy: {step['ingredient']} {verdict}, score {step['soup']:.6g}")
 
 
-def _show_layers(console: Any, found: Mapping[str, Any]) -> None:
+def _show_layers(console: Any, diagnostics: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layer")
     for name in ("elements", "mean norm", "mean cos", "mean distance", "soup / mean norm"):
         table.add_column(name, justify="right")
-    for row in found["layers"]:
+    for row in diagnostics["layers"]:
         table.add_row(
             row["layer"],
             f"{row['elements']:,}",

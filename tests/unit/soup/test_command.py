@@ -7,13 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from . import cookbook
-from .cookbook import MATRIX, read
+from . import checkpoints
+from .checkpoints import MATRIX, read
 
 
 @pytest.fixture
 def three(tmp_path):
-    return [cookbook.write(tmp_path / f"m{seed}", cookbook.tensors(seed)) for seed in range(3)]
+    return [
+        checkpoints.write(tmp_path / f"m{seed}", checkpoints.tensors(seed)) for seed in range(3)
+    ]
 
 
 def soup(*arguments):
@@ -22,7 +24,7 @@ def soup(*arguments):
 
 
 def test_table_and_result(three, tmp_path):
-    base = cookbook.write(tmp_path / "base", cookbook.tensors(99))
+    base = checkpoints.write(tmp_path / "base", checkpoints.tensors(99))
     done = soup(*three, "-o", tmp_path / "soup", "--base", base)
     assert done.returncode == 0 and not done.stderr
     for words in (
@@ -91,6 +93,6 @@ def test_a_warning_goes_to_stderr(three, tmp_path):
     done = soup(*three[:2], "-o", tmp_path / "soup", "--dtype", "bfloat16")
     assert done.returncode == 0 and "storing bf16 loses" not in done.stdout
     strange = {k: np.random.default_rng(3).normal(size=v.shape) for k, v in read(three[0]).items()}
-    other = cookbook.write(tmp_path / "other", strange)
+    other = checkpoints.write(tmp_path / "other", strange)
     done = soup(three[0], other, "-o", tmp_path / "strange")
     assert done.returncode == 0 and "do not look like fine-tunings of one base" in done.stderr

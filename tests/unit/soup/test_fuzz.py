@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from salsa import make_soup
 from salsa.errors import SalsaError
 
-from . import cookbook
-from .cookbook import EMBEDDING, MATRIX, NORM
+from . import checkpoints
+from .checkpoints import EMBEDDING, MATRIX, NORM
 
 KEYS = [EMBEDDING, MATRIX, NORM, "model.layers.1.mlp.up_proj.weight", "__metadata__", "x", ""]
 SCALARS = st.one_of(
@@ -59,11 +59,11 @@ pytestmark = pytest.mark.slow
 def spoil(tmp_path, monkeypatch):
     """Copy a sound directory, let `change` at it, make a soup of it and a sound one, look at what is left."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    sound = cookbook.write(tmp_path / "sound", cookbook.tensors(0))
-    whole = cookbook.write(tmp_path / "whole", cookbook.tensors(1))
-    sharded = cookbook.write(tmp_path / "sharded", cookbook.tensors(1))
-    cookbook.shard(sharded, [EMBEDDING, MATRIX], [NORM, "model.layers.1.mlp.up_proj.weight"])
-    expected = cookbook.read(make_soup([sound, whole], out=tmp_path / "expected").path)
+    sound = checkpoints.write(tmp_path / "sound", checkpoints.tensors(0))
+    whole = checkpoints.write(tmp_path / "whole", checkpoints.tensors(1))
+    sharded = checkpoints.write(tmp_path / "sharded", checkpoints.tensors(1))
+    checkpoints.shard(sharded, [EMBEDDING, MATRIX], [NORM, "model.layers.1.mlp.up_proj.weight"])
+    expected = checkpoints.read(make_soup([sound, whole], out=tmp_path / "expected").path)
     spoilt, out = tmp_path / "spoilt", tmp_path / "soup"
 
     def run(change, source=whole, *, data_may_change=False):

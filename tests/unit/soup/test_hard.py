@@ -15,17 +15,17 @@ import pytest
 from salsa import make_soup
 from salsa.artifacts import Checkpoint
 
-from . import cookbook
+from . import checkpoints
 
 pytestmark = pytest.mark.slow
 LIMIT = 400 * 2**20
-"""Bytes of private memory, Python and numpy included; one tensor of the model below alone is as large."""
+"""Bytes of private memory, Python and numpy included; one tensor of the model base_source alone is as large."""
 
 
 def sparse(path, seed, elements):
     """A model of one large tensor, almost all of it a hole in the file, and its small siblings."""
-    cookbook.write(path, cookbook.tensors(seed))
-    values = cookbook.tensors(seed)
+    checkpoints.write(path, checkpoints.tensors(seed))
+    values = checkpoints.tensors(seed)
     header, offset = {}, 0
     for key, value in values.items():
         header[key] = {
@@ -109,7 +109,7 @@ def test_15_kill_9_at_twenty_moments_leaves_nothing_that_looks_whole(tmp_path):
 
 
 def test_15_kill_between_the_two_renames_loses_neither(tmp_path):
-    paths = [cookbook.write(tmp_path / str(s), cookbook.tensors(s)) for s in range(3)]
+    paths = [checkpoints.write(tmp_path / str(s), checkpoints.tensors(s)) for s in range(3)]
     out = tmp_path / "soup"
     first = make_soup(paths[:2], out=out)
     out.rename(tmp_path / ".soup.old")  # as a kill would leave it

@@ -13,7 +13,7 @@ from salsa import make_soup
 from salsa.errors import CheckpointError, ConfigError
 from salsa.soup import measure_soup
 
-from .cookbook import edit_json
+from .checkpoints import edit_json
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -11,18 +11,21 @@ from salsa import make_soup
 from salsa.errors import ConfigError, WorkFailed
 from salsa.soup import measure_soup
 
-from . import cookbook
-from .cookbook import MATRIX, NORM, edit_tensors, read
+from . import checkpoints
+from .checkpoints import MATRIX, NORM, edit_tensors, read
 
 
 @pytest.fixture
 def base(tmp_path):
-    return cookbook.write(tmp_path / "base", cookbook.tensors(99))
+    return checkpoints.write(tmp_path / "base", checkpoints.tensors(99))
 
 
 @pytest.fixture
 def three(tmp_path):
-    return [cookbook.write(tmp_path / f"model-{seed}", cookbook.tensors(seed)) for seed in range(3)]
+    return [
+        checkpoints.write(tmp_path / f"model-{seed}", checkpoints.tensors(seed))
+        for seed in range(3)
+    ]
 
 
 def doubles(path):

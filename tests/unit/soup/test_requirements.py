@@ -16,13 +16,16 @@ from salsa.artifacts import Checkpoint
 from salsa.errors import CheckpointError, ConfigError
 from salsa.soup import files, interpolate, measure_soup, write_soup
 
-from . import cookbook
-from .cookbook import EMBEDDING, HEAD, MATRIX, NORM, bits, edit_json, edit_tensors, edited, read
+from . import checkpoints
+from .checkpoints import EMBEDDING, HEAD, MATRIX, NORM, bits, edit_json, edit_tensors, edited, read
 
 
 @pytest.fixture
 def three(tmp_path):
-    return [cookbook.write(tmp_path / f"model-{seed}", cookbook.tensors(seed)) for seed in range(3)]
+    return [
+        checkpoints.write(tmp_path / f"model-{seed}", checkpoints.tensors(seed))
+        for seed in range(3)
+    ]
 
 
 def refused(message, ingredients, tmp_path, **options):
@@ -100,7 +103,8 @@ def test_02_dtypes_that_are_not_allowed(three, tmp_path, dtype):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_03_uniform_soup_is_the_float64_mean_rounded_once(tmp_path, dtype, count):
     paths = [
-        cookbook.write(tmp_path / str(seed), cookbook.tensors(seed, dtype)) for seed in range(count)
+        checkpoints.write(tmp_path / str(seed), checkpoints.tensors(seed, dtype))
+        for seed in range(count)
     ]
     soup = read(make_soup(paths, out=tmp_path / "soup").path)
     ingredients = [read(p) for p in paths]
@@ -113,7 +117,9 @@ def test_03_uniform_soup_is_the_float64_mean_rounded_once(tmp_path, dtype, count
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("count", range(1, 9))
 def test_03_weighted_soup_is_the_float64_sum_rounded_once(tmp_path, dtype, count):
-    paths = [cookbook.write(tmp_path / str(seed), cookbook.tensors(seed)) for seed in range(count)]
+    paths = [
+        checkpoints.write(tmp_path / str(seed), checkpoints.tensors(seed)) for seed in range(count)
+    ]
     weights = np.arange(1, count + 1) / sum(range(1, count + 1))
     weights[-1] = 1 - weights[:-1].sum()
     soup = make_soup(paths, weights=weights.tolist(), out=tmp_path / "soup", dtype=dtype)
@@ -143,15 +149,17 @@ def once(values, dtype):
 
 def test_03_bf16_is_not_rounded_twice(tmp_path):
     tie = 1 + 2.0**-8  # halfway between two bf16 numbers; a hair above must go up
-    a, b = (cookbook.tensors(0, "float64") | {NORM: np.full(8, v)} for v in (tie, tie + 2.0**-39))
-    paths = [cookbook.write(tmp_path / n, v) for n, v in (("a", a), ("b", b))]
+    a, b = (
+        checkpoints.tensors(0, "float64") | {NORM: np.full(8, v)} for v in (tie, tie + 2.0**-39)
+    )
+    paths = [checkpoints.write(tmp_path / n, v) for n, v in (("a", a), ("b", b))]
     soup = make_soup(paths, out=tmp_path / "soup", dtype="bfloat16", force=True)
     assert (read(soup.path)[NORM].astype(float) == 1 + 2.0**-7).all()
 
 
 def test_03_soup_of_one_keeps_every_bit(tmp_path):
-    values = cookbook.tensors(0) | {NORM: np.full(8, -0.0, np.float32)}
-    path = cookbook.write(tmp_path / "one", values)
+    values = checkpoints.tensors(0) | {NORM: np.full(8, -0.0, np.float32)}
+    path = checkpoints.write(tmp_path / "one", values)
     soup = make_soup([path], out=tmp_path / "soup")
     for key, value in read(soup.path).items():
         assert np.array_equal(bits(value), bits(values[key]))
@@ -177,7 +185,7 @@ def test_03_order_of_a_uniform_soup_does_not_matter(three, tmp_path):
 )
 def test_04_auto_is_the_widest_ingredient(tmp_path, dtypes, expected):
     paths = [
-        cookbook.write(tmp_path / str(seed), cookbook.tensors(seed, dtype), dtype=dtype)
+        checkpoints.write(tmp_path / str(seed), checkpoints.tensors(seed, dtype), dtype=dtype)
         for seed, dtype in enumerate(dtypes)
     ]
     soup = make_soup(paths, out=tmp_path / "soup")
@@ -192,7 +200,7 @@ def test_04_bf16_loss_is_measured_and_warned_of(tmp_path, caplog, apart, share):
     for seed in (1, 2):
         own = start + apart * np.random.default_rng(seed).normal(size=start.shape)
         values = {MATRIX: own.astype(ml_dtypes.bfloat16)}
-        paths.append(cookbook.write(tmp_path / str(seed), values))
+        paths.append(checkpoints.write(tmp_path / str(seed), values))
     with caplog.at_level(logging.WARNING):
         soup = make_soup(paths, out=tmp_path / "soup")
     record = json.loads((soup.path / "soup.json").read_text())
@@ -260,8 +268,8 @@ def test_06_a_head_that_only_one_has_can_be_kept_or_dropped(three, tmp_path):
 def test_07_sharding_may_differ(three, tmp_path):
     expected = make_soup(three, out=tmp_path / "expected")
     keys = sorted(read(three[0]))
-    cookbook.shard(three[1], keys[:1], keys[1:])
-    cookbook.shard(three[2], keys[2:], keys[:2])
+    checkpoints.shard(three[1], keys[:1], keys[1:])
+    checkpoints.shard(three[2], keys[2:], keys[:2])
     soup = make_soup(three, out=tmp_path / "soup")
     assert (soup.path / "model.safetensors").read_bytes() == (
         expected.path / "model.safetensors"
@@ -275,7 +283,7 @@ def test_07_index_beside_single_file_is_refused(three, tmp_path):
 
 def test_07_index_and_shards_must_agree(three, tmp_path):
     keys = sorted(read(three[0]))
-    cookbook.shard(three[1], keys[:1], keys[1:])
+    checkpoints.shard(three[1], keys[:1], keys[1:])
     index = three[1] / "model.safetensors.index.json"
     whole = index.read_text()
     edit_json(index, lambda i: i["weight_map"].pop(keys[0]))
@@ -456,7 +464,7 @@ def test_10_a_missing_tokenizer_is_not_taken_for_equal(three, tmp_path):
 
 
 def test_11_distances_are_those_of_the_deltas(three, tmp_path):
-    base = cookbook.write(tmp_path / "base", cookbook.tensors(99))
+    base = checkpoints.write(tmp_path / "base", checkpoints.tensors(99))
     record = measure_soup(three, base=base)
     start = flat(read(base))
     deltas = [flat(read(p)) - start for p in three]
@@ -497,14 +505,14 @@ def flat(values):
 
 
 def test_11_strangers_and_outliers_are_warned_of(three, tmp_path, caplog):
-    stranger = cookbook.write(
+    stranger = checkpoints.write(
         tmp_path / "stranger",
         {k: np.random.default_rng(5).normal(size=v.shape) for k, v in read(three[0]).items()},
     )
     make_soup([three[0], stranger], out=tmp_path / "soup")
     assert "do not look like fine-tunings of one base" in caplog.text
     caplog.clear()
-    far = cookbook.write(
+    far = checkpoints.write(
         tmp_path / "far", {k: v * np.float32(1.5) for k, v in read(three[0]).items()}
     )
     make_soup([*three, far], out=tmp_path / "other")
@@ -694,7 +702,7 @@ def test_16_non_finite_output_names_the_tensor(three, tmp_path):
 def test_16_large_float64_numbers_are_finite(tmp_path):
     values = {MATRIX: np.full((4, 4), 1e300)}
     paths = [
-        cookbook.write(tmp_path / n, values | {NORM: np.full(3, v)})
+        checkpoints.write(tmp_path / n, values | {NORM: np.full(3, v)})
         for n, v in (("a", 1.0), ("b", 2.0))
     ]
     soup = make_soup(paths, out=tmp_path / "soup")

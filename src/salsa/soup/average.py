@@ -33,7 +33,7 @@ class Source:
     expected: str | None = None
 
 
-class Pot:
+class Average:
     """Opened ingredients that go together; a context manager that closes them.
 
     Raises:
@@ -74,7 +74,7 @@ class Pot:
         if self.base is not None:
             check_base(self.base, self.ingredients[0], self._fixed)
 
-    def __enter__(self) -> "Pot":
+    def __enter__(self) -> "Average":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class Pot:
         for adapter in self.adapters:
             adapter.weights.close()
 
-    def cook(self, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
+    def write(self, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
         """Write weights and companions into `directory` (None: only measure); returns the content of `soup.json`."""
         if not self.ingredients:
             return self._concatenate(directory)
