@@ -1,5 +1,7 @@
 """Forward passes against transformers' own, over three families, padding and pad = eos."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from salsa.errors import CheckpointError
 from salsa.models import LanguageModel, RewardModel, ValueModel, language
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler.local import left_padded
-from salsa.types import Rollout
+from salsa.types import Rollout, Sampling
 from tests.conftest import FAMILIES, tiny_model, tiny_tokenizer, wrap
 
 FP32 = Engine.create("fp32")
@@ -151,3 +153,19 @@ def test_pad_falls_back_to_eos(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     assert models.load_tokenizer(tmp_path).pad_token_id == 2
+
+
+@pytest.mark.parametrize("pad_id", [0, 2])
+def test_a_response_has_ended_if_its_last_real_token_is_eos(pad_id):
+    """Not the last column, which is padding where a response is short."""
+    assert rollout_of(pad_id).ended((2,)).tolist() == [True, False, True]
+    assert rollout_of(pad_id).ended((73, 61)).tolist() == [False, True, False]
+    assert rollout_of(pad_id).lengths.tolist() == [3, 4, 1]
+
+
+@pytest.mark.parametrize(("written", "ends"), [(None, (2,)), (7, (2, 7)), ([5, 2], (2, 5))])
+def test_replies_end_at_the_tokenizers_eos_and_the_generation_configs(written, ends, tmp_path):
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
+    sampling = models.sampling_for(tmp_path, tiny_tokenizer(), max_new_tokens=3, temperature=0.5)
+    assert sampling == Sampling(3, 0.5, ends, 0)

@@ -16,6 +16,7 @@ from salsa.errors import CheckpointError, ConfigError
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
 from salsa.stages import directory as directory_module
+from salsa.stages import jobs
 from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Graph, Node
 from salsa.stages.jobs import RLJob, SFTJob, SoupJob, identity_of
@@ -325,3 +326,13 @@ def test_all_that_decides_a_result_is_in_its_identity(kind):
 def test_identity_of_a_plain_reference_is_its_digest():
     assert identity_of(ReferenceRule((ONE,))) == ONE.digest
     assert identity_of(ReferenceRule((ONE,), pulls=False)) != ONE.digest
+
+
+def test_a_changed_score_function_is_another_soup(monkeypatch):
+    """The name in the options stays; what counts is the module's content."""
+    job = replace(BEFORE["soup"], options={"method": "greedy", "score": "salsa.demo:gold"})
+    seen = []
+    for content in ("one", "two"):
+        monkeypatch.setattr(jobs, "fingerprint", lambda source, content=content: content)
+        seen.append(job.identity())
+    assert seen[0] != seen[1]

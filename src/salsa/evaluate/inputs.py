@@ -72,7 +72,7 @@ def load_questions(
     if corrections is not None:
         given |= load_answers(corrections)
     by_id: dict[Any, Question] = {}
-    for row in _rows(questions, "by_id"):
+    for row in _rows(questions, "questions"):
         question = _question(row, given)
         if question.id in by_id:
             raise DataError(f"{row.where}: question {question.id} is there twice. Remove one.")
