@@ -86,6 +86,8 @@ def run_recipe(
     directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
     jobs, threads = jobs or recipe.engine.jobs, recipe.engine.threads
     with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
+        if not force:
+            run.check_precision(recipe.model.precision)
         stages = stages_of(recipe, run.hashes)
         pool = ProcessPool(jobs, threads) if jobs > 1 else None
         graph = Graph(

@@ -275,6 +275,17 @@ def test_a_stage_never_changes_its_arithmetic(tmp_path):
     assert not stage.reused
 
 
+def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(tmp_path):
+    finish(tmp_path / "run", Computes("a"), Writes("b"), precision="bf16")
+    run = RunDirectory(tmp_path / "run")
+    run.check_precision("bf16")
+    run.check_precision("auto")
+    with pytest.raises(
+        ConfigError, match=r"run: a was computed in bf16, model.precision=fp32 would"
+    ):
+        run.check_precision("fp32")
+
+
 # identities of the real jobs
 
 ONE, TWO, THREE = (Checkpoint(Path(name), name * 64) for name in "123")

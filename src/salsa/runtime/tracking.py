@@ -94,6 +94,12 @@ def tracker(directory: Path, label: str, total: int, show: tuple[str, ...]) -> I
         yield Tracker(directory, label, total, show, progress)
 
 
+def plain_lines() -> None:
+    """No progress bars from here on: several processes share one terminal."""
+    global console
+    console = Console(stderr=True, highlight=False, soft_wrap=True, force_terminal=False)
+
+
 def say(text: str) -> None:
     """One plain line for the person who watches."""
     console.print(text, markup=False)

@@ -141,6 +141,21 @@ class RunDirectory:
             finally:
                 self.hashes.save()
 
+    def check_precision(self, precision: str) -> None:
+        """Refuse to compute everything anew in another arithmetic than the one that was finished here.
+
+        Raises:
+            ConfigError: `precision` is not `auto`, and finished stages were computed in another.
+        """
+        for file in sorted(self.path.glob("stages/*/stage.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            other = record.get("precision", precision)
+            if precision not in ("auto", other):
+                raise ConfigError(
+                    f"{self.path}: {record['stage']} was computed in {other}, model.precision={precision} would compute "
+                    "it anew. Give --out another directory, or --force to have both here and replace the report."
+                )
+
     def place(self, job: Job, precision: str) -> Place:
         """Where `job` lies if it is computed in `precision`."""
         identity = {"layout": LAYOUT_VERSION, "stage": job.label, **job.identity()}

@@ -44,7 +44,10 @@ def _in_worker(
     threads: int, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
 ) -> None:
     """What a worker process does with a call: prepare itself like the process that sent it, which stops it too."""
+    from salsa.runtime.tracking import plain_lines
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plain_lines()
     if engine is not None:
         from salsa.runtime.engine import Engine
         from salsa.runtime.tracking import quiet_libraries
