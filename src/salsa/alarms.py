@@ -1,6 +1,6 @@
 """What a person should be told while RL runs: each alarm once, with what to try.
 
-Alarms are a function of the rows of `metrics.jsonl`, so a resumed run knows what has been said. The thresholds are
+Alarms are a function of the rows of `metrics.jsonl`, so a resumed run does not repeat them. The thresholds are
 ours; docs/metrics.md lists them. NaN and Inf are no alarm: they stop the run (`rl._require_finite`).
 """
 
@@ -38,7 +38,7 @@ class Alarms:
     """Which alarms have been raised so far."""
 
     def __init__(self, held_out: Iterable[str] = (), rows: Iterable[Row] = ()) -> None:
-        """Watch the scores `held_out` besides; `rows` were logged before a kill and are not said again."""
+        """Watch the scores `held_out` besides; `rows` were logged before a kill; what they raised is not repeated."""
         self.held_out = tuple(held_out)
         self.raised: dict[str, str] = {}
         self._rows: list[Row] = []

@@ -153,12 +153,12 @@ async def _tried(
             return await asyncio.wait_for(work, function.timeout)
         except TimeoutError as error:
             failure: Exception = error
-            said = f"took longer than {function.timeout:g} s" if function.timeout else "timed out"
+            reason = f"took longer than {function.timeout:g} s" if function.timeout else "timed out"
         except Exception as error:
-            failure, said = error, f"raised {type(error).__name__}: {error}"
+            failure, reason = error, f"raised {type(error).__name__}: {error}"
     times = f" {function.retries + 1} times in a row" if function.retries else ""
     raise WorkFailed(
-        f"reward {function.call}: {said}{times}. Finished work is kept; mend it and run again."
+        f"reward {function.call}: {reason}{times}. Finished work is kept; mend it and run again."
     ) from failure
 
 

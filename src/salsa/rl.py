@@ -92,7 +92,7 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
 
     Raises:
         CheckpointError: the models do not share a vocabulary, or the reference changed since the last checkpoint.
-        WorkFailed: a reward failed, a loss is no longer finite, or the sampler spoke with other weights.
+        WorkFailed: a reward failed, a loss is no longer finite, or the sampler held other weights.
     """
     engine = engine or Engine.create()
     config, states = setup.config, directory / "resume"
@@ -151,7 +151,7 @@ def collect_rollout(
     )
     if generation.version != (version := policy.version()):
         raise WorkFailed(
-            f"the sampler spoke with weights {generation.version[:12]}, the policy has {version[:12]}: its samples are "
+            f"the sampler held weights {generation.version[:12]}, the policy has {version[:12]}: its samples are "
             "stale and would bias every ratio. Push the policy's weights to the sampler after every update."
         )
     return generation.rollout
@@ -362,7 +362,7 @@ def advance(
 
 
 def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
-    """The run's models, and how its policy speaks.
+    """The run's models, and how its policy is sampled.
 
     Raises:
         CheckpointError: the models do not share a vocabulary, or one is not what its digest says.

@@ -281,7 +281,7 @@ def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(t
     run.check_precision("bf16")
     run.check_precision("auto")
     with pytest.raises(
-        ConfigError, match=r"run: a was computed in bf16, model.precision=fp32 would"
+        ConfigError, match=r"run: a was computed in bf16, model.precision=fp32 would do"
     ):
         run.check_precision("fp32")
 

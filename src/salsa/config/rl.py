@@ -45,7 +45,7 @@ _TRUNCATION = ("top_p", "top_k", "min_p")
 
 
 class ArmConfig(Strict):
-    """One way of training: `init` and `reference`, which must both be said, and settings of its own.
+    """One way of training: `init` and `reference`, which must both be given, and settings of its own.
 
     Every other key of an arm overrides the setting of that name in `rl:` (`kl_coef: 0.3`); with `method: dpo` the other
     keys are DPO's (`salsa.config.dpo`).

@@ -33,7 +33,7 @@ GARBAGE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said."""
+    """A judge's reply."""
 
     text: str
     finish_reason: str | None = None

@@ -152,7 +152,7 @@ class RunDirectory:
             other = record.get("precision", precision)
             if precision not in ("auto", other):
                 raise ConfigError(
-                    f"{self.path}: {record['stage']} was computed in {other}, model.precision={precision} would compute "
+                    f"{self.path}: {record['stage']} was computed in {other}, model.precision={precision} would do "
                     "it anew. Give --out another directory, or --force to have both here and replace the report."
                 )
 

@@ -12,7 +12,7 @@ __all__ = ["LocalSampler", "Sampler"]
 
 
 class Sampler(Protocol):
-    """Samples one response per prompt and says which weights spoke."""
+    """Samples one response per prompt and stamps which weights it sampled from."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
