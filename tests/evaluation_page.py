@@ -2,10 +2,11 @@
 
 import random
 
+from salsa.evaluate.benchmarks import Bench
 from salsa.evaluate.games import pair_rows, single_rows
 from salsa.evaluate.inputs import JudgePrompt, Question
 from salsa.evaluate.judge import Reply, Totals
-from salsa.evaluate.results import Bench, Results, summarise, verdict_rows
+from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.evaluate.spec import EvalSpec
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")  # fmt: skip

@@ -21,8 +21,11 @@ from salsa.artifacts import Checkpoint, read_jsonl, resolve, write_jsonl
 from salsa.config import RewardFunction
 from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.errors import ConfigError, DataError
-from salsa.evaluate import arena_hard, games, inputs
-from salsa.evaluate.inputs import TEMPERATURES, JudgePrompt, Question
+from salsa.evaluate import games, inputs
+from salsa.evaluate.benchmarks import Bench, Benchmark, Match
+from salsa.evaluate.benchmarks.arena_hard import ArenaHard
+from salsa.evaluate.benchmarks.mtbench import MTBench, pair_rows
+from salsa.evaluate.inputs import JudgePrompt, Question
 from salsa.evaluate.judge import (
     EndpointJudge,
     Judge,
@@ -34,7 +37,7 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
-from salsa.evaluate.results import Bench, Results
+from salsa.evaluate.results import Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.models import load_tokenizer, same_vocabulary
 from salsa.rewards import RewardSource
@@ -81,8 +84,11 @@ class _Evaluation:
         self.models = {arm: [e.label for e in self.entrants if e.arm == arm] for arm in spec.models}
         self.pairs = games.pairings(self.models, spec.against)
         self.totals = Totals()
-        self._mt_bench = self._read_mt_bench()
-        self._arena_hard = self._read_arena_hard()
+        self.benchmarks: list[Benchmark] = []
+        if spec.mt_bench is not None:
+            self.benchmarks.append(MTBench(spec.mt_bench))
+        if spec.arena_hard is not None:
+            self.benchmarks.append(ArenaHard(spec.arena_hard))
         self._prompts = self._read_prompts()
         self._judge_prompts = (
             inputs.load_judge_prompts(spec.prompts.judge_prompts)
@@ -94,47 +100,13 @@ class _Evaluation:
     def results(self) -> Results:
         """All the work, and what it found."""
         samples = self._samples() if self._prompts else {}
-        benches = []
-        if self._mt_bench:
-            benches.append(self._play_mt_bench(*self._mt_bench))
-        if self._arena_hard:
-            benches.append(self._play_arena_hard(*self._arena_hard))
+        benches = [b.judged(self._answers(b), self._match()) for b in self.benchmarks]
         if samples and self._judge_prompts and self.judge:
-            benches.append(self._play_prompts(samples, self._judge_prompts))
+            benches.append(self._judge_samples(samples, self._judge_prompts))
         digests = {e.label: e.checkpoint.digest for e in self.entrants}
         return Results(self.spec, self.models, digests, samples, benches, self.totals)
 
     # reading
-
-    def _read_mt_bench(self) -> tuple[list[Question], dict[str, JudgePrompt]] | None:
-        config = self.spec.mt_bench
-        if config is None:
-            return None
-        questions = inputs.load_questions(config.questions, config.references, config.corrections)
-        prompts = inputs.load_judge_prompts(config.judge_prompts)
-        for question in questions:  # every prompt that will be needed is there
-            for turn in range(1, len(question.turns) + 1):
-                for kind in ("single", "pair"):
-                    inputs.judge_prompt(prompts, kind, question, turn)
-        return questions, prompts
-
-    def _read_arena_hard(
-        self,
-    ) -> tuple[list[Question], arena_hard.ArenaPrompt, dict[Any, tuple[str, ...]] | None] | None:
-        config = self.spec.arena_hard
-        if config is None:
-            return None
-        questions = arena_hard.load_questions(config.questions)
-        prompt = arena_hard.load_judge_prompt(config.judge_prompt)
-        if config.baseline is None:
-            return questions, prompt, None
-        answers = arena_hard.load_answers(config.baseline)
-        if missing := [q.id for q in questions if q.id not in answers]:
-            raise DataError(
-                f"{config.baseline}: no answer to {len(missing)} of {len(questions)} questions, e.g. {missing[0]}. "
-                "Give the baseline's answers to these questions."
-            )
-        return questions, prompt, answers
 
     def _read_prompts(self) -> dict[str, list[Prompt]]:
         """Model → the prompts as it sees them; those that fit every model, so that all answer the same ones."""
@@ -191,106 +163,54 @@ class _Evaluation:
             samples.setdefault(entrant.arm, []).append(self._finish(job))
         return samples
 
-    def _answers(
-        self,
-        bench: str,
-        questions: Sequence[Question],
-        temperature: float | None,
-        limit: int,
-    ) -> None:
-        """Write every model's answers in upstream's format, copied to `<bench>/model_answer`."""
-        temperatures = tuple(_temperature(question, temperature) for question in questions)
+    def _answers(self, benchmark: Benchmark) -> dict[str, dict[Any, tuple[str, ...]]]:
+        """Model → question → answers; also written to `<folder>/model_answer` in upstream's format."""
+        answers = {}
         for entrant in self.entrants:
             job = AnswersJob(
-                label=f"{bench} {entrant.label}",
-                benchmark=bench,
+                label=f"{benchmark.folder} {entrant.label}",
+                benchmark=benchmark.folder,
                 name=entrant.label,
                 policy=entrant.checkpoint,
-                questions=tuple(questions),
-                temperatures=temperatures,
-                max_new_tokens=limit,
+                questions=tuple(benchmark.questions),
+                temperatures=tuple(map(benchmark.temperature, benchmark.questions)),
+                max_new_tokens=benchmark.max_new_tokens,
                 batch_size=self.spec.batch_size,
                 seed=self.spec.seed + entrant.seed,
             )
             rows = read_jsonl(self._finish(job).path / "answers.jsonl")
-            write_jsonl(self._file(bench, "model_answer", entrant.label), rows)
+            file = self._match().file(f"{benchmark.folder}/model_answer", entrant.label)
+            write_jsonl(file, rows)
+            answers[entrant.label] = benchmark.load_answers(file)
+        return answers
 
     # judging
 
-    def _play_mt_bench(
-        self, questions: list[Question], prompts: Mapping[str, JudgePrompt]
-    ) -> Bench:
-        config, judge = self.spec.mt_bench, self._needed_judge()
-        assert config is not None
-        self._answers("mt_bench", questions, None, config.max_new_tokens)
-        answers = {
-            e.label: inputs.load_answers(self._file("mt_bench", "model_answer", e.label))
-            for e in self.entrants
-        }
-        singles = games.single_rows(questions, prompts, answers, judge.model, self._ask)
-        write_jsonl(self._judgments("mt_bench", "single"), singles)
-        pairs = games.pair_rows(questions, prompts, answers, self.pairs, judge.model, self._ask)
-        write_jsonl(self._judgments("mt_bench", "pair"), pairs)
-        return Bench("MT-Bench", questions, answers, pairs, singles)
+    def _match(self) -> Match:
+        assert self.judge is not None  # the schema: benchmarks need a judge
+        baseline = self.models[self.spec.against]
+        return Match(baseline, self.pairs, self.judge.model, self._ask, self.run.path)
 
-    def _play_arena_hard(
-        self,
-        questions: list[Question],
-        prompt: arena_hard.ArenaPrompt,
-        baseline: dict[Any, tuple[str, ...]] | None,
-    ) -> Bench:
-        config, judge = self.spec.arena_hard, self._needed_judge()
-        assert config is not None
-        self._answers("arena_hard", questions, config.temperature, config.max_new_tokens)
-        answers = {
-            e.label: arena_hard.load_answers(self._file("arena_hard", "model_answer", e.label))
-            for e in self.entrants
-        }
-        pairs = [pair for pair in self.pairs if pair[1] in self.models[self.spec.against]]
-        if baseline is not None:
-            name = Path(str(config.baseline)).stem
-            pairs = [(entrant.label, name) for entrant in self.entrants]
-            answers[name] = baseline
-        rows = games.arena_rows(questions, prompt, answers, pairs, judge.model, self._ask)
-        for label in {model for model, _ in pairs}:
-            folder = self.run.path / "arena_hard" / "model_judgment" / _slug(judge.model)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_jsonl(folder / f"{label}.jsonl", [row for row in rows if row["model"] == label])
-        return Bench("Arena-Hard", questions, answers, rows, [])
-
-    def _play_prompts(
+    def _judge_samples(
         self, samples: Mapping[str, Sequence[Checkpoint]], prompts: Mapping[str, JudgePrompt]
     ) -> Bench:
-        judge = self._needed_judge()
+        """The responses to the held-out prompts, judged in pairs by MT-Bench's prompts."""
         prompts_seen = next(iter(self._prompts.values()))
         questions = [Question(i, "", (prompt.text,)) for i, prompt in enumerate(prompts_seen)]
         answers = {}
-        for arm, stages in samples.items():
-            for label, stage in zip(self.models[arm], stages, strict=True):
-                rows = read_jsonl(stage.path / "samples.jsonl")
+        for arm, of_arm in samples.items():
+            for label, one in zip(self.models[arm], of_arm, strict=True):
+                rows = read_jsonl(one.path / "samples.jsonl")
                 answers[label] = {i: (row["response"],) for i, row in enumerate(rows)}
-        pairs = games.pair_rows(questions, prompts, answers, self.pairs, judge.model, self._ask)
-        write_jsonl(self._judgments("prompts", "pair"), pairs)
+        pairs = pair_rows("prompts", questions, prompts, answers, self._match())
         return Bench("held-out prompts", questions, answers, pairs, [])
 
     def _ask(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
-        judge = self._needed_judge()
+        assert self.judge is not None
         cache = JudgmentCache(self.run.path / "judgments.jsonl")
-        replies, totals = judge_all(conversations, judge, cache, f"judge {judge.model}")
+        replies, totals = judge_all(conversations, self.judge, cache, f"judge {self.judge.model}")
         self.totals = self.totals + totals
         return replies
-
-    def _needed_judge(self) -> Judge:
-        assert self.judge is not None  # the schema: benchmarks need a judge
-        return self.judge
-
-    def _file(self, bench: str, kind: str, label: str) -> Path:
-        path = self.run.path / bench / kind / f"{label}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def _judgments(self, bench: str, kind: str) -> Path:
-        return self._file(bench, "model_judgment", f"{_slug(self._needed_judge().model)}_{kind}")
 
     def _finish(self, job: Job) -> Checkpoint:
         node = Node(job.label, (), lambda: job)
@@ -322,18 +242,7 @@ def _entrants(spec: EvalSpec) -> list[Entrant]:
     ]
 
 
-def _temperature(question: Question, fixed: float | None) -> float:
-    if question.temperature is not None:
-        return question.temperature
-    return TEMPERATURES.get(question.category, 0.0) if fixed is None else fixed
-
-
 def _source(reward: RewardModel) -> RewardSource:
     if reward.call is not None:
         return RewardSource((RewardFunction(call=reward.call),))
     return RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))
-
-
-def _slug(name: str) -> str:
-    """A judge's name as a file name: endpoints call models `org/name` or by their path."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "judge"

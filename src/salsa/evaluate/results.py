@@ -8,7 +8,7 @@ import numpy as np
 
 from salsa.artifacts import Checkpoint, versions
 from salsa.evaluate import arena_hard, mtbench
-from salsa.evaluate.inputs import Question
+from salsa.evaluate.benchmarks import Bench
 from salsa.evaluate.judge import Totals
 from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary
 from salsa.evaluate.mtbench import SinglesSummary
@@ -20,19 +20,6 @@ from salsa.runtime.tracking import round_metric
 
 DOUBTFUL_CONSISTENCY = 0.5
 """Below this share of verdicts that survive the swap the report warns."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One judged benchmark: what was asked, answered and said about it."""
-
-    name: str
-    questions: Sequence[Question]
-    answers: Mapping[str, Mapping[Any, Sequence[str]]]
-    """Model → question → answers."""
-    pairs: Sequence[Mapping[str, Any]]
-    """Judgments of pairs in upstream's format."""
-    singles: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
