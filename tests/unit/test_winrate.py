@@ -189,3 +189,27 @@ def test_two_level_win_rate():
     assert result.rate == pytest.approx(0.75)
     flipped = two_level_win_rate(baseline, candidate)
     assert (flipped.low, flipped.high) == pytest.approx((1 - result.high, 1 - result.low), abs=0.02)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_intervals_are_at_the_level_that_was_asked(confidence):
+    """Oracle: scipy's t interval, over prompts where they rule, over the seeds' means where those do."""
+    prompts = np.array([0.0, 1, 2, 5])
+    expected = stats.ttest_1samp(prompts, 0).confidence_interval(confidence)
+    one = clustered_mean(prompts, range(4), confidence=confidence)
+    assert (one.low, one.high) == pytest.approx(tuple(expected))
+    alike = two_level_mean(np.array([prompts, prompts]), confidence=confidence)
+    assert (alike.low, alike.high) == pytest.approx(tuple(expected))
+    apart = np.array([[0.0, 0.1, 0.2], [5.0, 5.1, 5.2], [9.0, 9.1, 9.2]])
+    expected = stats.ttest_1samp(apart.mean(axis=1), 0).confidence_interval(confidence)
+    both = two_level_mean(apart, confidence=confidence)
+    assert (both.low, both.high) == pytest.approx(tuple(expected))
+
+
+def test_the_seeds_means_are_weighted_as_their_values_are():
+    """Weights 1 and 3: seed means 0.75 · b + 0.25 · a."""
+    values = np.array([0.0, 4.0, 10.0, 14.0, 20.0, 28.0])
+    weights = np.array([1.0, 3.0] * 3)
+    result = nested_mean(values, [0, 1] * 3, seeds=[0, 0, 1, 1, 2, 2], weights=weights)
+    expected = stats.ttest_1samp([3.0, 13.0, 26.0], 0).confidence_interval(0.95)
+    assert (result.high - result.low) == pytest.approx(expected.high - expected.low)
