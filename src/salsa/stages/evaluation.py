@@ -8,7 +8,7 @@ from salsa.artifacts import Checkpoint
 from salsa.config import DataSource, RewardFunction
 from salsa.data import fingerprint
 from salsa.evaluate.inputs import Question
-from salsa.rewards import RewardSource, function_digest
+from salsa.rewards import RewardSource
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -112,6 +112,3 @@ class AnswersJob:
         from salsa.evaluate.answers import write_answers
 
         write_answers(self, directory, engine)
-
-
-__all__ = ["AnswersJob", "EvalJob", "function_digest", "rewards_of"]
