@@ -3,10 +3,11 @@
 import random
 
 from salsa.evaluate.benchmarks import Bench
+from salsa.evaluate.checkpoints import judge_record
 from salsa.evaluate.games import pair_rows, single_rows
 from salsa.evaluate.inputs import JudgePrompt, Question
 from salsa.evaluate.judge import Reply, Totals
-from salsa.evaluate.results import Results, summarise, verdict_rows
+from salsa.evaluate.results import Arm, Results, summarise, verdict_rows
 from salsa.evaluate.spec import EvalSpec
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")  # fmt: skip
@@ -14,8 +15,8 @@ ARMS = {"ppo": ("a",), "sft": ("b",), "salsa": ("c",)}
 ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
 
 
-def evaluation(num_questions: int = 170) -> tuple[dict, list[dict], str]:
-    """`report.json`, verdict rows and the specification."""
+def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[dict]]:
+    """What `salsa.report.page.render` takes: `report.json`, no samples, no curves, the recipe and verdict rows."""
     rng = random.Random(0)
     questions = [
         Question(81 + i, CATEGORIES[i % 8], (f"Question {i}: {ATTACK}", "Again, shorter."))
@@ -61,6 +62,8 @@ def evaluation(num_questions: int = 170) -> tuple[dict, list[dict], str]:
         },
         "test",
     )  # fmt: skip
-    models = {arm: [arm] for arm in ARMS}
-    results = Results(spec, models, dict.fromkeys(ARMS, "0" * 64), {}, [bench], Totals())
-    return summarise(results), verdict_rows(bench), spec.to_yaml()
+    results = Results(
+        "test", "ppo", {arm: Arm([arm], [0], ["0" * 64]) for arm in ARMS}, spec.model_dump(mode="json"),
+        benches=[bench], judge=judge_record(spec.judge, Totals()),
+    )  # fmt: skip
+    return summarise(results), {}, {}, spec.to_yaml(), verdict_rows(bench)

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from salsa.report.evaluation import render
+from salsa.report.page import render
 from tests.evaluation_page import evaluation
 
 CHROMIUM = (

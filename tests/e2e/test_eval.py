@@ -39,8 +39,8 @@ def test_a_runs_arms_survive_a_kill_and_are_judged_once(finished, inputs, tmp_pa
         assert "samples sft-seed-0: reused" in done.stderr
         assert sum(server.attempts.values()) <= len(cache.read_text().splitlines()) + 4
     report = json.loads((out / "report.json").read_text())
-    assert report["arms"] == ["sft", "ppo", "salsa", "salsa3"] and report["num_seeds"] == 2
-    assert len(report["benchmarks"]["MT-Bench"]["pairs"]) == len(report["samples"]["pairs"]) == 6
+    assert list(report["arms"]) == ["sft", "ppo", "salsa", "salsa3"] and report["num_seeds"] == 2
+    assert len(report["benchmarks"]["MT-Bench"]["pairs"]) == len(report["pairs"]) == 6
     keys = [json.loads(line)["key"] for line in cache.read_text().splitlines()]
     assert len(keys) == len(set(keys))
     assert (out / "report.html").stat().st_size > 100_000

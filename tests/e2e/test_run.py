@@ -245,7 +245,7 @@ def test_finished_checkpoints_can_be_given_instead_of_training(finished, inputs,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path / "run")
-    assert any("One RL seed" in note for note in report["notes"])
+    assert any("One training seed" in note for note in report["notes"])
     assert not any(
         p.name.startswith(("sft", "reward")) for p in (tmp_path / "run" / "stages").iterdir()
     )

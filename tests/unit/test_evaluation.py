@@ -112,11 +112,11 @@ def test_everything_of_three_arms_and_nothing_twice(bench, make_checkpoint, tmp_
     assert {pair_of(p) for p in arena["pairs"]} == against_ppo
     assert all(p["n"] == 6 and p["num_clusters"] == 3 for p in mt["pairs"])
     assert set(mt["singles"]["arms"]["ppo"]["by_category"]) == {"writing", "math"}
-    samples = report["samples"]
     kl = "kl_to_" + models[0].partition("=")[2]
-    assert samples["arms"]["sft"][kl]["mean"] == 0 < samples["arms"]["ppo"][kl]["mean"]
-    assert {p["score"] for p in samples["pairs"]} == {"gold"} and len(samples["pairs"]) == 3
-    assert samples["num_prompts"] == 12
+    means = {name: arm["mean"] for name, arm in report["arms"].items()}
+    assert means["sft"][kl]["mean"] == 0 < means["ppo"][kl]["mean"]
+    assert {p["score"] for p in report["pairs"]} == {"gold"} and len(report["pairs"]) == 3
+    assert report["num_prompts"] == 12 and len(report["ended"]) == 2
     check_files(out, mt, arena)
 
 
@@ -173,7 +173,7 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
         ("salsa", "gpt", 12),
     }
     assert (out / "mt_bench" / "model_answer" / "ppo-seed-1.jsonl").exists()
-    assert "2 checkpoints per arm" in report["notes"][0]
+    assert "2 training seeds per arm" in report["notes"][0]
 
 
 def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, tmp_path):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from salsa.report.evaluation import headline, packed, render
+from salsa.report.page import headline, packed, render
 from salsa.report.pairs import matrix
 from tests.evaluation_page import ATTACK, evaluation
 
@@ -26,7 +26,7 @@ def test_model_and_judge_text_is_escaped(page):
 
 
 def test_every_table_agrees_with_the_summary(made, page):
-    summary, verdicts, _ = made
+    summary, *_, verdicts = made
     bench = summary["benchmarks"]["MT-Bench"]
     assert len(verdicts) == 3 * 24 * 2
     for pair in bench["pairs"]:
@@ -50,7 +50,7 @@ def test_matrix_has_both_ways_round(made):
 
 
 def test_texts_are_stored_once(made, page):
-    found = packed(made[1])
+    found = packed(made[-1])
     assert len(found["texts"]) == len(set(found["texts"])) < 2 * len(found["rows"]) + 24 * 8
     start = page.index("const { texts, rows } = ") + len("const { texts, rows } = ")
     assert json.loads(page[start : page.index(";\n", start)]) == json.loads(json.dumps(found))

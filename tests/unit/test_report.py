@@ -29,14 +29,14 @@ def summary():
     names = ("proxy", "kl_to_sft[0]", "kl_reference", "length", "eos_rate")
     arm = lambda trained: {
         "init": "sft[0]", "reference": "soup", "trained": trained,
-        "seeds": [{"seed": 0, "policy": "abc"} | dict.fromkeys(names, 0.5)],
+        "seeds": [{"seed": 0, "label": "arm-seed-0", "policy": "abc"} | dict.fromkeys(names, 0.5)],
         "mean": {n: estimate(0.5) for n in names},
     }  # fmt: skip
     return {
-        "name": "test", "method": "SALSA", "notes": ["a <b>note</b>"], "scores": ["proxy"], "baseline": "ppo",
+        "name": "test", "num_seeds": 1, "notes": ["a <b>note</b>"], "scores": ["proxy"], "baseline": "ppo",
         "kl_to": ["sft[0]"], "num_prompts": 2, "arms": {"sft": arm(False), "ppo": arm(True), "salsa": arm(True)},
         "pairs": [pair("ppo", "sft", 0.8, 0.1), pair("salsa", "ppo", 0.52, 0.1), pair("salsa", "sft", 0.8, 0.1)],
-        "recipe": {"rl": {"seeds": [0], "kl_coef": 0.05}}, "versions": {"salsa-rlhf": "0.1.0"},
+        "ended": [], "benchmarks": {}, "judge": None, "recipe": {}, "versions": {"salsa-rlhf": "0.1.0"},
         "stages": [{"stage": "sft[0]", "digest": "d" * 64, "output": "e" * 64}], "times": {"sft[0]": 1.5},
     }  # fmt: skip
 

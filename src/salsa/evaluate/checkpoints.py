@@ -37,11 +37,11 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
-from salsa.evaluate.results import Results
+from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.models import load_tokenizer, same_vocabulary
 from salsa.rewards import RewardSource
-from salsa.runtime.tracking import quiet_libraries, say
+from salsa.runtime.tracking import quiet_libraries, round_metric, say
 from salsa.stages.directory import Job, RunDirectory
 from salsa.stages.evaluation import AnswersJob, EvalJob
 from salsa.stages.graph import Graph, Node
@@ -67,9 +67,9 @@ def evaluate_checkpoints(spec: EvalSpec, out: Path, *, force: bool = False) -> P
     directory = RunDirectory(out)
     with directory.opened(spec.to_yaml(), force=force) as run:
         quiet_libraries()
-        from salsa.report.evaluation import write_evaluation
+        from salsa.report.page import write_report
 
-        write_evaluation(_Evaluation(spec, run).results(), run)
+        write_report(_Evaluation(spec, run).results(), run)
         say(f"report: {run.path / 'report.html'}")
     return directory.path
 
@@ -98,13 +98,32 @@ class _Evaluation:
         self.judge = make_judge(spec.judge, self.graph) if spec.judge else None
 
     def results(self) -> Results:
-        """All the work, and what it found."""
+        """All the work, and what it measured."""
         samples = self._samples() if self._prompts else {}
         benches = [b.judged(self._answers(b), self._match()) for b in self.benchmarks]
         if samples and self._judge_prompts and self.judge:
             benches.append(self._judge_samples(samples, self._judge_prompts))
-        digests = {e.label: e.checkpoint.digest for e in self.entrants}
-        return Results(self.spec, self.models, digests, samples, benches, self.totals)
+        spec = self.spec
+        return Results(
+            name=spec.name,
+            baseline=spec.against,
+            arms={arm: self._arm(arm) for arm in spec.models},
+            recipe=spec.model_dump(mode="json"),
+            samples=samples,
+            scores=tuple(spec.rewards) if samples else (),
+            kl_to=(spec.kl_to,) if samples and spec.kl_to else (),
+            benches=benches,
+            judge=judge_record(spec.judge, self.totals) if spec.judge else None,
+            stages=self.run.finished,
+        )
+
+    def _arm(self, name: str) -> Arm:
+        own = [entrant for entrant in self.entrants if entrant.arm == name]
+        return Arm(
+            labels=[entrant.label for entrant in own],
+            seeds=[entrant.seed for entrant in own],
+            policies=[entrant.checkpoint.digest for entrant in own],
+        )
 
     # reading
 
@@ -227,6 +246,20 @@ def make_judge(config: JudgeConfig, graph: Graph) -> Judge:
     from salsa.evaluate.local_judge import LocalJudge
 
     return LocalJudge(config, graph.engine())
+
+
+def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
+    """The judge's name and parameters, and what judging took."""
+    cost = totals.cost(config.price)
+    return {
+        "model": config.model or config.path or config.replay,
+        "parameters": config.request,
+        "prompt_tokens": totals.prompt_tokens,
+        "completion_tokens": totals.completion_tokens,
+        "refused": totals.refused,
+        "cut": totals.cut,
+        "cost": None if cost is None else round_metric(cost),
+    }
 
 
 def _entrants(spec: EvalSpec) -> list[Entrant]:

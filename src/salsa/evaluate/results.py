@@ -1,103 +1,100 @@
-"""What an evaluation of checkpoints found, as plain values: the content of its `report.json`, and rows to browse."""
+"""What an evaluation measured, of a run or of any checkpoints: one schema, the content of `report.json`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import Checkpoint, versions
+from salsa.artifacts import Checkpoint, read_jsonl, versions
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.benchmarks import Bench
-from salsa.evaluate.judge import Totals
 from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary
 from salsa.evaluate.mtbench import SinglesSummary
 from salsa.evaluate.significance import holm, mcnemar
-from salsa.evaluate.spec import EvalSpec
-from salsa.evaluate.summary import pairs_of_score, rounded, tables
-from salsa.evaluate.winrate import two_level_mean
+from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_metric
+from salsa.stages.directory import Stage
 
 DOUBTFUL_CONSISTENCY = 0.5
 """Below this share of verdicts that survive the swap the report warns."""
 
 
 @dataclass(frozen=True)
+class Arm:
+    """One arm: a model for each training seed."""
+
+    labels: Sequence[str]
+    seeds: Sequence[int]
+    policies: Sequence[str]
+    """The models' digests."""
+    init: str | None = None
+    reference: str | None = None
+    trained: bool | None = None
+    """Whether this run trained it; None where that is not known."""
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that an evaluation did."""
 
-    spec: EvalSpec
-    models: Mapping[str, Sequence[str]]
-    """Arm → its checkpoints' labels."""
-    digests: Mapping[str, str]
-    samples: Mapping[str, Sequence[Checkpoint]]
-    """Arm → seed → scored responses to the held-out prompts."""
-    benches: Sequence[Bench]
-    totals: Totals
+    name: str
+    baseline: str
+    arms: Mapping[str, Arm]
+    recipe: Mapping[str, Any]
+    """What was asked for, every default written out."""
+    samples: Mapping[str, Sequence[Checkpoint]] = field(default_factory=dict)
+    """Arm → seed → the directory of `samples.jsonl`, where held-out prompts were answered."""
+    scores: Sequence[str] = ()
+    """What the samples are scored by."""
+    kl_to: Sequence[str] = ()
+    benches: Sequence[Bench] = ()
+    judge: Mapping[str, Any] | None = None
+    """The judge's name, parameters, tokens and cost."""
+    remarks: Sequence[str] = ()
+    """What a reader must know of how the models were made."""
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
+    """Arm → seed → metrics of its training."""
+    stages: Sequence[Stage] = ()
 
     @property
-    def arms(self) -> Arms:
-        """Label → (arm, seed)."""
-        return {
-            label: (arm, seed)
-            for arm, labels in self.models.items()
-            for seed, label in enumerate(labels)
-        }
+    def num_seeds(self) -> int:
+        """Models per arm."""
+        return len(next(iter(self.arms.values())).seeds)
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """The content of `report.json`."""
-    spec = results.spec
-    judged = {bench.name: _bench(bench, results.arms) for bench in results.benches}
-    samples = _samples(results) if results.samples else None
-    return {
-        "name": spec.name,
-        "baseline": spec.against,
-        "arms": list(results.models),
-        "num_seeds": spec.num_seeds,
-        "notes": notes(spec, judged),
-        "judge": _judge(results) if spec.judge else None,
-        "benchmarks": judged,
-        "samples": samples,
-        "models": {
-            label: {"arm": arm, "seed": seed, "digest": results.digests[label]}
-            for label, (arm, seed) in results.arms.items()
-        },
-        "spec": spec.model_dump(mode="json"),
-        "versions": versions(),
+    """The content of `report.json`. All that may differ between two equal runs lies under `times`."""
+    tables = {name: _table(results, of_arm) for name, of_arm in results.samples.items()}
+    models: Arms = {
+        label: (name, seed)
+        for name, arm in results.arms.items()
+        for seed, label in enumerate(arm.labels)
     }
-
-
-def notes(spec: EvalSpec, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a reader must know before believing a number."""
-    sentences = []
-    if spec.num_seeds == 1:
-        sentences.append(
-            "One checkpoint per arm: the intervals cover prompts only and say nothing about another training seed."
-        )
-    else:
-        sentences.append(
-            f"{spec.num_seeds} checkpoints per arm: intervals are Student's t over prompts or over seeds, whichever is "
-            "wider."
-        )
-    for name, bench in judged.items():
-        for what, count in bench["counts"].items():
-            sentences.append(f"{name}: {count} {what}.")
-        for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
-            if one["score"]["stderr"] == 0:
-                sentences.append(
-                    f"{name}: every rating of {arm} is {one['score']['mean']:g}. A judge that rates everything alike "
-                    "says nothing, and its interval has no width."
-                )
-        for pair in bench["pairs"]:
-            consistency = pair["position"]["consistency"]
-            if consistency is not None and consistency < DOUBTFUL_CONSISTENCY:
-                sentences.append(
-                    f"{name}, {pair['candidate']} against {pair['baseline']}: only {consistency:.0%} of the verdicts "
-                    "survive exchanging the answers' places. What does not survive counts as a tie, which pulls the "
-                    "rate towards 50 %: this judge can hardly tell these answers apart."
-                )
-    return sentences
+    judged = {bench.name: _bench(bench, models) for bench in results.benches}
+    order = _baseline_first(results)
+    return {
+        "name": results.name,
+        "baseline": results.baseline,
+        "notes": [*results.remarks, *_notes(results, judged)],
+        "num_seeds": results.num_seeds,
+        "num_prompts": next(iter(tables.values()))["length"].shape[1] if tables else 0,
+        "scores": list(results.scores),
+        "kl_to": list(results.kl_to),
+        "arms": {name: _arm(arm, tables.get(name, {})) for name, arm in results.arms.items()},
+        "pairs": [pair for score in results.scores for pair in pairs_of(score, tables, order)],
+        "ended": _ended(tables, order) if tables and results.num_seeds == 1 else [],
+        "benchmarks": judged,
+        "judge": results.judge,
+        "recipe": results.recipe,
+        "versions": versions(),
+        "stages": [
+            {"stage": s.label, "digest": s.digest, "output": s.record["output"]}
+            for s in results.stages
+        ],
+        "times": {s.label: s.record["seconds"] for s in results.stages},
+    }
 
 
 def verdict_rows(bench: Bench) -> list[dict[str, Any]]:
@@ -145,8 +142,128 @@ def pairs_summary(bench: Bench, arms: Arms) -> PairsSummary:
     return mtbench.summarise_pairs(bench.pairs, categories=categories, lengths=lengths, arms=arms)
 
 
+def pairs_of(
+    score: str, tables: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
+
+    Args:
+        score: which column decides.
+        tables: arm → column → values [seeds, prompts].
+        arms: in every pair the earlier is the baseline.
+    """
+    rows = []
+    for baseline, candidate in combinations(arms, 2):
+        own, other = tables[candidate][score], tables[baseline][score]
+        rate = two_level_win_rate(own, other)
+        rows.append(
+            {"score": score, "candidate": candidate, "baseline": baseline}
+            | _rate(rate)
+            | {"difference": rounded(two_level_mean(own - other))}
+        )
+    return _with_holm(rows, [row["p_value"] for row in rows])
+
+
+def rounded(estimate: Any) -> dict[str, Any]:
+    """The fields of an estimate, shortened to what compares runs."""
+    return {
+        key: round_metric(value) if isinstance(value, float) else value
+        for key, value in asdict(estimate).items()
+    }
+
+
+def _table(results: Results, samples: Sequence[Checkpoint]) -> dict[str, np.ndarray]:
+    """Column → array [seeds, prompts]; a run's samples also have the KL to their own reference."""
+    rows = [read_jsonl(one.path / "samples.jsonl") for one in samples]
+    own = ["kl_reference"] if "kl_reference" in rows[0][0] else []
+    columns = [*results.scores, *(f"kl_to_{m}" for m in results.kl_to), *own, "length", "ended"]
+    return {c: np.array([[float(row[c]) for row in seed] for seed in rows]) for c in columns}
+
+
+def _baseline_first(results: Results) -> list[str]:
+    """The arms; what was not trained comes before the baseline, the others after it."""
+    untrained = [name for name, arm in results.arms.items() if arm.trained is False]
+    first = list(dict.fromkeys([*untrained, results.baseline]))
+    return first + [name for name in results.arms if name not in first]
+
+
+def _arm(arm: Arm, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    columns = {"eos_rate" if name == "ended" else name: values for name, values in table.items()}
+    return {
+        "init": arm.init,
+        "reference": arm.reference,
+        "trained": arm.trained,
+        "seeds": [
+            {"seed": seed, "label": label, "policy": policy}
+            | {name: round_metric(values[row].mean()) for name, values in columns.items()}
+            for row, (seed, label, policy) in enumerate(
+                zip(arm.seeds, arm.labels, arm.policies, strict=True)
+            )
+        ],
+        "mean": {name: rounded(two_level_mean(values)) for name, values in columns.items()},
+    }
+
+
+def _ended(
+    tables: Mapping[str, Mapping[str, np.ndarray]], order: Sequence[str]
+) -> list[dict[str, Any]]:
+    """McNemar's test on ending by itself, every arm against the first."""
+    ended = {name: table["ended"][0].tolist() for name, table in tables.items()}
+    return [
+        {"candidate": arm, "baseline": order[0]} | rounded(mcnemar(ended[arm], ended[order[0]]))
+        for arm in order[1:]
+    ]
+
+
+def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader must know before believing a number."""
+    notes = [_seeds_note(results.num_seeds), *_arithmetic_note(results.stages)]
+    for name, bench in judged.items():
+        notes += [f"{name}: {count} {what}." for what, count in bench["counts"].items()]
+        for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
+            if one["score"]["stderr"] == 0:
+                notes.append(
+                    f"{name}: every rating of {arm} is {one['score']['mean']:g}. A judge that rates everything alike "
+                    "says nothing, and its interval has no width."
+                )
+        for pair in bench["pairs"]:
+            consistency = pair["position"]["consistency"]
+            if consistency is not None and consistency < DOUBTFUL_CONSISTENCY:
+                notes.append(
+                    f"{name}, {pair['candidate']} against {pair['baseline']}: only {consistency:.0%} of the verdicts "
+                    "survive exchanging the answers' places. What does not survive counts as a tie, which pulls the "
+                    "rate towards 50 %: this judge can hardly tell these answers apart."
+                )
+    return notes
+
+
+def _seeds_note(count: int) -> str:
+    if count == 1:
+        return "One training seed per arm: the intervals cover prompts only and say nothing about another seed."
+    few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
+    return (
+        f"{count} training seeds per arm: the intervals are Student's t over prompts or over seeds, whichever is wider."
+        + (few if count < 4 else "")
+    )
+
+
+def _arithmetic_note(stages: Sequence[Stage]) -> list[str]:
+    """A note if stages were computed differently."""
+    computed: dict[str, list[str]] = {}
+    for stage in stages:
+        if (precision := stage.record.get("precision")) is not None:
+            computed.setdefault(precision, []).append(stage.label)
+    if len(computed) < 2:
+        return []
+    parts = "; ".join(f"{precision}: {', '.join(labels)}" for precision, labels in computed.items())
+    return [
+        f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
+        "comparison across that line."
+    ]
+
+
 def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
-    """Figures of one benchmark; a judge that never gave a verdict is told, and the rest still stands."""
+    """Rates and ratings of one benchmark; a judge that never gave a verdict is told, and the rest still stands."""
     pairs: list[PairSummary] = []
     singles, counts = None, {}
     try:
@@ -162,15 +279,21 @@ def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
             counts |= {f"(ratings) {name}": count for name, count in ratings.counts.items()}
         except NoVerdict as error:
             counts[f"judgments and no rating at all ({error})"] = len(bench.singles)
-    adjusted = holm([pair.win_rate.p_value for pair in pairs])
     return {
         "num_questions": len(bench.questions),
-        "pairs": [
-            _pair(one) | {"p_holm": round_metric(p)} for one, p in zip(pairs, adjusted, strict=True)
-        ],
+        "pairs": _with_holm([_pair(p) for p in pairs], [p.win_rate.p_value for p in pairs]),
         "singles": singles,
         "counts": counts,
     }
+
+
+def _with_holm(rows: list[dict[str, Any]], p_values: Sequence[float]) -> list[dict[str, Any]]:
+    adjusted = holm(p_values)
+    return [row | {"p_holm": round_metric(p)} for row, p in zip(rows, adjusted, strict=True)]
+
+
+def _rate(rate: Any) -> dict[str, Any]:
+    return rounded(rate) | {"verdict": rate.verdict, "resolution": round_metric(rate.resolution)}
 
 
 def _pair(pair: PairSummary) -> dict[str, Any]:
@@ -178,9 +301,7 @@ def _pair(pair: PairSummary) -> dict[str, Any]:
     return {
         "candidate": pair.candidate,
         "baseline": pair.baseline,
-        **rounded(pair.win_rate),
-        "verdict": pair.win_rate.verdict,
-        "resolution": round_metric(pair.win_rate.resolution),
+        **_rate(pair.win_rate),
         "sign_test": rounded(pair.sign),
         "position": asdict(position)
         | {"consistency": position.consistency, "first_rate": position.first_rate},
@@ -206,47 +327,6 @@ def _singles(singles: SinglesSummary) -> dict[str, Any]:
             {"a": a, "b": b, **rounded(difference)}
             for (a, b), difference in singles.differences.items()
         ],
-    }
-
-
-def _samples(results: Results) -> dict[str, Any]:
-    """Means of every figure of the held-out prompts, pairs by reward, and McNemar on ending by itself."""
-    spec = results.spec
-    metrics = [*spec.rewards, *([f"kl_to_{spec.kl_to}"] if spec.kl_to else []), "length", "ended"]
-    values = {arm: tables(of_arm, metrics) for arm, of_arm in results.samples.items()}
-    order = [spec.against, *(arm for arm in values if arm != spec.against)]
-    first = {arm: np.concatenate(list(own["ended"])) for arm, own in values.items()}
-    return {
-        "num_prompts": next(iter(values.values()))["length"].shape[1],
-        "rewards": list(spec.rewards),
-        "kl_to": spec.kl_to,
-        "arms": {
-            arm: {name: rounded(two_level_mean(table)) for name, table in own.items()}
-            for arm, own in values.items()
-        },
-        "pairs": [pair for name in spec.rewards for pair in pairs_of_score(name, values, order)],
-        "ended": [
-            {"candidate": arm, "baseline": spec.against}
-            | rounded(mcnemar(first[arm].tolist(), first[spec.against].tolist()))
-            for arm in order[1:]
-        ]
-        if spec.num_seeds == 1
-        else [],
-    }
-
-
-def _judge(results: Results) -> dict[str, Any]:
-    config = results.spec.judge
-    assert config is not None
-    cost = results.totals.cost(config.price)
-    return {
-        "model": config.model or config.path or config.replay,
-        "parameters": config.request,
-        "prompt_tokens": results.totals.prompt_tokens,
-        "completion_tokens": results.totals.completion_tokens,
-        "refused": results.totals.refused,
-        "cut": results.totals.cut,
-        "cost": None if cost is None else round_metric(cost),
     }
 
 

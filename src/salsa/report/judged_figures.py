@@ -11,6 +11,46 @@ BINS = 8
 """Length differences are shown in so many groups of equal size."""
 
 
+def all_figures(
+    summary: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]
+) -> dict[str, Figure]:
+    """Element id → figure; the ids of one benchmark begin with its `slug`."""
+    arms, figures = list(summary["arms"]), {}
+    arm_of = {m["label"]: name for name, arm in summary["arms"].items() for m in arm["seeds"]}
+    for name, bench in summary["benchmarks"].items():
+        singles = bench["singles"]
+        if singles and any(one["by_category"] for one in singles["arms"].values()):
+            figures[f"{slug(name)}-bars"] = category_bars(singles, arms)
+            figures[f"{slug(name)}-radar"] = category_radar(singles, arms)
+        shown = [
+            p
+            for p in bench["pairs"]
+            if p["baseline"] not in arms or p["baseline"] == summary["baseline"]
+        ]
+        if any(len(pair["by_category"]) > 1 for pair in shown):
+            figures[f"{slug(name)}-rates"] = rates_by_category(shown, arms)
+        for number, pair in enumerate(bench["pairs"]):
+            names = [pair["candidate"], pair["baseline"]]
+            own = [
+                row
+                for row in verdicts
+                if row["bench"] == name
+                and [arm_of.get(row[side], row[side]) for side in ("candidate", "baseline")]
+                == names
+            ]
+            if any(row["lengths"] and row["outcome"] is not None for row in own):
+                title = f"{names[0]} against {names[1]}: length"
+                figures[f"{slug(name)}-length-{number}"] = length_against_verdict(
+                    own, title, colour(names[0], arms)
+                )
+    return figures
+
+
+def slug(name: str) -> str:
+    """A benchmark's name as the beginning of an element's id."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
 def category_bars(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
     """Mean rating by category, an arm a colour, with 95 % intervals."""
     data = []

@@ -9,29 +9,28 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
-from salsa.config import Recipe
-from salsa.evaluate.summary import summarise
-from salsa.report import figures
-from salsa.report.pairs import Pair, matrices, sentence
-from salsa.stages.directory import RunDirectory, policy_label
+from salsa.artifacts import read_jsonl, write_atomic
+from salsa.evaluate.results import Results, summarise, verdict_rows
+from salsa.report import figures, judged_figures
+from salsa.report.pairs import Pair, matrices, matrix, sentence
+from salsa.stages.directory import RunDirectory
 
 COMPLETIONS = 24
 """Prompts shown side by side, drawn at random with a fixed seed."""
 
 
-def write_report(
-    recipe: Recipe, run: RunDirectory, samples: Mapping[str, Sequence[Checkpoint]], key: str
-) -> None:
+def write_report(results: Results, run: RunDirectory, *, key: str | None = None) -> None:
     """Write `report.json` and `report.html` into the run directory; `key` as of `stages.directory.report_key`."""
-    summary = summarise(recipe, run.finished, samples) | {"key": key}
+    summary = summarise(results) | ({"key": key} if key else {})
     rows = {
         name: [read_jsonl(one.path / "samples.jsonl") for one in of_arm]
-        for name, of_arm in samples.items()
+        for name, of_arm in results.samples.items()
     }
-    curves = learning_curves(recipe, run)
+    verdicts = [row for bench in results.benches for row in verdict_rows(bench)]
+    recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    html = render(summary, rows, results.curves, recipe, verdicts)
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(run.path / "report.html", render(summary, rows, curves, recipe.to_yaml()))
+    write_atomic(run.path / "report.html", html)
 
 
 def render(
@@ -39,50 +38,60 @@ def render(
     rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     recipe_yaml: str,
+    verdicts: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page.
 
     Args:
         summary: `report.json`.
         rows: arm → seed → samples.
-        curves: arm → seed → the RL stage's metrics.
-        recipe_yaml: the resolved recipe.
+        curves: arm → seed → metrics of its training.
+        recipe_yaml: what was asked for.
+        verdicts: `results.verdict_rows` of every benchmark.
     """
-    return render_page(
-        "page.html",
-        figures.all_figures(summary, rows, curves),
-        report=summary,
-        headline=headline(summary),
-        against=against_baseline(summary),
-        matrices=matrices(summary["pairs"]),
-        completions=completions(rows),
-        recipe_yaml=recipe_yaml,
-        total_minutes=sum(summary["times"].values()) / 60,
-    )
-
-
-def render_page(template: str, plots: Mapping[str, figures.Figure], **values: Any) -> str:
-    """A template of this directory with its figures and plotly itself inside; text is escaped."""
     from plotly.offline import get_plotlyjs
 
+    arms, benches = list(summary["arms"]), summary["benchmarks"]
+    plots = figures.all_figures(summary, rows, curves) | judged_figures.all_figures(
+        summary, verdicts
+    )
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
-    return environment.get_template(template).render(
+    environment.filters["slug"] = judged_figures.slug
+    return environment.get_template("page.html").render(
+        report=summary,
+        headline=headline(summary),
+        against=against_baseline(summary),
+        matrices=matrices(summary["pairs"]),
+        judged={name: matrix(bench["pairs"]) for name, bench in benches.items()},
+        outside={
+            name: sorted({p["baseline"] for p in bench["pairs"]} - set(arms))
+            for name, bench in benches.items()
+        },
+        completions=completions(rows),
+        curves=bool(curves),
+        num_verdicts=len(verdicts),
+        verdicts=Markup(script_json(packed(verdicts))),
+        recipe_yaml=recipe_yaml,
+        total_minutes=sum(summary["times"].values()) / 60,
         figures=Markup(script_json(plots)),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
-        **values,
     )
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:
-    """One sentence per arm and score that compares it with the baseline, intervals and verdict included."""
-    return [
-        sentence(pair, score)
-        for (name, score), pair in against_baseline(summary).items()
-        if name != "sft"
-    ]
+    """One sentence per benchmark, score and trained arm that met the baseline, interval and verdict included."""
+    sentences = []
+    for name, bench in summary["benchmarks"].items():
+        for pair in bench["pairs"]:  # the baseline is an arm, or one from outside
+            if pair["baseline"] == summary["baseline"] or pair["baseline"] not in summary["arms"]:
+                sentences.append(sentence(pair, name))
+    for (arm, score), pair in against_baseline(summary).items():
+        if summary["arms"][arm]["trained"] is not False:
+            sentences.append(sentence(pair, score))
+    return sentences
 
 
 def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], Pair]:
@@ -98,31 +107,37 @@ def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], Pair]:
 def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
     """Some prompts with the reply of each arm's first seed."""
     first = {name: seeds[0] for name, seeds in rows.items()}
-    count = len(next(iter(first.values())))
-    chosen = sorted(random.Random(0).sample(range(count), min(COMPLETIONS, count)))
+    prompts = [row["prompt"] for row in next(iter(first.values()), ())]
+    chosen = sorted(random.Random(0).sample(range(len(prompts)), min(COMPLETIONS, len(prompts))))
     return [
         {
-            "prompt": next(iter(first.values()))[i]["prompt"],
+            "prompt": prompts[i],
             "replies": [{"arm": name} | dict(samples[i]) for name, samples in first.items()],
         }
         for i in chosen
     ]
 
 
-def learning_curves(recipe: Recipe, run: RunDirectory) -> dict[str, list[list[dict]]]:
-    """Arm → seed → metrics of its RL stage."""
-    stages = {stage.label: stage for stage in run.finished}
-    return {
-        name: [stages[policy_label(name, seed)].metrics for seed in recipe.rl.seeds]
-        for name in recipe.rl.arms
-    }
+def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows whose texts are numbers into one list: an answer is shown in many comparisons and stored once."""
+    numbers: dict[str, int] = {}
+
+    def number(text: str) -> int:
+        return numbers.setdefault(text, len(numbers))
+
+    rows = [
+        {key: value for key, value in row.items() if key != "lengths"}
+        | {
+            "asked": [number(text) for text in row["asked"]],
+            "answers": [[number(text) for text in texts] for texts in row["answers"]],
+            "judgments": [number(text) for text in row["judgments"]],
+        }
+        for row in verdicts
+    ]
+    return {"texts": list(numbers), "rows": rows}
 
 
 def script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    return (
-        json.dumps(value)
-        .replace("<", "\\u003c")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029")
-    )
+    text = json.dumps(value).replace("<", "\\u003c")
+    return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
