@@ -54,7 +54,11 @@ def _stage_command(until: str) -> Callable[..., None]:
         loaded = Recipe.load(recipe, overrides or ())
         from salsa.pipeline import run_recipe
 
-        run_recipe(loaded, out=out, until=until, force=force, jobs=jobs, verify=verify)  # type: ignore[arg-type]
+        run = run_recipe(loaded, out=out, until=until, force=force, jobs=jobs, verify=verify)  # type: ignore[arg-type]
+        if until == "forecast":
+            from salsa.report.forecast import read_lines
+
+            typer.echo("\n".join(read_lines(run)))
 
     return command
 
@@ -63,6 +67,7 @@ _STAGE_COMMANDS = {
     "run": ("report", "Run the whole recipe; run it again to go on where it stopped."),
     "sft": ("sft", "Run the recipe's SFT, once per seed."),
     "reward": ("reward", "Train the recipe's reward model (and what it needs)."),
+    "forecast": ("forecast", "Say what each reference is worth at the optimum, before any RL."),
     "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
     "report": ("report", "Write report.html and report.json (and what they need)."),
 }
@@ -154,6 +159,34 @@ def evaluate(
     from salsa.evaluate.checkpoints import evaluate_checkpoints
 
     evaluate_checkpoints(asked, out or Path("runs") / asked.name, force=force)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file: recipe and grid")],
+    out: Out = None,
+    only: Annotated[
+        str, typer.Option(help="pattern of the points to finish, e.g. 'pair-0*'")
+    ] = "*",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the points and the time that is left")
+    ] = False,
+    jobs: Jobs = None,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe over a grid, shared stages once; tables, plots and verdicts over independent clusters."""
+    from salsa.analysis.sweep import plan_lines, points_of, read_lines, run_sweep
+    from salsa.config.sweep import SweepConfig
+
+    config = SweepConfig.load(file)
+    directory = out or Path("runs") / config.name
+    if dry_run:
+        typer.echo("\n".join(plan_lines(points_of(config, directory, only))))
+        return
+    from salsa.pipeline import run_recipe
+
+    run_sweep(config, directory, run_recipe, only=only, jobs=jobs)
+    typer.echo("\n".join(read_lines(directory)))
 
 
 @app.command()

@@ -10,10 +10,10 @@ of what decides its result: a finished one is reused, an interrupted one goes on
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from salsa.artifacts import FileHashes
-from salsa.config import Recipe
+from salsa.config import ForecastConfig, Recipe
 from salsa.config.expressions import parse_model
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
@@ -22,7 +22,7 @@ from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_is_current, report_key
 from salsa.stages.graph import Graph, Node
 
-Until = Literal["sft", "reward", "rl", "eval", "report"]
+Until = Literal["sft", "reward", "forecast", "rl", "eval", "report"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Stages:
     """Empty where the rewards are functions."""
     policies: dict[str, list[Node]]
     """Arm → seed → policy."""
+    forecast: dict[str, nodes.Sampled]
+    """Candidate reference → its replies, scored and weighed."""
     samples: dict[str, list[Node]]
     """Arm, and `sft` for the model that arms are measured to → seed → evaluated samples."""
 
@@ -58,7 +60,13 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
         ]
         for arm, of_arm in compared.items()
     }
-    return Stages(sft, [reward] if reward else [], policies, samples)
+    forecast = {
+        candidate: nodes.sampled(
+            recipe, candidate, models, reward, recipe.forecast or ForecastConfig()
+        )
+        for candidate in recipe.candidates()
+    }
+    return Stages(sft, [reward] if reward else [], policies, forecast, samples)
 
 
 def run_recipe(
@@ -112,6 +120,14 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     graph.finish(stages.reward)
     if until == "reward":
         return
+    if recipe.forecast is not None or until == "forecast":
+        graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
+    if until == "forecast":
+        from salsa.report.page import write_forecast
+
+        write_forecast(recipe.name, _forecast(recipe, graph, stages), graph.run)
+        say(f"forecast: {graph.run.path / 'forecast.html'}")
+        return
     graph.finish(node for of_arm in stages.policies.values() for node in of_arm)
     if until == "rl":
         return
@@ -125,5 +141,24 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
 
         samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
         results = results_of(recipe, graph.run.finished, samples)
-        write_report(results, graph.run, key=key)
+        forecast = _forecast(recipe, graph, stages) if recipe.forecast else None
+        write_report(results, graph.run, key=key, forecast=forecast)
     say(f"report: {graph.run.path / 'report.html'}")
+
+
+def _forecast(recipe: Recipe, graph: Graph, stages: Stages) -> dict[str, Any]:
+    """What every candidate reference is worth at the optimum."""
+    from salsa.analysis.forecast import default_betas, forecast, read_replies
+
+    replies = {
+        name: read_replies(
+            name,
+            recipe.eval.kl_to,
+            graph[candidate.replies].path,
+            graph[candidate.scores].path,
+            {yardstick: graph[node].path for yardstick, node in candidate.logprobs.items()},
+        )
+        for name, candidate in stages.forecast.items()
+    }
+    config, kl_coef = recipe.forecast or ForecastConfig(), recipe.rl.kl_coef
+    return forecast(replies, config.betas or default_betas(kl_coef), kl_coef)

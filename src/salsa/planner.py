@@ -32,9 +32,16 @@ def plan(recipe: Recipe) -> str:
         ),
         f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
         f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}",
+        _forecast_line(recipe),
         _memory_line(recipe),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _forecast_line(recipe: Recipe) -> str:
+    if (config := recipe.forecast) is None:
+        return ""
+    return f"forecast {config.num_samples} replies a prompt of each of {', '.join(recipe.candidates())}"
 
 
 def _sft_line(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from salsa.config.dpo import DPOConfig
 from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
+from salsa.config.forecast import ForecastConfig
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.recipe import Recipe
@@ -19,6 +20,7 @@ __all__ = [
     "DataSource",
     "EngineConfig",
     "EvalConfig",
+    "ForecastConfig",
     "LoRAConfig",
     "ModelConfig",
     "PreferencesConfig",

@@ -14,13 +14,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
-from salsa.config.expressions import Model, parse_model, sft_indices
+from salsa.config.expressions import Model, parse_model, sft_indices, text_of
+from salsa.config.forecast import ForecastConfig
 from salsa.config.legacy import upgraded
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
 from salsa.config.rl import RLSection
-from salsa.config.schema import Input, Strict, explain, nearest
+from salsa.config.schema import Execution, Input, Strict, explain, nearest
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
 from salsa.errors import ConfigError, accessing
@@ -38,6 +39,8 @@ class Recipe(Strict):
     reward: RewardConfig = RewardConfig()
     rl: RLSection
     eval: EvalConfig
+    forecast: Execution[ForecastConfig | None] = None
+    """If given, `salsa run` forecasts before RL and the report shows it; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
@@ -74,6 +77,17 @@ class Recipe(Strict):
             yield "eval.kl_to", parse_model(text)
         if self.reward.trains:
             yield "reward.init", parse_model(self.reward.init)
+        for text in (self.forecast and self.forecast.references) or ():
+            yield "forecast.references", parse_model(text)
+
+    def candidates(self) -> list[str]:
+        """The references that a forecast compares, the first is the baseline."""
+        if self.forecast is not None and self.forecast.references is not None:
+            return list(self.forecast.references)
+        arms = self.rl.arms
+        first = {self.eval.baseline: arms[self.eval.baseline]}
+        rules = [arm.rule for arm in (first | arms).values()]
+        return list(dict.fromkeys(text_of(model) for rule in rules for model in rule.models))
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":

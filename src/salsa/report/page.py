@@ -12,6 +12,7 @@ from markupsafe import Markup
 from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import figures, judged_figures
+from salsa.report import forecast as forecast_view
 from salsa.report.pairs import Pair, matrices, matrix, sentence
 from salsa.stages.directory import RunDirectory
 
@@ -19,9 +20,22 @@ COMPLETIONS = 24
 """Prompts shown side by side, drawn at random with a fixed seed."""
 
 
-def write_report(results: Results, run: RunDirectory, *, key: str | None = None) -> None:
-    """Write `report.json` and `report.html` into the run directory; `key` as of `stages.directory.report_key`."""
-    summary = summarise(results) | ({"key": key} if key else {})
+def write_report(
+    results: Results,
+    run: RunDirectory,
+    *,
+    key: str | None = None,
+    forecast: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `report.json` and `report.html` into the run directory.
+
+    Args:
+        results: what was measured.
+        run: where.
+        key: as of `stages.directory.report_key`.
+        forecast: `analysis.forecast.forecast` of the recipe's candidates, if it asks for one.
+    """
+    summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
     rows = {
         name: [read_jsonl(one.path / "samples.jsonl") for one in of_arm]
         for name, of_arm in results.samples.items()
@@ -31,6 +45,20 @@ def write_report(results: Results, run: RunDirectory, *, key: str | None = None)
     html = render(summary, rows, results.curves, recipe, verdicts)
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(run.path / "report.html", html)
+
+
+def write_forecast(name: str, forecast: Mapping[str, Any], run: RunDirectory) -> None:
+    """Write `forecast.json` and `forecast.html` into the run directory."""
+    html = render_template(
+        "forecast_page.html",
+        forecast_view.all_figures(forecast),
+        report={"name": name},
+        **_forecast_parts(forecast),
+    )
+    write_atomic(
+        run.path / "forecast.json", json.dumps(forecast, indent=1, ensure_ascii=False) + "\n"
+    )
+    write_atomic(run.path / "forecast.html", html)
 
 
 def render(
@@ -49,18 +77,16 @@ def render(
         recipe_yaml: what was asked for.
         verdicts: `results.verdict_rows` of every benchmark.
     """
-    from plotly.offline import get_plotlyjs
-
     arms, benches = list(summary["arms"]), summary["benchmarks"]
+    forecast = summary.get("forecast")
     plots = figures.all_figures(summary, rows, curves) | judged_figures.all_figures(
         summary, verdicts
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters["signed"] = lambda value: f"{value:+.3f}"
-    environment.filters["slug"] = judged_figures.slug
-    return environment.get_template("page.html").render(
+    if forecast:
+        plots |= forecast_view.all_figures(forecast)
+    return render_template(
+        "page.html",
+        plots,
         report=summary,
         headline=headline(summary),
         against=against_baseline(summary),
@@ -76,9 +102,33 @@ def render(
         verdicts=Markup(script_json(packed(verdicts))),
         recipe_yaml=recipe_yaml,
         total_minutes=sum(summary["times"].values()) / 60,
+        **(_forecast_parts(forecast) if forecast else {"forecast": None}),
+    )
+
+
+def render_template(template: str, plots: Mapping[str, figures.Figure], **values: Any) -> str:
+    """A template of this directory with its figures and plotly itself inside; text is escaped."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.3f}"
+    environment.filters["slug"] = judged_figures.slug
+    return environment.get_template(template).render(
         figures=Markup(script_json(plots)),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        **values,
     )
+
+
+def _forecast_parts(forecast: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "forecast": forecast,
+        "table": forecast_view.table(forecast),
+        "sentences": forecast_view.sentences(forecast),
+        "caveats": forecast_view.caveats(forecast),
+    }
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """A recipe's sections as nodes of the stage graph."""
 
+from dataclasses import dataclass
+
 from salsa.artifacts import Checkpoint, FileHashes, resolve
-from salsa.config import DPOConfig, Recipe
+from salsa.config import DPOConfig, ForecastConfig, Recipe
 from salsa.config.expressions import SFT, Base, Model, parse_model, sft_indices, text_of
 from salsa.data import (
     PREFERENCE_COLUMNS,
@@ -15,6 +17,7 @@ from salsa.data import (
 )
 from salsa.resolve import Models, checkpoints_of
 from salsa.rewards import RewardSource
+from salsa.stages.analysis import Asked, LogprobsJob, RepliesJob, ScoresJob
 from salsa.stages.directory import policy_label
 from salsa.stages.evaluation import EvalJob, rewards_of
 from salsa.stages.graph import Node
@@ -177,6 +180,61 @@ def samples(
         )
 
     return Node(label, (policy, *measured.values(), *owned, *([reward] if reward else [])), job)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One candidate reference: its replies, their scores, and their log-probabilities under each yardstick."""
+
+    replies: Node
+    scores: Node
+    logprobs: dict[str, Node]
+    """Yardstick, but for the candidate itself → the replies under it."""
+
+    @property
+    def all(self) -> list[Node]:
+        """Every node."""
+        return [self.replies, self.scores, *self.logprobs.values()]
+
+
+def sampled(
+    recipe: Recipe, candidate: str, models: Models, reward: Node | None, own: ForecastConfig
+) -> Sampled:
+    """What a forecast needs of one candidate."""
+    section, model = recipe.rl, models[parse_model(candidate)]
+    asked = Asked(
+        prompts=own.prompts or recipe.eval.prompts,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        num_samples=own.num_samples,
+        seed=own.seed,
+        batch_prompts=own.batch_prompts,
+    )
+    replies = Node(
+        f"replies {candidate}",
+        (model,),
+        lambda made: RepliesJob(f"replies {candidate}", made, asked),
+    )
+
+    def scored(made: Checkpoint, rows: Checkpoint, *trained: Checkpoint) -> ScoresJob:
+        rewards = rewards_of(_source(recipe, trained[0] if trained else None), recipe.eval.scores)
+        return ScoresJob(f"scores {candidate}", made, rows, asked, rewards)
+
+    def under(name: str) -> Node:
+        label, other = f"logprobs {candidate} under {name}", models[parse_model(name)]
+        return Node(
+            label,
+            (model, other, replies),
+            lambda author, made, rows: LogprobsJob(label, made, author, rows, asked.temperature),
+        )
+
+    needs = (model, replies, *([reward] if reward else []))
+    return Sampled(
+        replies,
+        Node(f"scores {candidate}", needs, scored),
+        {name: under(name) for name in recipe.eval.kl_to if name != candidate},
+    )
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -1,0 +1,230 @@
+"""One recipe × a grid: every point a run directory, all on the same stages, so that what points share is made once.
+
+runs/<name>/stages/                 the stages of all points
+runs/<name>/points/<point>/         recipe.yaml, report.html, forecast.html, …; its `stages` is a link to those
+runs/<name>/sweep.json, .csv, .md, .tex, sweep.html     effects by point, and verdicts over the clusters
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from salsa.analysis.verdicts import judge
+from salsa.artifacts import locked, write_atomic
+from salsa.config.recipe import Recipe
+from salsa.config.sweep import SweepConfig
+from salsa.errors import ConfigError, accessing
+from salsa.planner import plan
+from salsa.runtime.tracking import round_metric, say
+
+RESULT = {"forecast": "forecast.json", "report": "report.json"}
+COLUMNS = ("subject", "baseline", "at", "measure", "effect", "low", "high")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe of the grid."""
+
+    name: str
+    axes: dict[str, str]
+    recipe: Recipe
+    path: Path
+    result: Path
+    """Where its numbers are once it is finished."""
+
+
+def points_of(config: SweepConfig, out: Path, only: str = "*") -> list[Point]:
+    """The points of a sweep whose names match the pattern `only`.
+
+    Raises:
+        ConfigError: a point's recipe is wrong, two are equal, or none matches.
+    """
+    every = config.points()
+    points = [
+        Point(
+            name, axes, recipe, out / "points" / name, out / "points" / name / RESULT[config.until]
+        )
+        for name, (axes, recipe) in every.items()
+        if fnmatch(name, only)
+    ]
+    if not points:
+        raise ConfigError(f"--only {only}: no point matches. They are: {', '.join(every)}.")
+    return points
+
+
+def run_sweep(
+    config: SweepConfig,
+    out: Path,
+    run: Callable[..., Path],
+    *,
+    only: str = "*",
+    jobs: int | None = None,
+) -> Path:
+    """Finish the points one after another, then write what they add up to; returns `out`. Resumable.
+
+    Args:
+        config: recipe and grid.
+        out: the sweep's directory.
+        run: `pipeline.run_recipe`.
+        only: pattern of the points' names; the tables hold every finished point whatever it is.
+        jobs: stages that run at once within a point.
+
+    Raises:
+        SalsaError: bad input, or work that failed; finished stages are kept.
+    """
+    points = points_of(config, out, only)
+    with accessing(out, "write"):
+        (out / "stages").mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", out):
+        for number, point in enumerate(points, start=1):
+            say(f"point {number} of {len(points)}: {point.name}")
+            _link_stages(point.path)
+            run(point.recipe, out=point.path, until=config.until, jobs=jobs)
+        write_tables(config, [p for p in points_of(config, out) if p.result.exists()], out)
+    return out
+
+
+def plan_lines(points: Sequence[Point]) -> list[str]:
+    """Points, finished or not, and the hours that are left, judged by the finished ones."""
+    finished = [point for point in points if point.result.exists()]
+    lines = [f"{p.name}: {'finished' if p in finished else 'to do'}" for p in points]
+    left, hours = len(points) - len(finished), "hours are known once one is finished"
+    if finished:  # all their stages lie in one directory
+        records = (finished[0].path / "stages").glob("*/stage.json")
+        seconds = sum(json.loads(r.read_text(encoding="utf-8"))["seconds"] for r in records)
+        hours = f"about {left * seconds / len(finished) / 3600:.1f} h"
+    memory = plan(points[0].recipe).splitlines()[-1]
+    return [*lines, f"{len(points)} points, {left} to do: {hours}", f"each: {memory}"]
+
+
+def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> None:
+    """`sweep.json`, `.csv`, `.md`, `.tex` and `sweep.html`."""
+    from salsa.report.sweep import page
+
+    rows = [
+        point.axes | effect
+        for point in points
+        for effect in effects_of(json.loads(point.result.read_text(encoding="utf-8")))
+    ]
+    verdicts = verdicts_of(config, rows)
+    summary = {
+        "name": config.name,
+        "recipe": config.recipe,
+        "axes": {axis: list(dict.fromkeys(p.axes[axis] for p in points)) for axis in config.grid},
+        "points": [point.name for point in points],
+        "rows": rows,
+        "verdicts": verdicts,
+    }
+    columns = [*config.grid, *COLUMNS]
+    write_atomic(out / "sweep.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "sweep.csv", as_csv(columns, rows))
+    shown = verdicts or rows
+    write_atomic(out / "sweep.md", as_markdown(shown))
+    write_atomic(out / "sweep.tex", as_latex(shown))
+    write_atomic(out / "sweep.html", page(summary))
+
+
+def effects_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What one point found, an effect a row: of a forecast its comparisons, of a run every arm against the baseline."""
+    if "comparisons" in result:
+        return [
+            _effect(one["candidate"], result["baseline"], f"equal {one['matched_by']}", name, e)
+            for one in result["comparisons"]
+            for name, e in one["differences"].items()
+            if name != one["matched_by"]
+        ]
+    rows = []
+    for pair in result["pairs"]:
+        if pair["baseline"] == result["baseline"]:
+            score, names = pair["score"], (pair["candidate"], pair["baseline"], "held-out prompts")
+            points = {key: 100 * (pair[key] - 0.5) for key in ("low", "high")}
+            rate = points | {"mean": 100 * (pair["rate"] - 0.5)}
+            rows.append(_effect(*names, f"{score} win rate", rate))
+            rows.append(_effect(*names, score, pair["difference"]))
+    return rows
+
+
+def verdicts_of(config: SweepConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A verdict for every effect that has a margin, over the values of the cluster axis."""
+    others = [axis for axis in config.grid if axis != config.cluster]
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        if row["measure"] in config.margins:
+            key = tuple(row[k] for k in (*others, "subject", "baseline", "at", "measure"))
+            groups.setdefault(key, []).append(row["effect"])
+    verdicts = []
+    for key, effects in groups.items():
+        named = dict(zip((*others, "subject", "baseline", "at", "measure"), key, strict=True))
+        made = asdict(judge(effects, margin=config.margins[named["measure"]]))
+        verdicts.append(named | {name: _finite(value) for name, value in made.items()})
+    return verdicts
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """All rows, one effect a line."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for a README."""
+    names = list(rows[0]) if rows else []
+    lines = [names, ["---"] * len(names), *([_cell(row[name]) for name in names] for row in rows)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A `tabular` for a paper."""
+    names = list(rows[0]) if rows else []
+    lines = [names, *([_cell(row[name]) for name in names] for row in rows)]
+    special = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"β": r"$\beta$", "±": r"$\pm$"})
+    body = "".join(" & ".join(c.translate(special) for c in cells) + " \\\\\n" for cells in lines)
+    return f"\\begin{{tabular}}{{{'l' * len(names)}}}\n{body}\\end{{tabular}}\n"
+
+
+def read_lines(out: Path) -> list[str]:
+    """The verdicts of a sweep for a terminal, and where the rest is."""
+    summary = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    lines = [
+        f"{v['subject']} against {v['baseline']}, {v['at']}, {v['measure']}: {v['verdict']} "
+        f"({_cell(v['effect'])} [{_cell(v['low'])}, {_cell(v['high'])}], {v['clusters']} clusters, "
+        f"margin {v['margin']:g}, clusters needed {_cell(v['clusters_needed'])})"
+        for v in summary["verdicts"]
+    ]
+    return [*lines, f"sweep: {out / 'sweep.html'}"]
+
+
+def _effect(
+    subject: str, baseline: str, at: str, measure: str, estimate: Mapping[str, float]
+) -> dict[str, Any]:
+    values = (estimate["mean"], estimate["low"], estimate["high"])
+    return dict(
+        zip(COLUMNS, (subject, baseline, at, measure, *map(round_metric, values)), strict=True)
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither infinity nor NaN: None."""
+    if not isinstance(value, float):
+        return value
+    return round_metric(value) if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _link_stages(point: Path) -> None:
+    """The point's `stages` is a link to those of all points."""
+    point.mkdir(parents=True, exist_ok=True)
+    if not (point / "stages").exists():
+        (point / "stages").symlink_to(Path("..") / ".." / "stages", target_is_directory=True)

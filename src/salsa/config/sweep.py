@@ -1,0 +1,109 @@
+"""What `salsa sweep` is asked to do: one recipe and the axes along which it is varied. Torch-free."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from salsa.config.recipe import Recipe
+from salsa.config.schema import Positive, Strict, explain
+from salsa.errors import ConfigError, accessing
+
+Setting = dict[str, Any]
+"""Dotted key of the recipe → value."""
+
+
+class SweepConfig(Strict):
+    """A recipe × a grid."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    """It lands in runs/<name>."""
+    recipe: str
+    """The recipe's file, relative to this one."""
+    until: Literal["forecast", "report"] = "report"
+    """What every point finishes: forecasts need no RL."""
+    grid: Annotated[dict[str, list[Any] | dict[str, Setting]], Field(min_length=1)]
+    """Axis → its values. A list varies the recipe's key of that name; a mapping names values that set several keys."""
+    cluster: str | None = None
+    """The axis whose values are independent repetitions (SFT pairs): verdicts are made over them."""
+    margins: dict[str, Positive] = Field(default={})
+    """Measure → the largest effect that does not matter, e.g. {proxy win rate: 3}; those measures get verdicts."""
+
+    @model_validator(mode="after")
+    def _axes(self) -> Self:
+        for axis, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{axis} has no values. Give at least one")
+            if len(_values(axis, values)) < len(values):
+                raise ValueError(f"grid.{axis} has a value twice. Remove the repeated value")
+        if (self.cluster is None) != (not self.margins):
+            raise ValueError("verdicts need both cluster and margins. Give both or neither")
+        if self.cluster is not None and self.cluster not in self.grid:
+            raise ValueError(
+                f"cluster={self.cluster!r} is no axis of the grid ({', '.join(self.grid)})"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> "SweepConfig":
+        """Read a sweep's file.
+
+        Raises:
+            ConfigError: it is missing, is not YAML, or a value is wrong; one line that says which.
+        """
+        try:
+            with accessing(path, "read"):
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a sweep is a mapping, got {type(values).__name__}.")
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {explain(error, cls)}") from error
+        return config.model_copy(update={"recipe": str(path.parent / config.recipe)})
+
+    def points(self) -> dict[str, tuple[dict[str, str], Recipe]]:
+        """Name → (axis → value as text, the point's recipe).
+
+        Raises:
+            ConfigError: a value is wrong, or two points are the same: an axis changes nothing.
+        """
+        axes = [_values(axis, values) for axis, values in self.grid.items()]
+        points: dict[str, tuple[dict[str, str], Recipe]] = {}
+        seen: dict[str, str] = {}
+        for chosen in itertools.product(*(axis.items() for axis in axes)):
+            words = dict(zip(self.grid, (text for text, _ in chosen), strict=True))
+            settings = [setting for _, own in chosen for setting in own.items()]
+            name = "_".join(_slug(text) for text in words.values())
+            overrides = [f"{key}={json.dumps(value)}" for key, value in settings]  # JSON is YAML
+            recipe = Recipe.load(self.recipe, overrides).model_copy(update={"name": name})
+            text = str(recipe.decisive() | {"name": "", "forecast": str(recipe.forecast)})
+            if (other := seen.setdefault(text, name)) != name or name in points:
+                raise ConfigError(
+                    f"{self.name}: the points {other} and {name} are the same recipe, so an axis changes nothing. "
+                    "Remove the axis, or the repeated value."
+                )
+            points[name] = words, recipe
+        return points
+
+
+def _values(axis: str, values: list[Any] | Mapping[str, Setting]) -> dict[str, Setting]:
+    """Text of each value → the settings it makes."""
+    if isinstance(values, Mapping):
+        return dict(values)
+    return {_text(axis, value): {axis: value} for value in values}
+
+
+def _text(axis: str, value: Any) -> str:
+    shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"{axis.rpartition('.')[2]}={shown}"
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text).strip("-")

@@ -1,0 +1,124 @@
+"""Jobs that sample a model many times a prompt, score the replies and weigh them under other models.
+
+Each is a stage of its own, so that a further candidate, score or yardstick computes only what is new.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from salsa.artifacts import Checkpoint
+from salsa.config import DataSource
+from salsa.data import fingerprint
+from salsa.rewards import RewardSource
+
+if TYPE_CHECKING:
+    from salsa.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts, and how replies to them are drawn."""
+
+    prompts: DataSource
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    num_samples: int
+    """Replies per prompt."""
+    seed: int
+    batch_prompts: int
+    """Prompts sampled together."""
+
+    def identity(self) -> dict[str, Any]:
+        """All but the prompts, which are an input."""
+        return {name: value for name, value in vars(self).items() if name != "prompts"}
+
+
+@dataclass(frozen=True)
+class RepliesJob:
+    """Many replies of one model to each prompt."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    model: Checkpoint
+    asked: Asked
+
+    def identity(self) -> dict[str, Any]:
+        """The model, the prompts and how it is sampled."""
+        return {
+            "config": self.asked.identity(),
+            "inputs": {"model": self.model.digest, "prompts": fingerprint(self.asked.prompts)},
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `replies.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_replies
+
+        write_replies(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class ScoresJob:
+    """The replies of one model, scored."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    model: Checkpoint
+    """Who replied: prompts are shown as it saw them."""
+    replies: Checkpoint
+    asked: Asked
+    rewards: dict[str, RewardSource]
+
+    def identity(self) -> dict[str, Any]:
+        """The replies, their prompts and what scores them."""
+        return {
+            "config": {"max_prompt_tokens": self.asked.max_prompt_tokens},
+            "inputs": {"replies": self.replies.digest, "prompts": fingerprint(self.asked.prompts)}
+            | {f"score {name}": reward.digest for name, reward in self.rewards.items()},
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `scores.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_scores
+
+        write_scores(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class LogprobsJob:
+    """The log-probability of one model's replies under another."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    model: Checkpoint
+    """Under which."""
+    author: Checkpoint
+    """Who replied."""
+    replies: Checkpoint
+    temperature: float
+
+    def identity(self) -> dict[str, Any]:
+        """The replies, the model and the temperature."""
+        return {
+            "config": {"temperature": self.temperature},
+            "inputs": {"replies": self.replies.digest, "model": self.model.digest},
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `logprobs.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_logprobs
+
+        write_logprobs(self, directory, engine)
