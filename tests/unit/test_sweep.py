@@ -12,16 +12,14 @@ from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-PAIRS = {
-    f"pair-{i}": {"sft.seeds": [2 * i, 2 * i + 1], "soup.ingredients": [0, 1]} for i in range(6)
-}
+PAIRS = {f"pair-{i}": {"sft.seeds": [2 * i, 2 * i + 1]} for i in range(6)}
 ARMS = {"ppo": {"init": "sft[0]", "reference": "sft[0]"}, "salsa": {"init": "sft[0]", "reference": "soup"}}  # fmt: skip
 
 
 def config(tmp_path: Path, **values) -> SweepConfig:
     given = {
         "name": "pairs", "recipe": str(RECIPES / "quickstart.yaml"),
-        "grid": {"pair": {k: v | {"rl.arms": ARMS} for k, v in PAIRS.items()}, "rl.kl_coef": [0.1, 0.3]},
+        "settings": {"rl.arms": ARMS}, "grid": {"pair": PAIRS, "rl.kl_coef": [0.1, 0.3]},
         "cluster": "pair", "margins": {"proxy win rate": 3.0},
     }  # fmt: skip
     file = tmp_path / "sweep.yaml"
@@ -47,6 +45,15 @@ def worker(effects: dict[str, float], called: list[str]):
         return out
 
     return run
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "study").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_studys_sweeps_are_sound(file):
+    recipes = [recipe for _, recipe in SweepConfig.load(file).points().values()]
+    pairs = {recipe.sft.seeds for recipe in recipes}
+    seeds = [seed for pair in pairs for seed in pair]
+    assert len(pairs) >= 8, "clusters"
+    assert len(seeds) == len(set(seeds)) and not {0, 1, 2} & set(seeds), "disjoint and new"
 
 
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):

@@ -26,6 +26,8 @@ class SweepConfig(Strict):
     """The recipe's file, relative to this one."""
     until: Literal["forecast", "report"] = "report"
     """What every point finishes: forecasts need no RL."""
+    settings: Setting = Field(default={})
+    """What every point sets, e.g. {rl.num_updates: 20}."""
     grid: Annotated[dict[str, list[Any] | dict[str, Setting]], Field(min_length=1)]
     """Axis → its values. A list varies the recipe's key of that name; a mapping names values that set several keys."""
     cluster: str | None = None
@@ -79,7 +81,8 @@ class SweepConfig(Strict):
         seen: dict[str, str] = {}
         for chosen in itertools.product(*(axis.items() for axis in axes)):
             words = dict(zip(self.grid, (text for text, _ in chosen), strict=True))
-            settings = [setting for _, own in chosen for setting in own.items()]
+            settings = [*self.settings.items()]
+            settings += [setting for _, own in chosen for setting in own.items()]
             name = "_".join(_slug(text) for text in words.values())
             overrides = [f"{key}={json.dumps(value)}" for key, value in settings]  # JSON is YAML
             recipe = Recipe.load(self.recipe, overrides).model_copy(update={"name": name})
