@@ -68,6 +68,7 @@ _STAGE_COMMANDS = {
     "sft": ("sft", "Run the recipe's SFT, once per seed."),
     "reward": ("reward", "Train the recipe's reward model (and what it needs)."),
     "forecast": ("forecast", "Say what each reference is worth at the optimum, before any RL."),
+    "landscape": ("landscape", "Measure the line between SFT models, or the plane through three."),
     "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
     "report": ("report", "Write report.html and report.json (and what they need)."),
 }

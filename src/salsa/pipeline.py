@@ -10,10 +10,11 @@ of what decides its result: a finished one is reused, an interrupted one goes on
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from salsa.analysis.written import forecast_of, write_forecast, write_landscape
 from salsa.artifacts import FileHashes
-from salsa.config import ForecastConfig, Recipe
+from salsa.config import ForecastConfig, LandscapeConfig, Recipe
 from salsa.config.expressions import parse_model
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
@@ -22,7 +23,7 @@ from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_is_current, report_key
 from salsa.stages.graph import Graph, Node
 
-Until = Literal["sft", "reward", "forecast", "rl", "eval", "report"]
+Until = Literal["sft", "reward", "forecast", "landscape", "rl", "eval", "report"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Stages:
     """Arm → seed → policy."""
     forecast: dict[str, nodes.Sampled]
     """Candidate reference → its replies, scored and weighed."""
+    landscape: Node | None
+    """None where there are no two models to look between."""
     samples: dict[str, list[Node]]
     """Arm, and `sft` for the model that arms are measured to → seed → evaluated samples."""
 
@@ -66,7 +69,9 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
         )
         for candidate in recipe.candidates()
     }
-    return Stages(sft, [reward] if reward else [], policies, forecast, samples)
+    between = recipe.landscape or (LandscapeConfig() if recipe.sft.count > 1 else None)
+    landscape = nodes.landscape(recipe, models, reward, between) if between else None
+    return Stages(sft, [reward] if reward else [], policies, forecast, landscape, samples)
 
 
 def run_recipe(
@@ -123,10 +128,10 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     if recipe.forecast is not None or until == "forecast":
         graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
     if until == "forecast":
-        from salsa.report.page import write_forecast
-
-        write_forecast(recipe.name, _forecast(recipe, graph, stages), graph.run)
-        say(f"forecast: {graph.run.path / 'forecast.html'}")
+        write_forecast(recipe, graph, stages.forecast)
+        return
+    if until == "landscape":
+        write_landscape(recipe, graph, stages.landscape)
         return
     graph.finish(node for of_arm in stages.policies.values() for node in of_arm)
     if until == "rl":
@@ -141,24 +146,6 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
 
         samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
         results = results_of(recipe, graph.run.finished, samples)
-        forecast = _forecast(recipe, graph, stages) if recipe.forecast else None
+        forecast = forecast_of(recipe, graph, stages.forecast) if recipe.forecast else None
         write_report(results, graph.run, key=key, forecast=forecast)
     say(f"report: {graph.run.path / 'report.html'}")
-
-
-def _forecast(recipe: Recipe, graph: Graph, stages: Stages) -> dict[str, Any]:
-    """What every candidate reference is worth at the optimum."""
-    from salsa.analysis.forecast import default_betas, forecast, read_replies
-
-    replies = {
-        name: read_replies(
-            name,
-            recipe.eval.kl_to,
-            graph[candidate.replies].path,
-            graph[candidate.scores].path,
-            {yardstick: graph[node].path for yardstick, node in candidate.logprobs.items()},
-        )
-        for name, candidate in stages.forecast.items()
-    }
-    config, kl_coef = recipe.forecast or ForecastConfig(), recipe.rl.kl_coef
-    return forecast(replies, config.betas or default_betas(kl_coef), kl_coef)

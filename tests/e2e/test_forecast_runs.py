@@ -64,3 +64,19 @@ def test_bad_candidates_and_too_few_samples_are_one_line(inputs, finished, tmp_p
     done = salsa(inputs, "forecast", "tiny.yaml", *few, "rl.kl_coef=0.05", "-o", str(run))
     assert done.returncode == 2 and "Set forecast.num_samples=" in done.stderr, done.stderr
     assert not (run / "forecast.json").exists()
+
+
+def test_a_landscape_of_three_models(inputs, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    plane = ["landscape.models=['sft[0]','sft[1]','soup[0,1]']", "landscape.alphas=[0,1]"]
+    plane.append("landscape.num_samples=2")
+    done = salsa(inputs, "landscape", "tiny.yaml", *plane, "-o", str(run))
+    assert done.returncode == 2 and "lie on one line" in done.stderr, done.stderr
+    plane[0] = "landscape.models=['sft[0]','sft[1]','sft[2]']"
+    done = salsa(inputs, "landscape", "tiny.yaml", *plane, "-o", str(run))
+    assert done.returncode == 0, done.stderr
+    made = json.loads((run / "landscape.json").read_text())
+    assert [place["at"] for place in made["places"][:2]] == [[0.0, 0.0], [1.0, 0.0]]
+    assert len(made["places"]) == 5 and made["columns"][:2] == ["proxy", "gold"]
+    assert "heatmap" in (run / "landscape.html").read_text()

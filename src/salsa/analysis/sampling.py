@@ -55,7 +55,7 @@ def write_replies(job: RepliesJob, directory: Path, engine: Engine) -> None:
             for prompt, own in zip(batch, _batches(replies, asked.num_samples), strict=True)
         ]
 
-    _by_prompt(directory, "replies.jsonl", job.label, prompts, asked.batch_prompts, work)
+    by_batch(directory, "replies.jsonl", job.label, prompts, asked.batch_prompts, work)
 
 
 def write_scores(job: ScoresJob, directory: Path, engine: Engine) -> None:
@@ -85,7 +85,7 @@ def write_scores(job: ScoresJob, directory: Path, engine: Engine) -> None:
         ]
 
     pairs = list(zip(prompts, rows, strict=True))
-    _by_prompt(directory, "scores.jsonl", job.label, pairs, 4, work)
+    by_batch(directory, "scores.jsonl", job.label, pairs, 4, work)
 
 
 def write_logprobs(job: LogprobsJob, directory: Path, engine: Engine) -> None:
@@ -106,45 +106,59 @@ def write_logprobs(job: LogprobsJob, directory: Path, engine: Engine) -> None:
         return [{"logprobs": _logprobs(model, row, pad, job.temperature)} for row in batch]
 
     rows = read_jsonl(job.replies.path / "replies.jsonl")
-    _by_prompt(directory, "logprobs.jsonl", job.label, rows, 1, work)
+    by_batch(directory, "logprobs.jsonl", job.label, rows, 1, work)
+
+
+def rollout_of(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device,
+) -> Rollout:
+    """Token ids of prompts and responses as a rollout; masks come from lengths."""
+    prompt, prompt_mask = left_padded(prompts, pad, device)
+    width = max(map(len, responses))
+    response = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in responses])
+    lengths = torch.tensor([len(ids) for ids in responses])
+    mask = torch.arange(width) < lengths[:, None]
+    return Rollout(prompt, prompt_mask, response.to(device), mask.to(device))
 
 
 @torch.no_grad()
 def _logprobs(model: LanguageModel, row: Row, pad: int, temperature: float) -> list[float]:
     """Of each reply to one prompt; equal replies are computed once."""
     different = list(dict.fromkeys(tuple(reply["ids"]) for reply in row["replies"]))
-    here = model.engine.device
-    prompt, prompt_mask = left_padded([row["prompt"]] * len(different), pad, here)
-    width = max(map(len, different))
-    response = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in different], device=here)
-    lengths = torch.tensor([len(ids) for ids in different], device=here)
-    mask = torch.arange(width, device=here) < lengths[:, None]
-    rollout = Rollout(prompt, prompt_mask, response, mask)
+    prompts = [row["prompt"]] * len(different)
+    rollout = rollout_of(prompts, different, pad, model.engine.device)
     sums = model.logprobs(rollout, temperature).sum(dim=1).tolist()
     known = dict(zip(different, sums, strict=True))
     return [round_metric(known[tuple(reply["ids"])]) for reply in row["replies"]]
 
 
-def _by_prompt(
+def by_batch(
     directory: Path,
     name: str,
     label: str,
     items: Sequence[Any],
     size: int,
     work: Callable[[int, Any], list[Row]],
+    unit: str = "prompts",
 ) -> None:
-    """Write `work(number, batch)` of every batch of `items` to `name`; finished batches survive a kill."""
+    """Write `work(number, batch)` of every batch of `items` to `name`; finished batches survive a kill.
+
+    `unit` is what the items are called in the progress.
+    """
     partial = directory / "resume" / name
     partial.parent.mkdir(parents=True, exist_ok=True)
     drop_half_line(partial)
     done = len(read_jsonl(partial)) // size * size
     write_jsonl(partial, read_jsonl(partial)[:done])
     batches = _batches(items, size)
-    with tracker(directory, label, len(batches), ("prompts",)) as log:
+    with tracker(directory, label, len(batches), (unit,)) as log:
         log.resume_at(done // size)
         for number in range(done // size, len(batches)):
             append_jsonl(partial, work(number, batches[number]))
-            log.log(number + 1, {"prompts": float(min((number + 1) * size, len(items)))})
+            log.log(number + 1, {unit: float(min((number + 1) * size, len(items)))})
     write_jsonl(directory / name, read_jsonl(partial))
 
 

@@ -4,6 +4,7 @@ from salsa.config.dpo import DPOConfig
 from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
 from salsa.config.forecast import ForecastConfig
+from salsa.config.landscape import LandscapeConfig
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.recipe import Recipe
@@ -21,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "ForecastConfig",
+    "LandscapeConfig",
     "LoRAConfig",
     "ModelConfig",
     "PreferencesConfig",

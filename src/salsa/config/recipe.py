@@ -16,6 +16,7 @@ from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
 from salsa.config.expressions import Model, parse_model, sft_indices, text_of
 from salsa.config.forecast import ForecastConfig
+from salsa.config.landscape import LandscapeConfig
 from salsa.config.legacy import upgraded
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
@@ -41,6 +42,8 @@ class Recipe(Strict):
     eval: EvalConfig
     forecast: Execution[ForecastConfig | None] = None
     """If given, `salsa run` forecasts before RL and the report shows it; it decides nothing of the other stages."""
+    landscape: Execution[LandscapeConfig | None] = None
+    """Where `salsa landscape` looks; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
@@ -79,6 +82,8 @@ class Recipe(Strict):
             yield "reward.init", parse_model(self.reward.init)
         for text in (self.forecast and self.forecast.references) or ():
             yield "forecast.references", parse_model(text)
+        for text in self.landscape.models if self.landscape else ():
+            yield "landscape.models", parse_model(text)
 
     def candidates(self) -> list[str]:
         """The references that a forecast compares, the first is the baseline."""

@@ -13,6 +13,7 @@ from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import figures, judged_figures
 from salsa.report import forecast as forecast_view
+from salsa.report import landscape as landscape_view
 from salsa.report.pairs import Pair, matrices, matrix, sentence
 from salsa.stages.directory import RunDirectory
 
@@ -59,6 +60,20 @@ def write_forecast(name: str, forecast: Mapping[str, Any], run: RunDirectory) ->
         run.path / "forecast.json", json.dumps(forecast, indent=1, ensure_ascii=False) + "\n"
     )
     write_atomic(run.path / "forecast.html", html)
+
+
+def write_landscape(name: str, landscape: Mapping[str, Any], run: RunDirectory) -> None:
+    """Write `landscape.json` and `landscape.html` into the run directory."""
+    html = render_template(
+        "landscape.html",
+        landscape_view.all_figures(landscape),
+        report={"name": name},
+        landscape=landscape,
+    )
+    write_atomic(
+        run.path / "landscape.json", json.dumps(landscape, indent=1, ensure_ascii=False) + "\n"
+    )
+    write_atomic(run.path / "landscape.html", html)
 
 
 def render(

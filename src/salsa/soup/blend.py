@@ -155,7 +155,7 @@ class _Loop:
         if key not in self._factors:
             self._factors[key] = self.plan.fixed.get(key) or self.plan.rule(tally.gram)
         soup, spare = self._room[:, : values.shape[1]]
-        _weighted_sum(values, self._factors[key], soup, spare)
+        weighted_sum(values, self._factors[key], soup, spare)
         self._turn = 1 - self._turn  # the other one is still being written
         room = self._results[self._turn][: len(soup) * FLOATS[stored].itemsize]
         result = rounded(soup, stored, room.view(FLOATS[stored]))
@@ -200,7 +200,7 @@ def _spans(tensor: Tensor, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tensor.size)
 
 
-def _weighted_sum(
+def weighted_sum(
     values: np.ndarray, factors: Factors, total: np.ndarray, spare: np.ndarray
 ) -> None:
     """Into `total`: Σ terms_i θ_i (+ base · θ_base), divided. Zero factors add nothing, not even a sign to a zero."""

@@ -122,3 +122,40 @@ class LogprobsJob:
         from salsa.analysis.sampling import write_logprobs
 
         write_logprobs(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class LandscapeJob:
+    """Scores, KL and loss at places on the line or the plane through models."""
+
+    needs_engine: ClassVar[bool] = True
+    label: str
+    models: tuple[Checkpoint, ...]
+    """Two for a line, three for a plane."""
+    alphas: tuple[float, ...]
+    asked: Asked
+    rewards: dict[str, RewardSource]
+    kl_to: dict[str, Checkpoint]
+    validation: DataSource | None
+
+    def identity(self) -> dict[str, Any]:
+        """The models, the places, and everything that is measured there."""
+        loss = {"validation": fingerprint(self.validation)} if self.validation else {}
+        return {
+            "config": self.asked.identity() | {"alphas": list(self.alphas)},
+            "inputs": {"prompts": fingerprint(self.asked.prompts)}
+            | {f"model {i}": c.digest for i, c in enumerate(self.models)}
+            | {f"kl_to {name}": c.digest for name, c in self.kl_to.items()}
+            | {f"score {name}": reward.digest for name, reward in self.rewards.items()}
+            | loss,
+        }
+
+    def execution(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `places.jsonl`, a row a place; resumable."""
+        from salsa.analysis.landscape import write_places
+
+        write_places(self, directory, engine)

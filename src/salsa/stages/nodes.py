@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from salsa.artifacts import Checkpoint, FileHashes, resolve
-from salsa.config import DPOConfig, ForecastConfig, Recipe
+from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
 from salsa.config.expressions import SFT, Base, Model, parse_model, sft_indices, text_of
 from salsa.data import (
     PREFERENCE_COLUMNS,
@@ -17,7 +17,7 @@ from salsa.data import (
 )
 from salsa.resolve import Models, checkpoints_of
 from salsa.rewards import RewardSource
-from salsa.stages.analysis import Asked, LogprobsJob, RepliesJob, ScoresJob
+from salsa.stages.analysis import Asked, LandscapeJob, LogprobsJob, RepliesJob, ScoresJob
 from salsa.stages.directory import policy_label
 from salsa.stages.evaluation import EvalJob, rewards_of
 from salsa.stages.graph import Node
@@ -201,16 +201,8 @@ def sampled(
     recipe: Recipe, candidate: str, models: Models, reward: Node | None, own: ForecastConfig
 ) -> Sampled:
     """What a forecast needs of one candidate."""
-    section, model = recipe.rl, models[parse_model(candidate)]
-    asked = Asked(
-        prompts=own.prompts or recipe.eval.prompts,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        num_samples=own.num_samples,
-        seed=own.seed,
-        batch_prompts=own.batch_prompts,
-    )
+    model = models[parse_model(candidate)]
+    asked = _asked(recipe, own, own.batch_prompts)
     replies = Node(
         f"replies {candidate}",
         (model,),
@@ -234,6 +226,40 @@ def sampled(
         replies,
         Node(f"scores {candidate}", needs, scored),
         {name: under(name) for name in recipe.eval.kl_to if name != candidate},
+    )
+
+
+def landscape(recipe: Recipe, models: Models, reward: Node | None, own: LandscapeConfig) -> Node:
+    """The places on the line or the plane through the section's models."""
+    corners = [models[parse_model(text)] for text in own.models]
+    measured = [models[parse_model(text)] for text in recipe.eval.kl_to]
+
+    def job(*made: Checkpoint) -> LandscapeJob:
+        yardsticks = made[len(corners) : len(corners) + len(measured)]
+        trained = made[-1] if reward else None
+        return LandscapeJob(
+            label="landscape",
+            models=made[: len(corners)],
+            alphas=own.alphas,
+            asked=_asked(recipe, own, 1),
+            rewards=rewards_of(_source(recipe, trained), recipe.eval.scores),
+            kl_to=dict(zip(recipe.eval.kl_to, yardsticks, strict=True)),
+            validation=own.validation,
+        )
+
+    return Node("landscape", (*corners, *measured, *([reward] if reward else [])), job)
+
+
+def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> Asked:
+    section = recipe.rl
+    return Asked(
+        prompts=own.prompts or recipe.eval.prompts,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        num_samples=own.num_samples,
+        seed=own.seed,
+        batch_prompts=batch_prompts,
     )
 
 
