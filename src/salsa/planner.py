@@ -48,8 +48,10 @@ def _sft_line(recipe: Recipe) -> str:
     sft = recipe.sft
     if sft.checkpoints:
         return f"sft      {sft.count} finished checkpoints"
+    each = sft.epochs if isinstance(sft.epochs, tuple) else (sft.epochs,)
+    epochs = ", ".join(f"{number:g}" for number in each)
     return (
-        f"sft      {sft.count} seeds x {sft.epochs:g} epochs, {sft.batch_size} sequences a step; "
+        f"sft      {sft.count} seeds x {epochs} epochs, {sft.batch_size} sequences a step; "
         f"soup of {list(recipe.soup.ingredients)}"
     )
 

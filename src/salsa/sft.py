@@ -19,6 +19,7 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     import trl
 
     config = job.config
+    assert not isinstance(config.epochs, tuple)  # SFTConfig.of_model gave this model its own
     tokenizer = load_tokenizer(job.base.path)
     where = describe(job.dataset)
     rows = load_rows(job.dataset, SFT_COLUMNS)

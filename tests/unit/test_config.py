@@ -299,3 +299,14 @@ def test_old_synthetic_preferences_load(recipe_file):
     with pytest.warns(FutureWarning, match="reward.preferences is now a section of its own"):
         recipe = Recipe.load(recipe_file, [pairs])
     assert recipe.preferences.labeller.call == "a:b"
+
+
+def test_every_sft_model_may_have_its_own_epochs(recipe_file):
+    recipe = Recipe.load(recipe_file, ["sft.epochs=[1, 2]"])
+    assert [recipe.sft.of_model(i).epochs for i in (0, 1)] == [1, 2]
+    alike = Recipe.load(recipe_file, ["sft.epochs=2"]).sft
+    assert alike.of_model(0).identity() == recipe.sft.of_model(1).identity(), (
+        "one stage serves both"
+    )
+    with pytest.raises(ConfigError, match="epochs has 3 values for 2 models"):
+        Recipe.load(recipe_file, ["sft.epochs=[1, 2, 3]"])

@@ -25,8 +25,8 @@ class SFTConfig(Strict):
     """Finished SFT models instead of training: directories or hub names, LoRA adapters too; sft[i] is the i-th."""
     seeds: Input[Seeds] = (0, 1)
     """One model per seed (data order); sft[i] is the model of seeds[i]."""
-    epochs: Positive = 1.0
-    """Passes over the data."""
+    epochs: Positive | tuple[Positive, ...] = 1.0
+    """Passes over the data; a list gives every seed its own."""
     learning_rate: Positive = 2.0e-5
     """Peak of the cosine schedule (3 % warm-up)."""
     batch_size: Count = 16
@@ -44,6 +44,10 @@ class SFTConfig(Strict):
             raise ValueError(
                 "give exactly one of dataset (to train) and checkpoints (trained before)"
             )
+        if isinstance(self.epochs, tuple) and len(self.epochs) != self.count:
+            raise ValueError(
+                f"epochs has {len(self.epochs)} values for {self.count} models. Give one for all, or one for each"
+            )
         check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
         return self
 
@@ -51,3 +55,9 @@ class SFTConfig(Strict):
     def count(self) -> int:
         """Number of SFT models."""
         return len(self.checkpoints) or len(self.seeds)
+
+    def of_model(self, index: int) -> "SFTConfig":
+        """The settings of sft[index]."""
+        if not isinstance(self.epochs, tuple):
+            return self
+        return self.model_copy(update={"epochs": self.epochs[index]})

@@ -49,8 +49,8 @@ def sft(recipe: Recipe, base: Node, index: int, hashes: FileHashes) -> Node:
     """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
     config, label = recipe.sft, f"sft[{index}]"
     if config.dataset is not None:
-        dataset, seed = config.dataset, config.seeds[index]
-        return Node(label, (base,), lambda made: SFTJob(label, made, config, dataset, seed))
+        own, dataset, seed = config.of_model(index), config.dataset, config.seeds[index]
+        return Node(label, (base,), lambda made: SFTJob(label, made, own, dataset, seed))
     name = config.checkpoints[index]
 
     def given(made: Checkpoint) -> SoupJob | Checkpoint:
