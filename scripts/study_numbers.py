@@ -1,0 +1,104 @@
+"""The numbers of docs/findings.md, from the study's finished sweeps.
+
+    python scripts/study_numbers.py runs/study-forecast runs/study-rl
+
+Prints Markdown: every verdict of both parts, Kendall's τ between what part A forecast and what part B reached, and the
+gap of every trained arm to the optimum at its own KL.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from salsa.analysis.gap import agreement, gaps
+
+REFERENCES = {"salsa": "soup", "shrunk": "shrink(sft[0], base, soup)"}
+"""Arm of part B → the candidate of part A that is its reference."""
+
+
+def main() -> None:
+    """Print the tables."""
+    forecasts, runs = (Path(name) for name in sys.argv[1:3])
+    for part in (forecasts, runs):
+        _verdicts(_read(part / "sweep.json"))
+    _agreements(_read(forecasts / "sweep.json"), _read(runs / "sweep.json"))
+    _gaps(forecasts, runs)
+
+
+def _verdicts(sweep: dict[str, Any]) -> None:
+    others = [axis for axis in sweep["axes"] if sweep["verdicts"] and axis in sweep["verdicts"][0]]
+    print(f"\n## {sweep['name']}\n")
+    _row(*others, "subject", "against", "at", "measure", "effect", "95 %", "verdict", "clusters",
+         "spread", "power", "needed")  # fmt: skip
+    _row(*["---"] * (len(others) + 11))
+    for v in sweep["verdicts"]:
+        _row(*(v[axis] for axis in others), v["subject"], v["baseline"], v["at"], v["measure"],
+             f"{v['effect']:+.3f}", f"[{v['low']:+.3f}, {v['high']:+.3f}]", v["verdict"], v["clusters"],
+             f"{v['spread']:.3f}", f"{v['power']:.2f}", v["clusters_needed"])  # fmt: skip
+
+
+def _agreements(forecast: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Effects by pair, at equal β."""
+    print("\n## Forecast against training, at equal β\n")
+    _row("arm", "β", "measure", "τ", "p", "same sign", "pairs")
+    _row(*["---"] * 7)
+    for arm, reference in REFERENCES.items():
+        for beta in trained["axes"]["rl.kl_coef"]:
+            for measure in ("proxy", "gold"):
+                ahead = _effects(forecast, reference, measure, {}, "equal beta")
+                reached = _effects(trained, arm, measure, {"rl.kl_coef": beta}, "held-out prompts")
+                pairs = sorted(ahead.keys() & reached.keys())
+                if len(pairs) < 3:
+                    continue
+                made = agreement([ahead[p] for p in pairs], [reached[p] for p in pairs])
+                _row(arm, beta, measure, f"{made.tau:+.2f}", f"{made.p_value:.2f}",
+                     f"{made.same_sign:.0%}", made.count)  # fmt: skip
+
+
+def _effects(
+    sweep: dict[str, Any], subject: str, measure: str, axes: dict[str, str], at: str
+) -> dict[str, float]:
+    """Pair → effect of a subject against the baseline sft[0] or ppo."""
+    return {
+        row["pair"]: row["effect"]
+        for row in sweep["rows"]
+        if (row["subject"], row["measure"], row["at"]) == (subject, measure, at)
+        and row["baseline"] in ("sft[0]", "ppo")
+        and all(row[axis] == value for axis, value in axes.items())
+    }
+
+
+def _gaps(forecasts: Path, runs: Path) -> None:
+    print("\n## Trained arms and the optimum at their own KL, mean over pairs\n")
+    _row("β", "arm", "KL", "proxy", "gap", "share of the possible gain", "pairs known / all")
+    _row(*["---"] * 7)
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for file in sorted((runs / "points").glob("*/report.json")):
+        pair, beta = file.parent.name.split("_", 1)
+        forecast = forecasts / "points" / f"{pair}_sft" / "forecast.json"
+        if forecast.exists():
+            for row in gaps(_read(forecast), _read(file)):
+                found[beta, row["arm"]].append(row)
+    for (beta, arm), rows in found.items():
+        known = [row for row in rows if row["gap"] is not None]
+        means = [f"{np.mean([row[key] for row in rows]):.3f}" for key in ("kl", "reached")]
+        means += [
+            f"{np.mean([r[k] for r in known]):.3f}" if known else "–" for k in ("gap", "share")
+        ]
+        _row(beta, arm, *means, f"{len(known)} / {len(rows)}")
+
+
+def _row(*cells: Any) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
