@@ -286,7 +286,7 @@ def _over_clusters(
     if pairs > 0 and len(columns) > 1:  # pairs of clusters that share a prompt
         covariance = len(columns) / (len(columns) - 1) * products / pairs
         v_prompts = max(0.0, float(covariance)) * float((share.sum(axis=0) ** 2).sum())
-    return _cochran_cox(
+    return cochran_cox(
         float(means.mean()),
         (v_clusters, v_prompts),
         (len(rows) - 1, len(columns) - 1),
@@ -294,7 +294,7 @@ def _over_clusters(
     )
 
 
-def _cochran_cox(
+def cochran_cox(
     mean: float, variances: tuple[float, float], dfs: tuple[int, int], confidence: float
 ) -> Estimate:
     """The interval mean ± Σ_i t_i·v_i / √(Σ_i v_i); `df` is that of the t interval with its width and √(Σ_i v_i)."""
