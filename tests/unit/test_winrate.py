@@ -278,6 +278,14 @@ def test_one_cluster_is_no_level():
     assert three_level_mean(values) == two_level_mean(values[0])
 
 
+def test_three_levels_are_nested_means():
+    """The seeds of a cluster are its own, whatever they are called."""
+    values = np.random.default_rng(7).normal(size=(3, 2, 9)) + np.arange(9)
+    clusters, seeds, prompts = (level.ravel().tolist() for level in np.indices(values.shape))
+    expected = nested_mean(values.ravel(), prompts, seeds=seeds, clusters=clusters)
+    assert vars(three_level_mean(values)) == pytest.approx(vars(expected))
+
+
 def test_p_value_over_clusters_agrees_with_its_interval():
     rng = np.random.default_rng(6)
     shifts, found = rng.uniform(0, 1, 60), []

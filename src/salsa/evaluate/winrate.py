@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 
 @dataclass(frozen=True)
@@ -266,30 +266,41 @@ def _over_clusters(
     weights: np.ndarray,
     confidence: float,
 ) -> Estimate:
-    """The mean of the clusters' means with the interval of `nested_mean`; prompts may be missing in a cluster."""
+    """`nested_mean` with clusters; prompts may be missing in a cluster."""
     rows = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
     columns = {name: number for number, name in enumerate(dict.fromkeys(prompts))}
     at = [rows[name] for name in clusters], [columns[name] for name in prompts]
     weight, total = np.zeros((2, len(rows), len(columns)))
     np.add.at(weight, at, weights)
     np.add.at(total, at, weights * values)
+    return _of_cells(weight, total, confidence)
+
+
+def _of_cells(weight: np.ndarray, total: np.ndarray, confidence: float) -> Estimate:
+    """The mean of the clusters' means with the interval of `nested_mean`.
+
+    Args:
+        weight: of the values of one prompt in one cluster together, [clusters, prompts].
+        total: of their products with the values.
+        confidence: level of the interval.
+    """
     means = total.sum(axis=1) / weight.sum(axis=1)
-    over_clusters = clustered_mean(means, list(rows), confidence=confidence)
-    v_clusters = over_clusters.stderr**2
-    share = weight / (len(rows) * weight.sum(axis=1, keepdims=True))
+    num_clusters, num_prompts = weight.shape
+    v_clusters = float(means.var(ddof=1)) / num_clusters
+    share = weight / (num_clusters * weight.sum(axis=1, keepdims=True))
     """What each cell counts in the mean; they sum to 1."""
     apart = share * np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
     apart -= share * means[:, None]
     products = (apart.sum(axis=0) ** 2 - (apart**2).sum(axis=0)).sum()
     pairs = (share.sum(axis=0) ** 2 - (share**2).sum(axis=0)).sum()
     v_prompts = 0.0
-    if pairs > 0 and len(columns) > 1:  # pairs of clusters that share a prompt
-        covariance = len(columns) / (len(columns) - 1) * products / pairs
+    if pairs > 0 and num_prompts > 1:  # pairs of clusters that share a prompt
+        covariance = num_prompts / (num_prompts - 1) * products / pairs
         v_prompts = max(0.0, float(covariance)) * float((share.sum(axis=0) ** 2).sum())
     return cochran_cox(
         float(means.mean()),
         (v_clusters, v_prompts),
-        (len(rows) - 1, len(columns) - 1),
+        (num_clusters - 1, num_prompts - 1),
         confidence,
     )
 
@@ -303,13 +314,11 @@ def cochran_cox(
         return Estimate(mean, 0.0, mean, mean, min(dfs))
     stderr = math.sqrt(total)
     used = [(v, df) for v, df in zip(variances, dfs, strict=True) if v > 0]
-    quantile = sum(v * float(stats.t.ppf(level, df)) for v, df in used) / total
+    quantile = sum(v * float(special.stdtrit(df, level)) for v, df in used) / total
     low, high = min(df for _, df in used), max(df for _, df in used)
-    df = float(
-        optimize.brentq(lambda d: stats.t.ppf(level, d) - quantile, low, high)
-        if low < high
-        else low
-    )
+    df = float(low)
+    if low < high:
+        df = float(optimize.brentq(lambda d: special.stdtrit(d, level) - quantile, low, high))
     return Estimate(mean, stderr, mean - quantile * stderr, mean + quantile * stderr, df)
 
 
@@ -321,9 +330,10 @@ def two_level_mean(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
 
 def three_level_mean(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
     """`nested_mean` of `values` [clusters, seeds, prompts]; the seeds of different clusters are different ones."""
-    clusters, seeds, prompts = (level.ravel().tolist() for level in np.indices(values.shape))
-    own = list(zip(clusters, seeds, strict=True))
-    return nested_mean(values.ravel(), prompts, seeds=own, clusters=clusters, confidence=confidence)
+    if len(values) < 2:
+        return two_level_mean(values[0], confidence=confidence)
+    weight = np.full((values.shape[0], values.shape[2]), float(values.shape[1]))
+    return _of_cells(weight, values.sum(axis=1), confidence)
 
 
 def two_level_win_rate(candidate: np.ndarray, baseline: np.ndarray) -> WinRate:
