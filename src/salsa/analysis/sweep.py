@@ -182,7 +182,7 @@ def frontiers_of(
         try:
             made, effects = _frontiers(config, group, betas)
         except DataError as error:
-            notes.append(f"no frontiers{where}: {error}")
+            notes.append(f"no frontiers{where}: {str(error).removeprefix('frontier: ')}")
             continue
         frontiers += [{"axes": axes} | one for one in made]
         rows += effects
