@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from salsa.analysis.frontier import START
+from salsa.analysis.policies import read_policies
 from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
 from salsa.artifacts import digest_of
 from salsa.config.sweep import SweepConfig
-from salsa.errors import ConfigError
+from salsa.errors import ConfigError, DataError
 from salsa.stages.directory import stage_path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -146,9 +148,10 @@ def finished_run(recipe, out: Path, *, better: float, gold: str = "g", prompts: 
                 (path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
 
     for name in ("sft", *recipe.rl.arms):
-        spent = {"sft": 0.0, "ppo": 0.1 / recipe.rl.kl_coef, "salsa": 0.2 / recipe.rl.kl_coef}[name]
+        spent = {"sft": 0.0, "ppo": 0.1 / recipe.rl.kl_coef}.get(name, 0.2 / recipe.rl.kl_coef)
         score = 2 * math.sqrt(spent) + (better if name == "salsa" else 0)
-        row = {"proxy": score, "gold": -score, "kl_to_sft[0]": spent, "kl_reference": spent}
+        own = spent if name in ("sft", "ppo") else spent + 1  # the soup is a nat away
+        row = {"proxy": score, "gold": -score, "kl_to_sft[0]": spent, "kl_reference": own}
         row |= {"length": 3, "ended": True}
         scored = {"score proxy": str(recipe.sft.seeds), "score gold": gold}
         for seed in recipe.rl.seeds:
@@ -264,3 +267,29 @@ def test_axes_that_vary_beta(tmp_path):
     mixed = {"a": {"rl.kl_coef": 0.1}, "b": {"rl.kl_coef": 0.2, "rl.num_updates": 5}}
     grid = {"pair": PAIRS, "strength": named, "both": mixed}
     assert config(tmp_path, grid=grid).beta_axes == ["strength"]
+
+
+def test_an_arm_starts_where_its_init_model_was_evaluated(tmp_path):
+    """ppo at sft[0], which is its reference; salsa there too, its KL to the soup not measured; the last not at all."""
+    arms = ARMS | {"soups": {"init": "soup", "reference": "soup"}}
+    settings = {"rl.arms": arms, "eval.kl_to": ["sft[0]"]}
+    made = config(tmp_path, settings=settings)
+    point = points_of(made, tmp_path)[0]
+    point.path.mkdir(parents=True)
+    (point.path / "stages").mkdir()
+    finished_run(point.recipe, point.path, better=1.0)
+    report = json.loads(point.result.read_text())
+    found = read_policies(point.recipe, point.path, report, point="a", cluster="p")
+    starts = {p.arm: p for p in found if p.beta == START and p.seed == 0}
+    assert set(starts) == {"ppo", "salsa"}
+    assert starts["ppo"].columns["kl_own"] == pytest.approx(0)
+    assert "kl_own" not in starts["salsa"].columns
+    trained = {p.arm: p for p in found if p.beta == 0.1 and p.seed == 1}
+    assert set(trained) == {"ppo", "salsa", "soups"}
+    assert trained["salsa"].columns["kl_own"][0] == pytest.approx(3.0)
+    assert trained["salsa"].columns["kl_to_sft[0]"][0] == pytest.approx(2.0)
+    assert trained["salsa"].curve[0]["kl_to_sft[0]"] == 0.3 and not starts["ppo"].curve
+    assert trained["salsa"].rewards == {"proxy": "(0, 1)", "gold": "g"}
+    (report["stages"]).clear()
+    with pytest.raises(DataError, match="the samples of eval sft seed 0 are not there"):
+        read_policies(point.recipe, point.path, report, point="a", cluster="p")
