@@ -262,6 +262,20 @@ def test_another_axis_has_frontiers_of_its_own(tmp_path):
     assert summary["frontiers"][0]["axes"] == {"rl.num_updates": "num_updates=10"}
 
 
+def test_a_cluster_with_points_to_do_is_left_out_of_the_frontiers(tmp_path):
+    made = frontier_config(tmp_path)
+
+    def run(recipe, *, out, until, jobs):
+        return finished_run(recipe, out, better=1.0)
+
+    run_sweep(made, tmp_path / "out", run, only="pair-[02]*")
+    out = run_sweep(made, tmp_path / "out", run, only="pair-1*0.1")
+    summary = json.loads((out / "sweep.json").read_text())
+    assert summary["frontiers"][0]["clusters"] == ["pair-0", "pair-2"]
+    assert summary["frontiers"][0]["incomplete"] == ["pair-1"] and len(summary["points"]) == 5
+    assert "Not finished, and left out: pair-1." in (out / "sweep.html").read_text()
+
+
 def test_axes_that_vary_beta(tmp_path):
     named = {"low": {"rl.arms.ppo.kl_coef": 0.1}, "high": {"rl.arms.ppo.kl_coef": 0.2}}
     mixed = {"a": {"rl.kl_coef": 0.1}, "b": {"rl.kl_coef": 0.2, "rl.num_updates": 5}}
