@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from salsa.evaluate.winrate import clustered_mean, two_level_mean, win_rate
+from salsa.evaluate.winrate import clustered_mean, three_level_mean, two_level_mean, win_rate
 
 EVALUATIONS = 2000
 pytestmark = pytest.mark.slow
@@ -79,3 +79,21 @@ def test_two_level_mean_never_covers_much_less(seeds, seed_sd):
     assert hits / EVALUATIONS >= 0.93
     if seed_sd == 1.0:
         assert hits / EVALUATIONS <= 0.97
+
+
+@pytest.mark.parametrize("clusters", [4, 8])
+@pytest.mark.parametrize("cluster_sd", [0.0, 0.1, 0.3, 1.0])
+def test_three_level_mean_covers(clusters, cluster_sd):
+    """Clusters, two seeds each, prompts that all share; few clusters, and yet 94 % or more."""
+    rng = np.random.default_rng([clusters, int(10 * cluster_sd)])
+    hits = 0
+    for _ in range(EVALUATIONS):
+        values = (
+            cluster_sd * rng.normal(size=(clusters, 1, 1))
+            + 0.1 * rng.normal(size=(clusters, 2, 1))
+            + 0.3 * rng.normal(size=(1, 1, 40))
+            + rng.normal(size=(clusters, 2, 40))
+        )
+        result = three_level_mean(values)
+        hits += result.low <= 0 <= result.high
+    assert 0.94 <= hits / EVALUATIONS <= 0.985

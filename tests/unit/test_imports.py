@@ -14,8 +14,8 @@ LIGHT = (
     "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.evaluation", "salsa.stages.nodes", "salsa.planner",
     "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.command", "salsa.evaluate.judge",
     "salsa.evaluate.games", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
-    "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep", "salsa.stages.analysis",
-    "salsa.report.page",
+    "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep", "salsa.analysis.frontier",
+    "salsa.analysis.policies", "salsa.stages.analysis", "salsa.report.page",
 )  # fmt: skip
 ALGORITHM = {
     "rl", "rl_models", "references", "objectives", "sft", "reward", "rewards", "dpo", "preferences", "data", "alarms",

@@ -2,14 +2,19 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
+from salsa.analysis.frontier import START
+from salsa.analysis.policies import read_policies
 from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
+from salsa.artifacts import digest_of
 from salsa.config.sweep import SweepConfig
-from salsa.errors import ConfigError
+from salsa.errors import ConfigError, DataError
+from salsa.stages.directory import stage_path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = {f"pair-{i}": {"sft.seeds": [2 * i, 2 * i + 1]} for i in range(6)}
@@ -126,3 +131,179 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, values, message):
 def test_no_point_matches(tmp_path):
     with pytest.raises(ConfigError, match=r"--only x\*: no point matches"):
         points_of(config(tmp_path), tmp_path, "x*")
+
+
+def finished_run(recipe, out: Path, *, better: float, gold: str = "g", prompts: int = 40) -> Path:
+    """A run as its stages lie on disk: proxy = 2·√KL, salsa `better` above it, and at twice the KL of ppo."""
+    stages, arms = [], {}
+
+    def stage(label, rows=None, inputs=None, curve=()):
+        digest = digest_of([label, rows, inputs])
+        stages.append({"stage": label, "digest": digest})
+        path = stage_path(out, label, digest)
+        path.mkdir(exist_ok=True)
+        (path / "stage.json").write_text(json.dumps({"inputs": inputs or {}}))
+        for name, lines in (("samples", rows), ("metrics", curve)):
+            if lines:
+                (path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+
+    for name in ("sft", *recipe.rl.arms):
+        spent = {"sft": 0.0, "ppo": 0.1 / recipe.rl.kl_coef}.get(name, 0.2 / recipe.rl.kl_coef)
+        score = 2 * math.sqrt(spent) + (better if name == "salsa" else 0)
+        own = spent if name in ("sft", "ppo") else spent + 1  # the soup is a nat away
+        row = {"proxy": score, "gold": -score, "kl_to_sft[0]": spent, "kl_reference": own}
+        row |= {"length": 3, "ended": True}
+        scored = {"score proxy": str(recipe.sft.seeds), "score gold": gold}
+        for seed in recipe.rl.seeds:
+            rows = [{"prompt": f"{i}", "response": "a"} | row for i in range(prompts)]
+            stage(f"eval {name} seed {seed}", rows, scored)
+            way = [{"step": 1, "score": 0.5, "gold": 0.1, "kl": 0.2, "kl_to_sft[0]": 0.3}]
+            if name != "sft":
+                stage(f"rl {name} seed {seed}", inputs={"β": recipe.rl.kl_coef}, curve=way)
+        arms[name] = {"init": "sft[0]", "reference": "sft[0]"}
+    extra = {"scores": ["proxy", "gold"], "kl_to": ["sft[0]"], "stages": stages, "arms": arms}
+    (out / "report.json").write_text(json.dumps(result(1.0) | extra))
+    return out
+
+
+def frontier_config(tmp_path: Path, **values) -> SweepConfig:
+    settings = {"rl.arms": ARMS, "eval.kl_to": ["sft[0]"]}
+    margins = {"proxy": 0.5, "proxy win rate": 3.0}
+    return config(tmp_path, settings=settings, margins=margins, **values)
+
+
+def test_runs_have_frontiers_and_verdicts_at_equal_kl(tmp_path):
+    made = frontier_config(tmp_path)
+    gaps = [0.9, 1.0, 1.1, 0.95, 1.05, 1.0]
+
+    def run(recipe, *, out, until, jobs):
+        return finished_run(recipe, out, better=gaps[int(recipe.name[5])])
+
+    out = run_sweep(made, tmp_path / "out", run)
+    summary = json.loads((out / "sweep.json").read_text())
+    assert summary["notes"] == []
+    verdicts = {
+        (v["at"], v["rl.kl_coef"]): v for v in summary["verdicts"] if v["measure"] == "proxy"
+    }
+    for at, where in (
+        ("equal KL to sft[0]", "kl_coef=0.1"),
+        ("equal KL to sft[0]", "kl_coef=0.3"),
+    ):
+        assert verdicts[at, where]["verdict"] == "holds"
+        assert verdicts[at, where]["clusters"] == 6
+    assert verdicts["equal KL to sft[0]", "kl_coef=0.1"]["effect"] == pytest.approx(1.0)
+    assert verdicts["equal KL to sft[0], average", "all"]["verdict"] == "holds"
+    to_sft, to_own = summary["frontiers"]
+    assert (to_sft["title"], to_own["title"]) == ("KL to sft[0]", "KL to own reference")
+    assert to_sft["clusters"] == [f"pair-{i}" for i in range(6)]
+    assert [p["beta"] for p in to_sft["arms"]["ppo"]["points"]] == [None, 0.3, 0.1]
+    assert [p["kl"]["mean"] for p in to_sft["arms"]["salsa"]["points"]] == pytest.approx(
+        [0, 2 / 3, 2]
+    )
+    assert [p["beta"] for p in to_own["arms"]["salsa"]["points"]] == [0.3, 0.1], "not measured"
+    assert to_sft["arms"]["ppo"]["training"][0] == {
+        "beta": 0.3, "step": 1, "kl": 0.3, "proxy": 0.5, "gold": 0.1
+    }  # fmt: skip
+    rows = list(csv.DictReader((out / "sweep.csv").read_text().splitlines()))
+    (row,) = [
+        r
+        for r in rows
+        if (r["pair"], r["rl.kl_coef"], r["at"], r["measure"])
+        == ("pair-0", "kl_coef=0.1", "equal KL to sft[0]", "gold")
+    ]
+    assert float(row["effect"]) == pytest.approx(-0.9)
+    page = (out / "sweep.html").read_text()
+    assert "Reward against KL" in page and '"frontier-0-gold"' in page
+    assert "they part in" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe: {"prompts": 30 if recipe.rl.kl_coef == 0.3 else 40}, "answered other prompts (30)"),
+        (lambda recipe: {"gold": str(recipe.rl.kl_coef)}, "gold of pair-0_kl_coef-0.3, ppo seed 0 is another reward"),
+        (lambda recipe: {"prompts": 12}, "12 held-out prompts are too few to resample"),
+    ],
+)  # fmt: skip
+def test_what_is_no_frontier_is_told_and_the_rest_is_written(tmp_path, capsys, change, message):
+    made = frontier_config(tmp_path)
+
+    def run(recipe, *, out, until, jobs):
+        return finished_run(recipe, out, better=1.0, **change(recipe))
+
+    out = run_sweep(made, tmp_path / "out", run, only="pair-[01]*")
+    summary = json.loads((out / "sweep.json").read_text())
+    (note,) = summary["notes"]
+    assert message in note and "\n" not in note and note in capsys.readouterr().err
+    assert summary["frontiers"] == [] and len(summary["rows"]) == 8 and summary["verdicts"]
+    assert message.split(" (")[0] in (out / "sweep.html").read_text()
+
+
+def test_another_axis_has_frontiers_of_its_own(tmp_path):
+    grid = {"pair": PAIRS, "rl.kl_coef": [0.1, 0.3], "rl.num_updates": [10, 20]}
+    made = frontier_config(tmp_path, grid=grid)
+    assert made.beta_axes == ["rl.kl_coef"]
+
+    def run(recipe, *, out, until, jobs):
+        return finished_run(recipe, out, better=0.05 * recipe.rl.num_updates)
+
+    out = run_sweep(made, tmp_path / "out", run, only="pair-[01]*")
+    summary = json.loads((out / "sweep.json").read_text())
+    effects = {
+        v["rl.num_updates"]: v["effect"]
+        for v in summary["verdicts"]
+        if (v["at"], v["rl.kl_coef"], v["measure"])
+        == ("equal KL to sft[0]", "kl_coef=0.1", "proxy")
+    }
+    assert effects == {
+        "num_updates=10": pytest.approx(0.5),
+        "num_updates=20": pytest.approx(1.0),
+    }
+    assert summary["frontiers"][0]["axes"] == {"rl.num_updates": "num_updates=10"}
+
+
+def test_a_cluster_with_points_to_do_is_left_out_of_the_frontiers(tmp_path):
+    made = frontier_config(tmp_path)
+
+    def run(recipe, *, out, until, jobs):
+        return finished_run(recipe, out, better=1.0)
+
+    run_sweep(made, tmp_path / "out", run, only="pair-[02]*")
+    out = run_sweep(made, tmp_path / "out", run, only="pair-1*0.1")
+    summary = json.loads((out / "sweep.json").read_text())
+    assert summary["frontiers"][0]["clusters"] == ["pair-0", "pair-2"]
+    assert summary["frontiers"][0]["incomplete"] == ["pair-1"] and len(summary["points"]) == 5
+    assert "Not finished, and left out: pair-1." in (out / "sweep.html").read_text()
+
+
+def test_axes_that_vary_beta(tmp_path):
+    named = {"low": {"rl.arms.ppo.kl_coef": 0.1}, "high": {"rl.arms.ppo.kl_coef": 0.2}}
+    mixed = {"a": {"rl.kl_coef": 0.1}, "b": {"rl.kl_coef": 0.2, "rl.num_updates": 5}}
+    grid = {"pair": PAIRS, "strength": named, "both": mixed}
+    assert config(tmp_path, grid=grid).beta_axes == ["strength"]
+
+
+def test_an_arm_starts_where_its_init_model_was_evaluated(tmp_path):
+    """ppo at sft[0], which is its reference; salsa there too, its KL to the soup not measured; the last not at all."""
+    arms = ARMS | {"soups": {"init": "soup", "reference": "soup"}}
+    settings = {"rl.arms": arms, "eval.kl_to": ["sft[0]"]}
+    made = config(tmp_path, settings=settings)
+    point = points_of(made, tmp_path)[0]
+    point.path.mkdir(parents=True)
+    (point.path / "stages").mkdir()
+    finished_run(point.recipe, point.path, better=1.0)
+    report = json.loads(point.result.read_text())
+    found = read_policies(point.recipe, point.path, report, point="a", cluster="p")
+    starts = {p.arm: p for p in found if p.beta == START and p.seed == 0}
+    assert set(starts) == {"ppo", "salsa"}
+    assert starts["ppo"].columns["kl_own"] == pytest.approx(0)
+    assert "kl_own" not in starts["salsa"].columns
+    trained = {p.arm: p for p in found if p.beta == 0.1 and p.seed == 1}
+    assert set(trained) == {"ppo", "salsa", "soups"}
+    assert trained["salsa"].columns["kl_own"][0] == pytest.approx(3.0)
+    assert trained["salsa"].columns["kl_to_sft[0]"][0] == pytest.approx(2.0)
+    assert trained["salsa"].curve[0]["kl_to_sft[0]"] == 0.3 and not starts["ppo"].curve
+    assert trained["salsa"].rewards == {"proxy": "(0, 1)", "gold": "g"}
+    (report["stages"]).clear()
+    with pytest.raises(DataError, match="the samples of eval sft seed 0 are not there"):
+        read_policies(point.recipe, point.path, report, point="a", cluster="p")

@@ -13,6 +13,7 @@ from salsa.evaluate.winrate import (
     rate_of,
     resolution,
     t_test,
+    three_level_mean,
     two_level_mean,
     two_level_win_rate,
     wilson,
@@ -213,3 +214,89 @@ def test_the_seeds_means_are_weighted_as_their_values_are():
     result = nested_mean(values, [0, 1] * 3, seeds=[0, 0, 1, 1, 2, 2], weights=weights)
     expected = stats.ttest_1samp([3.0, 13.0, 26.0], 0).confidence_interval(0.95)
     assert (result.high - result.low) == pytest.approx(expected.high - expected.low)
+
+
+def cells_of(values):
+    """nested_mean of [clusters, prompts]."""
+    clusters, prompts = (level.ravel().tolist() for level in np.indices(values.shape))
+    return nested_mean(values.ravel(), prompts, clusters=clusters)
+
+
+def test_clusters_and_the_prompts_that_they_share_are_added():
+    """Oracle: the mean squares of a two-way table; Cochran and Cox's mixture of the two quantiles."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(5, 1)) + rng.normal(size=12) + 0.3 * rng.normal(size=(5, 12)) + 2
+    rows, columns = values.mean(axis=1), values.mean(axis=0)
+    rest = values - rows[:, None] - columns + values.mean()
+    of_prompts = 5 * columns.var(ddof=1) - (rest**2).sum() / (4 * 11)
+    v_clusters, v_prompts = rows.var(ddof=1) / 5, of_prompts / 5 / 12
+    t_clusters, t_prompts = stats.t.ppf(0.975, 4), stats.t.ppf(0.975, 11)
+    half = (t_clusters * v_clusters + t_prompts * v_prompts) / math.sqrt(v_clusters + v_prompts)
+    result = cells_of(values)
+    assert result.mean == pytest.approx(values.mean())
+    assert (result.low, result.high) == pytest.approx((result.mean - half, result.mean + half))
+    assert result.stderr == pytest.approx(math.sqrt(v_clusters + v_prompts))
+    assert 4 < result.df < 11 and stats.t.ppf(0.975, result.df) * result.stderr == pytest.approx(
+        half
+    )
+
+
+def test_clusters_with_prompts_of_their_own_are_a_t_interval():
+    values = np.random.default_rng(4).normal(size=(6, 3, 10))
+    clusters, seeds, prompts = (level.ravel() for level in np.indices(values.shape))
+    own = [f"{c}-{p}" for c, p in zip(clusters, prompts, strict=True)]
+    result = nested_mean(values.ravel(), own, seeds=seeds.tolist(), clusters=clusters.tolist())
+    expected = stats.ttest_1samp(values.mean(axis=(1, 2)), 0).confidence_interval(0.95)
+    assert (result.low, result.high) == pytest.approx(tuple(expected)) and result.df == 5
+
+
+def test_clusters_that_agree_leave_the_prompts():
+    prompts = np.array([0.0, 1, 2, 5, 3])
+    expected = stats.ttest_1samp(prompts, 0).confidence_interval(0.95)
+    result = cells_of(np.array([prompts, prompts, prompts]))
+    assert (result.low, result.high) == pytest.approx(tuple(expected)) and result.df == 4
+
+
+def test_prompts_that_pull_clusters_apart_take_nothing_away():
+    """A prompt that is good in one cluster and bad in the other has a covariance below 0: it counts as none."""
+    values = np.array([[1.0, -1, 2, -2], [-1.0, 1, -2, 2]]) + np.array([[0.0], [3.0]])
+    expected = stats.ttest_1samp([0.0, 3.0], 0).confidence_interval(0.95)
+    result = cells_of(values)
+    assert (result.low, result.high) == pytest.approx(tuple(expected))
+
+
+def test_every_cluster_counts_the_same():
+    """Three values in one cluster, one in the other: the mean of the clusters' means, weights inside them."""
+    weights = np.array([1.0, 3.0, 1.0, 1.0])
+    values = np.array([0.0, 4.0, 10.0, 10.0])
+    result = nested_mean(values, "abca", clusters=[0, 0, 0, 1], weights=weights)
+    assert result.mean == pytest.approx(((0 + 12 + 10) / 5 + 10) / 2)
+
+
+def test_one_cluster_is_no_level():
+    values = np.random.default_rng(5).normal(size=(1, 3, 20))
+    assert three_level_mean(values) == two_level_mean(values[0])
+
+
+def test_three_levels_are_nested_means():
+    """The seeds of a cluster are its own, whatever they are called."""
+    values = np.random.default_rng(7).normal(size=(3, 2, 9)) + np.arange(9)
+    clusters, seeds, prompts = (level.ravel().tolist() for level in np.indices(values.shape))
+    expected = nested_mean(values.ravel(), prompts, seeds=seeds, clusters=clusters)
+    assert vars(three_level_mean(values)) == pytest.approx(vars(expected))
+
+
+def test_p_value_over_clusters_agrees_with_its_interval():
+    rng = np.random.default_rng(6)
+    shifts, found = rng.uniform(0, 1, 60), []
+    for shift in shifts:
+        values = shift + 0.4 * rng.normal(size=(4, 1, 1)) + rng.normal(size=(4, 2, 20))
+        estimate = three_level_mean(values + 0.5 * rng.normal(size=20))
+        found.append(t_test(estimate, 0.0) < 0.05)
+        assert found[-1] == (not estimate.low <= 0 <= estimate.high)
+    assert 0 < sum(found) < len(found)
+
+
+def test_levels_of_another_length_are_told():
+    with pytest.raises(ValueError, match="nested_mean: 3 values and 2 clusters. Give one of each."):
+        nested_mean(np.zeros(3), "abc", clusters="ab")

@@ -2,7 +2,7 @@
 
 runs/<name>/stages/                 the stages of all points
 runs/<name>/points/<point>/         recipe.yaml, report.html, forecast.html, …; its `stages` is a link to those
-runs/<name>/sweep.json, .csv, .md, .tex, sweep.html     effects by point, and verdicts over the clusters
+runs/<name>/sweep.json, .csv, .md, .tex, sweep.html     effects by point, frontiers, and verdicts over the clusters
 """
 
 import csv
@@ -15,15 +15,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from salsa.analysis.frontier import Policy, frontier
+from salsa.analysis.policies import read_policies
 from salsa.analysis.verdicts import judge
 from salsa.artifacts import locked, write_atomic
 from salsa.config.recipe import Recipe
 from salsa.config.sweep import SweepConfig
-from salsa.errors import ConfigError, accessing
+from salsa.errors import ConfigError, DataError, accessing
 from salsa.planner import plan
 from salsa.runtime.tracking import round_metric, say
 
 RESULT = {"forecast": "forecast.json", "report": "report.json"}
+AVERAGE = "all"
+"""What a row has on the axes of β where it is no single one."""
 COLUMNS = ("subject", "baseline", "at", "measure", "effect", "low", "high")
 
 
@@ -112,6 +116,12 @@ def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> Non
         for point in points
         for effect in effects_of(json.loads(point.result.read_text(encoding="utf-8")))
     ]
+    frontiers, matched, notes = (
+        frontiers_of(config, points) if config.until == "report" else ([], [], [])
+    )
+    for note in notes:
+        say(note)
+    rows += matched
     verdicts = verdicts_of(config, rows)
     summary = {
         "name": config.name,
@@ -120,6 +130,8 @@ def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> Non
         "points": [point.name for point in points],
         "rows": rows,
         "verdicts": verdicts,
+        "frontiers": frontiers,
+        "notes": notes,
     }
     columns = [*config.grid, *COLUMNS]
     write_atomic(out / "sweep.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
@@ -148,6 +160,64 @@ def effects_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows.append(_effect(*names, f"{score} win rate", rate))
             rows.append(_effect(*names, score, pair["difference"]))
     return rows
+
+
+def frontiers_of(
+    config: SweepConfig, points: Sequence[Point]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """The frontiers of finished runs over β, an effect a row at equal KL, and why a frontier is missing.
+
+    Points that differ on another axis than the clusters' and β's have frontiers of their own. The row of a level that
+    is the baseline's KL at some β stands at that β; one that is averaged over the KL at `AVERAGE`.
+    """
+    betas = config.beta_axes
+    fixed = [axis for axis in config.grid if axis not in (*betas, config.cluster)]
+    groups: dict[tuple[str, ...], list[Point]] = {}
+    for point in points:
+        groups.setdefault(tuple(point.axes[axis] for axis in fixed), []).append(point)
+    frontiers, rows, notes = [], [], []
+    for chosen, group in groups.items():
+        axes = dict(zip(fixed, chosen, strict=True))
+        where = "".join(f" at {axis}={value}" for axis, value in axes.items())
+        try:
+            made, effects = _frontiers(config, group, betas)
+        except DataError as error:
+            notes.append(f"no frontiers{where}: {str(error).removeprefix('frontier: ')}")
+            continue
+        frontiers += [{"axes": axes} | one for one in made]
+        rows += effects
+    return frontiers, rows, notes
+
+
+def _frontiers(
+    config: SweepConfig, points: Sequence[Point], betas: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The frontiers of one group, one a yardstick, and the rows of them all."""
+    policies: list[Policy] = []
+    places: dict[tuple[str, float | None], dict[str, str]] = {}
+    for point in points:
+        report = json.loads(point.result.read_text(encoding="utf-8"))
+        cluster = point.axes[config.cluster] if config.cluster else ""
+        new = read_policies(point.recipe, point.path, report, point=point.name, cluster=cluster)
+        policies += new
+        for policy in new:
+            if policy.arm == report["baseline"]:
+                places.setdefault((cluster, policy.beta), point.axes)
+                places.setdefault((cluster, None), point.axes | dict.fromkeys(betas, AVERAGE))
+    recipe = points[0].recipe
+    yardsticks = [*(f"kl_to_{model}" for model in recipe.eval.kl_to), "kl_own"]
+    frontiers, rows = [], []
+    for yardstick in yardsticks:
+        if not any(yardstick in policy.columns for policy in policies):
+            continue
+        made = frontier(policies, recipe.eval.baseline, yardstick)
+        for row in made.pop("rows"):
+            names = (row["subject"], row["baseline"], row["at"], row["measure"])
+            rows.append(
+                places[row["cluster"], row["beta"]] | _effect(*names, row | {"mean": row["effect"]})
+            )
+        frontiers.append(made)
+    return frontiers, rows
 
 
 def verdicts_of(config: SweepConfig, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -82,8 +82,8 @@ def power_of(effect: float, spread: float, clusters: int) -> float:
     critical, shift = _quantile(CONFIDENCE, clusters), effect / spread * math.sqrt(clusters)
     if shift > critical + FAR:  # scipy's noncentral t is not defined that far out
         return 1.0
-    t = stats.nct(clusters - 1, shift)
-    return float(t.sf(critical) + np.nan_to_num(t.cdf(-critical)))
+    shape = (clusters - 1, shift)
+    return float(stats.nct.sf(critical, *shape) + np.nan_to_num(stats.nct.cdf(-critical, *shape)))
 
 
 def clusters_needed(effect: float, spread: float) -> int | None:

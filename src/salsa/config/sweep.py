@@ -70,6 +70,20 @@ class SweepConfig(Strict):
             raise ConfigError(f"{path}: {explain(error, cls)}") from error
         return config.model_copy(update={"recipe": str(path.parent / config.recipe)})
 
+    @property
+    def beta_axes(self) -> list[str]:
+        """The axes that vary nothing but β, of `rl:` or of single arms: a frontier runs along them."""
+        return [
+            axis
+            for axis, values in self.grid.items()
+            if axis != self.cluster
+            and all(
+                key == "rl.kl_coef" or (key.startswith("rl.arms.") and key.endswith(".kl_coef"))
+                for setting in _values(axis, values).values()
+                for key in setting
+            )
+        ]
+
     def points(self) -> dict[str, tuple[dict[str, str], Recipe]]:
         """Name → (axis → value as text, the point's recipe).
 

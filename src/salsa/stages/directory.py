@@ -162,8 +162,7 @@ class RunDirectory:
         if job.needs_engine:
             identity["precision"] = precision
         digest = digest_of(identity)
-        slug = "".join(c if c.isalnum() else "-" for c in job.label).strip("-")
-        final = self.path / "stages" / f"{slug}-{digest[:12]}"
+        final = stage_path(self.path, job.label, digest)
         return Place(job.label, final, identity | {"digest": digest})
 
     def find(self, place: Place) -> Stage | None:
@@ -238,6 +237,12 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
     write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     finish_directory(partial, place.final)
     shutil.rmtree(place.final / "resume", ignore_errors=True)
+
+
+def stage_path(run: Path, label: str, digest: str) -> Path:
+    """Where the finished stage of that label and digest lies in a run directory."""
+    slug = "".join(c if c.isalnum() else "-" for c in label).strip("-")
+    return run / "stages" / f"{slug}-{digest[:12]}"
 
 
 def policy_label(arm: str, seed: int) -> str:
