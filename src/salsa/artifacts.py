@@ -46,9 +46,9 @@ class Checkpoint:
                 )
             return cls(path, hashes.tree(path) if hashes else sha256_tree(path))
 
-    def verify(self) -> None:
-        """Raise CheckpointError if the files are no longer those that were hashed."""
-        if (digest := sha256_tree(self.path)) != self.digest:
+    def verify(self, *, known: Mapping[str, str] | None = None) -> None:
+        """Raise CheckpointError if the files are no longer those that were hashed; `known` as of `sha256_tree`."""
+        if (digest := sha256_tree(self.path, known=known)) != self.digest:
             raise CheckpointError(
                 f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.digest[:12]}). "
                 "Delete that directory and run the recipe again to rebuild it."

@@ -4,7 +4,7 @@ Compared are parsed values, never bytes: two releases of one library write one m
 """
 
 import filecmp
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import sha256_tree
+from salsa.artifacts import Checkpoint, sha256_tree
 from salsa.errors import CheckpointError
 from salsa.soup.files import Tensor, Weights, read_json, read_text
 
 COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 """Files that go with the weights; nothing else of a directory is copied, least of all code."""
 
 HEADS = ("score.", "classifier.", "v_head.", "value_head.")
@@ -83,8 +70,8 @@ class Ingredient:
 
     def file(self, name: str) -> Path:
         """Where a companion file is, or would be."""
-        there = [home / name for home in self.homes if (home / name).exists()]
-        return there[-1] if there else self.path / name
+        places = (home / name for home in reversed(self.homes))
+        return next((place for place in places if place.exists()), self.path / name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -106,13 +93,11 @@ class Ingredient:
         Raises:
             CheckpointError: it is not the `expected` one.
         """
-        digest = sha256_tree(self.path, known=self.weights.sha256())
-        if self.expected is not None and digest != self.expected:
-            raise CheckpointError(
-                f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.expected[:12]}). "
-                "Delete that directory and run the recipe again to rebuild it."
-            )
-        return digest
+        hashes = self.weights.sha256()
+        if self.expected is None:
+            return sha256_tree(self.path, known=hashes)
+        Checkpoint(self.path, self.expected).verify(known=hashes)
+        return self.expected
 
 
 def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> None:
@@ -124,13 +109,10 @@ def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> Non
     first = ingredients[0]
     tie_outputs(ingredients)
     for other in ingredients[1:]:
-        _check_tensors(first, other)
-        _check_equal(
-            first, other, _architecture(first.config), _architecture(other.config), "config "
-        )
+        _check_model(first, other)
         _check_vocabulary(first, other, take_from)
         if take_from is None:
-            _check_equal(first, other, _settings(first), _settings(other), "", "--take-from")
+            _check_equal(first, other, _settings, "Choose one with --take-from.")
 
 
 def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
@@ -153,7 +135,8 @@ def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
                     f"{ingredient.path}: {key} is stored, differs from the embedding, and other ingredients have none. "
                     "Save all of them tied or all of them untied."
                 )
-        if all(key in i.tensors for i in ingredients) and _is_alias(ingredients[0], key):
+        first = ingredients[0]
+        if all(key in i.tensors for i in ingredients) and first.tensors[key] is _embedding(first):
             for ingredient in ingredients:
                 del ingredient.tensors[key]
 
@@ -168,8 +151,7 @@ def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> Non
     for key in heads:
         base.tensors[key] = first.tensors[key]
     tie_outputs([first, base])
-    _check_tensors(first, base)
-    _check_equal(first, base, _architecture(first.config), _architecture(base.config), "config ")
+    _check_model(first, base)
 
 
 def companions(homes: Sequence[Path]) -> list[Path]:
@@ -178,7 +160,7 @@ def companions(homes: Sequence[Path]) -> list[Path]:
     return list(files.values())
 
 
-def _check_tensors(first: Ingredient, other: Ingredient) -> None:
+def _check_model(first: Ingredient, other: Ingredient) -> None:
     missing = sorted(first.tensors.keys() - other.tensors.keys())
     extra = sorted(other.tensors.keys() - first.tensors.keys())
     if missing or extra:
@@ -193,23 +175,26 @@ def _check_tensors(first: Ingredient, other: Ingredient) -> None:
                 f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}. "
                 "Nothing is padded or cut: give models of one size and vocabulary."
             )
+    _check_equal(first, other, _model_settings, "Average models of one architecture.")
 
 
 def _check_equal(
     first: Ingredient,
     other: Ingredient,
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
-    what: str,
-    option: str | None = None,
+    read: Callable[[Ingredient], dict[str, Any]],
+    advice: str,
 ) -> None:
+    there, here = read(first), read(other)
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
-            do = f"Choose one with {option}." if option else "Average models of one architecture."
             raise CheckpointError(
-                f"{other.path}: {what}{key} is {_short(here.get(key))}, in {first.path} it is "
-                f"{_short(there.get(key))}. {do}"
+                f"{other.path}: {key} is {_short(here.get(key))}, in {first.path} it is "
+                f"{_short(there.get(key))}. {advice}"
             )
+
+
+def _model_settings(ingredient: Ingredient) -> dict[str, Any]:
+    return {f"config {key}": value for key, value in _architecture(ingredient.config).items()}
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,12 +224,13 @@ def _settings(ingredient: Ingredient) -> dict[str, Any]:
     """What is written beside the weights and must come from somewhere."""
     settings = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
     generation = _optional_json(ingredient.file("generation_config.json"))
-    settings |= {f"generation_config {k}": v for k, v in generation.items()}
-    settings.pop("generation_config transformers_version", None)
-    settings.pop("generation_config _from_model_config", None)
+    generated = {"transformers_version", "_from_model_config"}
+    settings |= {f"generation_config {k}": v for k, v in generation.items() if k not in generated}
     tokenizer = _optional_json(ingredient.file("tokenizer_config.json"))
     roles = tokenizer | _optional_json(ingredient.file("special_tokens_map.json"))
-    settings |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
+    for name in _SPECIAL:
+        token = roles.get(name)
+        settings[name] = token.get("content") if isinstance(token, dict) else token
     template = ingredient.file("chat_template.jinja")
     text = read_text(template) if template.exists() else None
     settings["chat template"] = text or tokenizer.get("chat_template")
@@ -314,10 +300,6 @@ def _embedding(ingredient: Ingredient) -> Tensor | None:
     return matrices[0] if len(matrices) == 1 else None
 
 
-def _is_alias(ingredient: Ingredient, key: str) -> bool:
-    return ingredient.tensors[key] is _embedding(ingredient)
-
-
 def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
@@ -334,10 +316,6 @@ def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _some(keys: Iterable[str]) -> str:
