@@ -14,7 +14,7 @@ from salsa.errors import CheckpointError, ConfigError
 from salsa.soup.blend import Blend, Progress
 from salsa.soup.diagnostics import Tally, describe, warnings_of
 from salsa.soup.files import FLOATS, NUMPY_DTYPES, WeightsWriter, widest
-from salsa.soup.ingredients import Ingredient, check_alike, check_base, companions, heads_of
+from salsa.soup.ingredients import COMPANIONS, HEADS, Ingredient, check_alike, check_base
 from salsa.soup.lora import Adapter, MergedAdapter, check_adapters, concatenate, is_adapter
 from salsa.soup.methods import Factors
 from salsa.soup.mix import DTYPES, Mix
@@ -149,7 +149,8 @@ class _Average:
 
     def _settle_heads(self) -> None:
         """Do with heads what was asked for; a head is never averaged, kept or dropped by accident."""
-        heads, choice, count = heads_of(self.ingredients), self.mix.heads, len(self.ingredients)
+        choice, count = self.mix.heads, len(self.ingredients)
+        heads = sorted({k for i in self.ingredients for k in i.tensors if k.startswith(HEADS)})
         if not heads:
             if choice is not None:
                 raise ConfigError("soup: --heads, but no ingredient has a head. Leave it out.")
@@ -196,14 +197,15 @@ class _Average:
 
     def _copy_companions(self, directory: Path, main: str) -> None:
         giver = self.ingredients[self.mix.take_from or 0]
-        for file in companions(giver.homes):
-            shutil.copyfile(file, directory / file.name)
+        for name in COMPANIONS:
+            if (file := giver.file(name)).is_file():
+                shutil.copyfile(file, directory / name)
         if self.side_by_side:
             return
         config = dict(giver.config)
-        name = next(n for n, kind in DTYPES.items() if kind == main)
-        if config.pop("torch_dtype", None) != name and config.get("dtype") != name:
-            text = json.dumps(config | {"dtype": name}, indent=2)
+        dtype = next(name for name, stored in DTYPES.items() if stored == main)
+        if config.pop("torch_dtype", None) != dtype and config.get("dtype") != dtype:
+            text = json.dumps(config | {"dtype": dtype}, indent=2)
             write_atomic(directory / "config.json", text + "\n")
 
 

@@ -4,7 +4,7 @@ Compared are parsed values, never bytes: two releases of one library write one m
 """
 
 import filecmp
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,10 +109,24 @@ def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> Non
     first = ingredients[0]
     tie_outputs(ingredients)
     for other in ingredients[1:]:
-        _check_model(first, other)
-        _check_vocabulary(first, other, take_from)
+        refuse(_model_differences(first, other))
+        refuse(_vocabulary_differences(first, other, take_from))
         if take_from is None:
-            _check_equal(first, other, _settings, "Choose one with --take-from.")
+            refuse(_unequal(first, other, _settings, "Choose one with --take-from."))
+
+
+def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
+    """Raise CheckpointError unless the base has the ingredients' tensors and architecture; heads it may lack."""
+    for key in heads:
+        base.tensors[key] = first.tensors[key]
+    tie_outputs([first, base])
+    refuse(_model_differences(first, base))
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise CheckpointError with the first of the problems, if there is any."""
+    for problem in problems:
+        raise CheckpointError(problem)
 
 
 def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
@@ -141,56 +155,31 @@ def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
                 del ingredient.tensors[key]
 
 
-def heads_of(ingredients: Sequence[Ingredient]) -> list[str]:
-    """Keys of heads, in any ingredient."""
-    return sorted({key for i in ingredients for key in i.tensors if key.startswith(HEADS)})
-
-
-def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
-    """Raise CheckpointError unless the base has the ingredients' tensors and architecture; heads it may lack."""
-    for key in heads:
-        base.tensors[key] = first.tensors[key]
-    tie_outputs([first, base])
-    _check_model(first, base)
-
-
-def companions(homes: Sequence[Path]) -> list[Path]:
-    """Configuration and tokenizer files that go with the weights."""
-    files = {name: home / name for home in homes for name in COMPANIONS if (home / name).is_file()}
-    return list(files.values())
-
-
-def _check_model(first: Ingredient, other: Ingredient) -> None:
+def _model_differences(first: Ingredient, other: Ingredient) -> Iterator[str]:
     missing = sorted(first.tensors.keys() - other.tensors.keys())
     extra = sorted(other.tensors.keys() - first.tensors.keys())
     if missing or extra:
-        raise CheckpointError(
+        yield (
             f"{other.path}: not the tensors of {first.path} (lacks {_some(missing)}; has besides {_some(extra)}). "
             "Average models of one architecture."
         )
     for key, tensor in first.tensors.items():
-        shape = other.tensors[key].shape
-        if shape != tensor.shape:
-            raise CheckpointError(
+        if (shape := other.tensors[key].shape) != tensor.shape:
+            yield (
                 f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}. "
                 "Nothing is padded or cut: give models of one size and vocabulary."
             )
-    _check_equal(first, other, _model_settings, "Average models of one architecture.")
+    yield from _unequal(first, other, _model_settings, "Average models of one architecture.")
 
 
-def _check_equal(
-    first: Ingredient,
-    other: Ingredient,
-    read: Callable[[Ingredient], dict[str, Any]],
-    advice: str,
-) -> None:
+def _unequal(
+    first: Ingredient, other: Ingredient, read: Callable[[Ingredient], dict[str, Any]], advice: str
+) -> Iterator[str]:
     there, here = read(first), read(other)
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise CheckpointError(
-                f"{other.path}: {key} is {_short(here.get(key))}, in {first.path} it is "
-                f"{_short(there.get(key))}. {advice}"
-            )
+        old, new = there.get(key), here.get(key)
+        if old != new:
+            yield f"{other.path}: {key} is {_short(new)}, in {first.path} it is {_short(old)}. {advice}"
 
 
 def _model_settings(ingredient: Ingredient) -> dict[str, Any]:
@@ -237,22 +226,23 @@ def _settings(ingredient: Ingredient) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | None) -> None:
+def _vocabulary_differences(
+    first: Ingredient, other: Ingredient, take_from: int | None
+) -> Iterator[str]:
     one, two = (i.file("tokenizer.json") for i in (first, other))
     if one.is_file() and two.is_file() and filecmp.cmp(one, two, shallow=False):
         return
     there, here = _vocabulary(first), _vocabulary(other)
-    if there.keys() != here.keys() and not (there and here):
+    if bool(there) != bool(here):
         if take_from is None:
             bare = other.path if there else first.path
-            raise CheckpointError(
-                f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
-            )
+            yield f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
         return
     for part in sorted(there.keys() | here.keys()):
-        if there.get(part) != here.get(part):
-            raise CheckpointError(
-                f"{other.path}: another tokenizer than {first.path} ({part}{_first_other(there, here, part)}). "
+        old, new = there.get(part), here.get(part)
+        if old != new:
+            yield (
+                f"{other.path}: another tokenizer than {first.path} ({part}{_example(old, new)}). "
                 "The same row must mean the same token: average models of one vocabulary."
             )
 
@@ -285,9 +275,8 @@ def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
     return values | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
 
 
-def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:
-    """An example of how two vocabularies differ."""
-    old, new = there.get(part), here.get(part)
+def _example(old: Any, new: Any) -> str:
+    """Where two vocabularies differ first."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             if old.get(key) != new.get(key):

@@ -20,7 +20,7 @@ from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Tensor, Weights, WeightsWriter, read_json, widest
-from salsa.soup.ingredients import Ingredient
+from salsa.soup.ingredients import Ingredient, refuse
 from salsa.soup.methods import Factors, rounded
 
 CONFIG = "adapter_config.json"
@@ -46,8 +46,7 @@ class Adapter(Ingredient):
     """
 
     def __post_init__(self) -> None:
-        for problem in self._problems():
-            raise CheckpointError(problem)
+        refuse(self._problems())
         self.weights = Weights(self.path, "adapter_model")
         if magnitudes := [k for k in self.tensors if "lora_magnitude_vector" in k]:
             raise CheckpointError(f"{self.path}: {magnitudes[0]} belongs to DoRA. Merge it first.")
@@ -113,22 +112,22 @@ class Adapter(Ingredient):
 def check_adapters(adapters: Sequence[Adapter]) -> None:
     """Raise CheckpointError unless all adapt one base in one way."""
     for other in adapters[1:]:
-        first = adapters[0]
-        for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
-            there, here = (_plain(a.config.get(key)) for a in (first, other))
-            if there != here:
-                raise CheckpointError(
-                    f"{other.path / CONFIG}: {key} is {here!r}, in {first.path} it is {there!r}. "
-                    "Only adapters of one base, made in one way, add up."
-                )
-        if first.tensors.keys() != other.tensors.keys():
-            stray = sorted(first.tensors.keys() ^ other.tensors.keys())[0]
-            raise CheckpointError(f"{other.path}: differs from {first.path} about {stray}.")
-        for key, tensor in first.tensors.items():
-            if tensor.shape != other.tensors[key].shape:
-                raise CheckpointError(
-                    f"{other.path}: {key} is {other.tensors[key].shape}, in {first.path} it is {tensor.shape}."
-                )
+        refuse(_differences(adapters[0], other))
+
+
+def _differences(first: Adapter, other: Adapter) -> Iterator[str]:
+    for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
+        there, here = (_plain(a.config.get(key)) for a in (first, other))
+        if there != here:
+            yield (
+                f"{other.path / CONFIG}: {key} is {here!r}, in {first.path} it is {there!r}. "
+                "Only adapters of one base, made in one way, add up."
+            )
+    for stray in sorted(first.tensors.keys() ^ other.tensors.keys()):
+        yield f"{other.path}: differs from {first.path} about {stray}."
+    for key, tensor in first.tensors.items():
+        if (shape := other.tensors[key].shape) != tensor.shape:
+            yield f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}."
 
 
 def concatenate(
