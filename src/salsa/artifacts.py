@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,9 +46,9 @@ class Checkpoint:
                 )
             return cls(path, hashes.tree(path) if hashes else sha256_tree(path))
 
-    def verify(self) -> None:
-        """Raise CheckpointError if the files are no longer those that were hashed."""
-        if (digest := sha256_tree(self.path)) != self.digest:
+    def verify(self, *, known: Mapping[str, str] | None = None) -> None:
+        """Raise CheckpointError if the files are no longer those that were hashed; `known` as of `sha256_tree`."""
+        if (digest := sha256_tree(self.path, known=known)) != self.digest:
             raise CheckpointError(
                 f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.digest[:12]}). "
                 "Delete that directory and run the recipe again to rebuild it."
@@ -100,9 +100,7 @@ def sha256_tree(path: Path, *, known: Mapping[str, str] | None = None) -> str:
         known: file name → its sha256, of files that need not be read again.
     """
     known = known or {}
-    return digest_of(
-        {file.name: known.get(file.name) or sha256_file(file) for file in _content(path)}
-    )
+    return digest_of({f.name: known.get(f.name) or sha256_file(f) for f in _content(path)})
 
 
 class FileHashes:
@@ -114,21 +112,16 @@ class FileHashes:
         self._known: dict[str, list[Any]] = {}
         self._fresh: dict[str, list[Any]] = {}
         if file is not None and file.exists() and not verify:
-            try:
-                known = json.loads(file.read_text(encoding="utf-8"))
-                self._known = known if isinstance(known, dict) else {}
-            except (ValueError, OSError):  # a damaged memory is none
-                self._known = {}
+            with suppress(ValueError, TypeError, OSError):  # a damaged memory is none
+                self._known = dict(json.loads(file.read_text(encoding="utf-8")))
 
     def sha256(self, path: Path) -> str:
         """Hex sha256 of a file's bytes."""
         key, stat = str(path.absolute()), path.stat()
         seen = [stat.st_size, stat.st_mtime_ns]
         entry = self._fresh.get(key) or self._known.get(key) or []
-        if entry[:2] != seen:
-            entry = [*seen, sha256_file(path)]
-        self._fresh[key] = entry
-        return entry[2]
+        self._fresh[key] = entry if entry[:2] == seen else [*seen, sha256_file(path)]
+        return self._fresh[key][2]
 
     def tree(self, directory: Path) -> str:
         """As `sha256_tree`."""
@@ -142,11 +135,8 @@ class FileHashes:
 
 def _content(directory: Path) -> list[Path]:
     """A directory's models and data; provenance and cards do not count."""
-    return sorted(
-        p
-        for p in directory.iterdir()
-        if p.is_file() and p.suffix in _CONTENT_SUFFIXES and p.name not in _NOT_CONTENT
-    )
+    files = (p for p in directory.iterdir() if p.suffix in _CONTENT_SUFFIXES and p.is_file())
+    return sorted(file for file in files if file.name not in _NOT_CONTENT)
 
 
 def digest_of(value: Any) -> str:
@@ -167,9 +157,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line]
 
 
 def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
@@ -180,11 +169,10 @@ def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
     """
     rows = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except ValueError as error:
-                raise DataError(f"{where}: line {number} is not JSON ({error}).") from error
+        try:
+            rows += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            raise DataError(f"{where}: line {number} is not JSON ({error}).") from error
     return rows
 
 
@@ -320,6 +308,6 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 
 def _is_still(file: Path, descriptor: int) -> bool:
     try:
-        return os.fstat(descriptor).st_ino == file.stat().st_ino
+        return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
         return False

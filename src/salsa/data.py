@@ -99,11 +99,10 @@ def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]
     if not rows:
         raise DataError(f"{where}: no rows. Give a source with at least one.")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not any(
-            all(row.get(c) is not None for c in wanted) for wanted in columns
-        ):
+        there = {c for c in row if row[c] is not None} if isinstance(row, dict) else set()
+        if not any(there.issuperset(wanted) for wanted in columns):
             columns_here = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            wanted = " or ".join(" + ".join(names) for names in columns)
+            wanted = " or ".join(map(" + ".join, columns))
             raise DataError(
                 f"{where}: row {number} has columns {columns_here or 'none'}; wanted {wanted}. Rename them."
             )
@@ -139,7 +138,9 @@ def as_prompt(row: Row, tokenizer: Any, where: str = "prompt") -> Prompt:
     """A row's prompt, tokenized through the chat template (bare text if the model has none)."""
     value: Any = row.get("prompt")
     if value is None:
-        value = _without_reply(row["messages"])
+        value = row["messages"]
+        if value and value[-1].get("role") == "assistant":
+            value = value[:-1]
     messages = as_messages(value, tokenizer, where)
     if messages is None:
         return Prompt(tuple(tokenizer(value)["input_ids"]), None, value)
@@ -186,7 +187,7 @@ def plain_text(messages: Sequence[Message]) -> str:
     """A conversation as people read it; a single user turn is just its words."""
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
 def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
@@ -219,13 +220,9 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
             raise DataError(
                 f"{where}: rows without a prompt must be conversations. Split the prompt off into its own column."
             )
-        one, other = (
-            _pair(prompt, chosen, tokenizer, where),
-            _pair(prompt, rejected, tokenizer, where),
-        )
-        result.append(
-            {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
-        )
+        pair, other = (_pair(prompt, reply, tokenizer, where) for reply in (chosen, rejected))
+        chosen, rejected = pair["completion"], other["completion"]
+        result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
     return result
 
 
@@ -236,15 +233,13 @@ def draw_prompts(
 
     Consecutive slices of one shuffled pass after another: they depend on seed and update only.
     """
-    distinct = count // group_size
+    size, distinct = len(prompts), count // group_size
+    first, last = update * distinct, (update + 1) * distinct
     drawn: list[Prompt] = []
-    position = update * distinct
-    while len(drawn) < distinct:
-        epoch, start = divmod(position, len(prompts))
-        order = random.Random(f"{seed}-{epoch}").sample(range(len(prompts)), len(prompts))
-        chosen = order[start : start + distinct - len(drawn)]
-        drawn += [prompts[i] for i in chosen]
-        position += len(chosen)
+    for epoch in range(first // size, -(-last // size)):
+        order = random.Random(f"{seed}-{epoch}").sample(range(size), size)
+        start = epoch * size
+        drawn += [prompts[i] for i in order[max(first - start, 0) : last - start]]
     return [prompt for prompt in drawn for _ in range(group_size)]
 
 
@@ -257,16 +252,9 @@ def _pair(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Row:
                 f"{where}: the prompt is a string and the reply is not. Make both strings."
             )
         return {"prompt": prompt, "completion": completion}
-    reply = (
-        [{"role": "assistant", "content": completion}]
-        if isinstance(completion, str)
-        else completion
-    )
-    return {"prompt": messages, "completion": as_messages(reply, tokenizer, where)}
-
-
-def _without_reply(messages: list[Message]) -> list[Message]:
-    return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return {"prompt": messages, "completion": as_messages(completion, tokenizer, where)}
 
 
 def _read(source: DataSource) -> list[Row]:

@@ -34,6 +34,12 @@ class WorkFailed(SalsaError, RuntimeError):
     """The input was sound and the work failed all the same: a reward raised, a loss became NaN."""
 
 
+_PERMISSION_DENIED = {
+    "read": "read (permission denied). Give yourself the right to read it, or name another.",
+    "write": "written (permission denied). Give yourself the right to write there, or choose another place.",
+}
+
+
 @contextmanager
 def accessing(
     path: Path, action: Literal["read", "write"], error: type[SalsaError] = ConfigError
@@ -45,23 +51,15 @@ def accessing(
     """
     try:
         yield
-    except PermissionError as refused:
-        what = refused.filename or path
-        todo = {
-            "read": "Give yourself the right to read it, or name another.",
-            "write": "Give yourself the right to write there, or choose another place.",
-        }
-        verb = "read" if action == "read" else "written"
-        raise error(f"{what}: cannot be {verb} (permission denied). {todo[action]}") from refused
-    except (FileExistsError, NotADirectoryError) as refused:
-        what = refused.filename or path
-        raise error(
-            f"{what}: cannot be used as a directory, a file is in the way. Choose another place."
-        ) from refused
     except OSError as refused:
-        if refused.errno not in (errno.EROFS, errno.ENOSPC):
+        if isinstance(refused, PermissionError):
+            reason = f"cannot be {_PERMISSION_DENIED[action]}"
+        elif isinstance(refused, FileExistsError | NotADirectoryError):
+            reason = "cannot be used as a directory, a file is in the way. Choose another place."
+        elif refused.errno in (errno.EROFS, errno.ENOSPC):
+            reason = (
+                f"cannot be written ({refused.strerror}). Free some space or choose another place."
+            )
+        else:
             raise
-        where = refused.filename or path
-        raise error(
-            f"{where}: cannot be written ({refused.strerror}). Free some space or choose another place."
-        ) from refused
+        raise error(f"{refused.filename or path}: {reason}") from refused

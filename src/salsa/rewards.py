@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,12 +56,11 @@ class RewardSource:
 
 def sum_of(scorers: Mapping[str, Scorer]) -> Scorer:
     """One scorer that returns the sum of several."""
+    return lambda prompts, responses: _total([s(prompts, responses) for s in scorers.values()])
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        columns = [scorer(prompts, responses) for scorer in scorers.values()]
-        return [sum(row) for row in zip(*columns, strict=True)]
 
-    return score
+def _total(columns: Iterable[Sequence[float]]) -> list[float]:
+    return [sum(row) for row in zip(*columns, strict=True)]
 
 
 class FunctionScorer:
@@ -72,7 +71,6 @@ class FunctionScorer:
     """
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
-        """Import the callables."""
         self._loaded = [(function, import_callable(function.call)) for function in functions]
 
     def begin(
@@ -80,16 +78,8 @@ class FunctionScorer:
     ) -> Callable[[], list[float]]:
         """Start all callables; what is returned waits for them."""
         texts = [prompt.text for prompt in prompts]
-        begun = [
-            (function.weight, _begun(function, call, texts, list(responses)))
-            for function, call in self._loaded
-        ]
-
-        def total() -> list[float]:
-            columns = [[weight * s for s in scores.result()] for weight, scores in begun]
-            return [sum(parts) for parts in zip(*columns, strict=True)]
-
-        return total
+        begun = [(f.weight, _begun(f, call, texts, list(responses))) for f, call in self._loaded]
+        return lambda: _total([[w * s for s in scores.result()] for w, scores in begun])
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Scores, once all are there."""
@@ -124,19 +114,17 @@ def _begun(
 ) -> Future[list[float]]:
     """All batches of one callable, checked, under way in the event loop."""
     size = function.batch_size or max(len(responses), 1)
-    batches = [
-        (prompts[start : start + size], responses[start : start + size])
-        for start in range(0, len(responses), size)
-    ]
 
     async def all_batches() -> list[float]:
         slots = asyncio.Semaphore(function.concurrency)
 
-        async def one(batch: tuple[list[str], list[str]]) -> list[float]:
+        async def one(start: int) -> list[float]:
+            batch = prompts[start : start + size], responses[start : start + size]
             async with slots:
                 return _checked(function.call, await _tried(function, call, *batch), batch[1])
 
-        return [score for scores in await asyncio.gather(*map(one, batches)) for score in scores]
+        scored = await asyncio.gather(*map(one, range(0, len(responses), size)))
+        return [score for scores in scored for score in scores]
 
     return asyncio.run_coroutine_threadsafe(all_batches(), _loop())
 
@@ -173,11 +161,9 @@ def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
 
     def work() -> None:
         try:
-            result = call(*arguments)
+            future.set_result(call(*arguments))
         except BaseException as error:
             future.set_exception(error)
-        else:
-            future.set_result(result)
 
     threading.Thread(target=work, name="salsa-reward", daemon=True).start()
     return asyncio.wrap_future(future)

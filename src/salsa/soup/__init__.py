@@ -27,7 +27,7 @@ from typing import Any
 
 from salsa.artifacts import Checkpoint, new_directory, resolve, write_atomic
 from salsa.errors import ConfigError, WorkFailed
-from salsa.soup.average import Average, Source
+from salsa.soup.average import Source, average
 from salsa.soup.blend import Progress
 from salsa.soup.mix import Method, Mix, Score
 
@@ -97,7 +97,7 @@ def make_soup(
     _check_target(out, [*sources, *([base_source] if base_source else [])])
     try:
         with new_directory(out, force=force) as partial:
-            digest = _write(sources, partial, mix, base_source, progress)
+            digest = _write(sources, base_source, mix, partial, progress)
     except OSError as error:
         raise WorkFailed(f"{out}: {error}. Nothing was left there.") from error
     return Checkpoint(out, digest)
@@ -107,19 +107,16 @@ def write_soup(
     ingredients: Sequence[Checkpoint],
     directory: Path,
     *,
-    weights: Sequence[float] | None = None,
-    method: Method = "linear",
     base: Checkpoint | None = None,
-    dtype: str = "auto",
-    alpha: float | None = None,
-    score: Score | None = None,
-    heads: str | None = None,
+    **options: Any,
 ) -> str:
-    """Fill `directory` with a soup of checkpoints whose digests must still hold, as `make_soup`; returns its digest."""
-    mix = Mix(weights=weights, method=method, alpha=alpha, score=score, dtype=dtype, heads=heads)
+    """Fill `directory` with a soup of checkpoints whose digests must still hold; returns its digest.
+
+    Options: `weights`, `method`, `dtype`, `alpha`, `score`, `heads` as of `make_soup`, which says what is raised.
+    """
     sources = [Source(c.path, str(c.path), c.digest) for c in ingredients]
     base_source = Source(base.path, str(base.path), base.digest) if base is not None else None
-    return _write(sources, directory, mix, base_source, None)
+    return _write(sources, base_source, Mix(**options), directory)
 
 
 def measure_soup(
@@ -135,9 +132,8 @@ def measure_soup(
         raise ConfigError(
             "soup: a greedy soup is scored, so it must be written. Leave --dry-run out."
         )
-    sources = [_source(path) for path in ingredients]
-    with Average(sources, mix, _source(base) if base is not None else None) as average:
-        return average.write(None, progress)
+    base_source = _source(base) if base is not None else None
+    return average([_source(path) for path in ingredients], base_source, mix, None, progress)
 
 
 def interpolate(
@@ -172,7 +168,7 @@ def interpolate(
         for t in points:
             mix = Mix(weights=(1 - t, t), extrapolate=extrapolate, **options)
             (partial / f"t={t:g}").mkdir()
-            digest = _write(sources, partial / f"t={t:g}", mix, base_source, None)
+            digest = _write(sources, base_source, mix, partial / f"t={t:g}")
             made.append(Checkpoint(out / f"t={t:g}", digest))
         record = {"method": "interpolate", "points": list(points)}
         write_atomic(partial / "soup.json", json.dumps(record, indent=1) + "\n")
@@ -198,18 +194,17 @@ def _check_target(out: Path, sources: Sequence[Source]) -> None:
 
 def _write(
     sources: Sequence[Source],
-    directory: Path,
-    mix: Mix,
     base: Source | None,
-    progress: Progress | None,
+    mix: Mix,
+    directory: Path,
+    progress: Progress | None = None,
 ) -> str:
     """Fill a directory that is there; returns its digest."""
+    extra: dict[str, Any] = {}
     if mix.method == "greedy":
-        mix, tried = _greedy(sources, directory, mix, base, progress)
-    with Average(sources, mix, base) as average:
-        record = average.write(directory, progress)
-    if mix.kept is not None:
-        record |= {"method": "greedy", "greedy": tried}
+        mix, tried = _greedy(sources, base, mix, directory)
+        extra = {"greedy": tried}
+    record = average(sources, base, mix, directory, progress) | extra
     for warning in record["warnings"]:
         _log.warning("soup: %s", warning)
     write_atomic(directory / "soup.json", json.dumps(record, indent=1) + "\n")
@@ -217,11 +212,7 @@ def _write(
 
 
 def _greedy(
-    sources: Sequence[Source],
-    directory: Path,
-    mix: Mix,
-    base: Source | None,
-    progress: Progress | None,
+    sources: Sequence[Source], base: Source | None, mix: Mix, directory: Path
 ) -> tuple[Mix, list[dict[str, Any]]]:
     """Greedy soup (arXiv 2203.05482, recipe 1): best first, each next one stays iff the score does not fall."""
     mix.check(len(sources), has_base=base is not None)
@@ -234,12 +225,10 @@ def _greedy(
     for i in order[1:]:
         shutil.rmtree(candidate, ignore_errors=True)
         candidate.mkdir()
-        with Average(sources, replace(mix, kept=(*kept, i)), base) as average:
-            average.write(candidate, progress)
+        average(sources, base, replace(mix, kept=(*kept, i)), candidate)
         score = _scored(mix.score, candidate)
-        stays = score >= best
-        tried.append({"ingredient": i, "alone": scores[i], "soup": score, "kept": stays})
-        if stays:
+        tried.append({"ingredient": i, "alone": scores[i], "soup": score, "kept": score >= best})
+        if score >= best:
             kept, best = [*kept, i], score
     shutil.rmtree(candidate, ignore_errors=True)
     return replace(mix, kept=tuple(kept)), tried

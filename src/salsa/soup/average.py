@@ -2,23 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from salsa.artifacts import sha256_tree, versions, write_atomic
 from salsa.errors import CheckpointError, ConfigError
-from salsa.soup.blend import Plan, Progress, blend
+from salsa.soup.blend import Blend, Progress
 from salsa.soup.diagnostics import Tally, describe, warnings_of
-from salsa.soup.files import FLOATS, Tensor, WeightsWriter
-from salsa.soup.ingredients import (
-    Ingredient,
-    check_alike,
-    check_base,
-    companions,
-    heads_of,
-)
+from salsa.soup.files import FLOATS, NUMPY_DTYPES, WeightsWriter, widest
+from salsa.soup.ingredients import COMPANIONS, HEADS, Ingredient, check_alike, check_base
 from salsa.soup.lora import Adapter, MergedAdapter, check_adapters, concatenate, is_adapter
 from salsa.soup.methods import Factors
 from salsa.soup.mix import DTYPES, Mix
@@ -33,189 +29,79 @@ class Source:
     expected: str | None = None
 
 
-class Average:
-    """Opened ingredients that go together; a context manager that closes them.
+def average(
+    sources: Sequence[Source],
+    base: Source | None,
+    mix: Mix,
+    directory: Path | None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write weights and companions into `directory` (None: only measure); returns the content of `soup.json`.
 
     Raises:
         ConfigError: the options do not fit.
         CheckpointError: an ingredient is broken, or they do not go together.
     """
+    mix.check(len(sources), has_base=base is not None)
+    if len({s.path.resolve() for s in sources}) < len(sources) and not mix.allow_identical:
+        raise _identical(sources)
+    with closing(_Average(sources, base, mix)) as opened:
+        return opened.write(directory, progress)
 
-    def __init__(self, sources: Sequence[Source], mix: Mix, base: Source | None) -> None:
-        mix.check(len(sources), has_base=base is not None)
+
+class _Average:
+    """The opened ingredients of one soup; what is done with them."""
+
+    def __init__(self, sources: Sequence[Source], base: Source | None, mix: Mix) -> None:
         self.sources, self.mix = sources, mix
-        if len({s.path.resolve() for s in sources}) < len(sources) and not mix.allow_identical:
-            raise _identical(sources)
         self.base = Ingredient(base.path, base.name, base.expected) if base is not None else None
-        self.adapters = [Adapter(s.path, s.name) for s in sources if is_adapter(s.path)]
-        self.ingredients: list[Ingredient] = []
+        opened = [Adapter(s.path, s.name) if is_adapter(s.path) else None for s in sources]
+        self.adapters = [adapter for adapter in opened if adapter is not None]
+        self.side_by_side = bool(self.adapters) and self.base is None
         self._fixed: dict[str, Factors] = {}
-        try:
-            self._check()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _check(self) -> None:
-        if self.adapters:
-            check_adapters(self.adapters)
-        if self.adapters and self.base is None:
-            self._check_adapters_only()
-            return
-        left = iter(self.adapters)
-        for source in self.sources:
-            if is_adapter(source.path):
-                assert self.base is not None
-                self.ingredients.append(MergedAdapter(next(left), self.base))
-            else:
-                self.ingredients.append(Ingredient(source.path, source.name, source.expected))
-        self._settle_heads()
-        check_alike(self.ingredients, self.mix.take_from)
-        if self.base is not None:
-            check_base(self.base, self.ingredients[0], self._fixed)
-
-    def __enter__(self) -> "Average":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for ingredient in [*self.ingredients, *([self.base] if self.base else [])]:
-            ingredient.weights.close()
-        for adapter in self.adapters:
-            adapter.weights.close()
-
-    def write(self, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
-        """Write weights and companions into `directory` (None: only measure); returns the content of `soup.json`."""
-        if not self.ingredients:
-            return self._concatenate(directory)
-        stored = self._stored()
-        plan = Plan(
-            stored,
-            self.mix.rule(len(self.sources)),
-            needs_gram=self.mix.method in ("slerp", "model_stock"),
-            fixed=self._fixed,
-        )
-        main = _main(stored, self.ingredients[0].tensors)
-        if directory is None:
-            tallies = blend(self.ingredients, self.base, plan, None, progress)
-            return self._record(tallies, self._digests(), main)
-        shapes = {k: (d, self.ingredients[0].tensors[k].shape) for k, d in stored.items()}
-        writer = WeightsWriter(directory, shapes)
-        try:
-            tallies = blend(self.ingredients, self.base, plan, writer, progress)
-            files = writer.finish()
-        finally:
-            writer.close()
-        record = self._record(tallies, self._digests(), main)
-        self._copy_companions(directory, main)
-        return record | {"files": files, "sha256": sha256_tree(directory, known=files)}
-
-    def _concatenate(self, directory: Path | None) -> dict[str, Any]:
-        dtype = None if self.mix.dtype == "auto" else DTYPES[self.mix.dtype]
-        factors = self.mix.mean(len(self.adapters))
-        tallies, stored, files = concatenate(self.adapters, factors, directory, dtype)
-        digests = [sha256_tree(a.path, known=a.weights.sha256()) for a in self.adapters]
-        self._refuse_identical(digests)
-        record = self._record(tallies, digests, stored) | {"adapter": "concatenated"}
-        if directory is None:
-            return record
-        for file in companions([self.adapters[self.mix.take_from or 0].path]):
-            shutil.copyfile(file, directory / file.name)
-        return record | {"files": files, "sha256": sha256_tree(directory, known=files)}
-
-    def _check_adapters_only(self) -> None:
-        if len(self.adapters) < len(self.sources):
+        check_adapters(self.adapters)
+        if self.side_by_side and len(self.adapters) < len(sources):
             raise CheckpointError(
                 f"{self.adapters[0].path}: is an adapter, other ingredients are models. "
                 "Give --base, which the adapters are then added to."
             )
-        if self.mix.heads is not None:
+        if self.side_by_side and mix.heads is not None:
             raise ConfigError(
                 "soup: --heads is about models; an adapter's saved modules are averaged."
             )
-
-    def _settle_heads(self) -> None:
-        """Do with heads what was asked for; a head is never averaged, kept or dropped by accident."""
-        heads, choice, count = heads_of(self.ingredients), self.mix.heads, len(self.ingredients)
-        if not heads and choice is not None:
-            raise ConfigError("soup: --heads, but no ingredient has a head. Leave it out.")
-        if heads and choice is None:
-            holder = next(i for i in self.ingredients if heads[0] in i.tensors)
-            raise CheckpointError(
-                f"{holder.path}: has a head on top ({heads[0]}). Say what becomes of it: --heads average, drop or "
-                "keep-from-0."
-            )
-        if not heads:
-            return
-        if choice == "average":
-            self._fixed |= dict.fromkeys(heads, self.mix.mean(count))
-        elif choice == "drop":
-            for ingredient in self.ingredients:
-                for key in heads:
-                    ingredient.tensors.pop(key, None)
-        else:
-            keeper = _number(str(choice), count)
-            kept = {k: self.ingredients[keeper].tensors.get(k) for k in heads}
-            one = Factors(tuple(float(i == keeper) for i in range(count)))
-            for key, tensor in kept.items():
-                for ingredient in self.ingredients:
-                    ingredient.tensors.pop(key, None)
-                    if tensor is not None:
-                        ingredient.tensors[key] = tensor
-                        self._fixed[key] = one
-
-    def _stored(self) -> dict[str, str]:
-        """Key → dtype of the result, widest numbers first, then by name: the order in which safetensors writes."""
-        stored = {}
-        for key, tensor in self.ingredients[0].tensors.items():
-            kinds = {i.tensors[key].dtype for i in self.ingredients}
-            if not kinds <= FLOATS.keys():
-                if len(kinds) > 1:
-                    raise CheckpointError(
-                        f"soup: {key} is {' and '.join(sorted(kinds))} in different ingredients. Convert them."
-                    )
-                stored[key] = tensor.dtype
-            elif self.mix.dtype != "auto":
-                stored[key] = DTYPES[self.mix.dtype]
-            elif kinds == {"F16", "BF16"}:
-                stored[key] = "F32"
+        self.ingredients: list[Ingredient] = []
+        for source, adapter in zip(sources, opened, strict=True):
+            if adapter is None:
+                one = Ingredient(source.path, source.name, source.expected)
             else:
-                stored[key] = min(kinds, key=list(FLOATS).index)
-        own = self.ingredients[0].tensors
-        return dict(sorted(stored.items(), key=lambda item: (-own[item[0]].itemsize, item[0])))
+                one = MergedAdapter(adapter, self.base) if self.base is not None else adapter
+            self.ingredients.append(one)
 
-    def _digests(self) -> list[str]:
+    def close(self) -> None:
+        """Close the files of all."""
+        for ingredient in [*self.ingredients, *([self.base] if self.base else [])]:
+            ingredient.weights.close()
+
+    def write(self, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
+        """As `average`."""
+        mean = self.mix.mean(len(self.sources))
+        if self.side_by_side:
+            dtype = None if self.mix.dtype == "auto" else DTYPES[self.mix.dtype]
+            tallies, main, files = concatenate(self.adapters, mean, directory, dtype)
+        else:
+            tallies, main, files = self._blend(directory, progress)
         digests = [i.digest() for i in self.ingredients]
-        self._refuse_identical(digests)
-        return digests
-
-    def _refuse_identical(self, digests: Sequence[str]) -> None:
         if len(set(digests)) < len(digests) and not self.mix.allow_identical:
             raise _identical(
                 [s for s, d in zip(self.sources, digests, strict=True) if digests.count(d) > 1]
             )
-
-    def _copy_companions(self, directory: Path, main: str) -> None:
-        giver = self.ingredients[self.mix.take_from or 0]
-        for file in companions(giver.homes):
-            shutil.copyfile(file, directory / file.name)
-        config = dict(giver.config)
-        name = next(n for n, kind in DTYPES.items() if kind == main)
-        if config.pop("torch_dtype", None) != name and config.get("dtype") != name:
-            text = json.dumps(config | {"dtype": name}, indent=2)
-            write_atomic(directory / "config.json", text + "\n")
-
-    def _record(
-        self, tallies: Mapping[str, Tally], digests: Sequence[str], main: str
-    ) -> dict[str, Any]:
-        weights = self.mix.mean(len(self.sources)).shares.tolist()
-        based = self.base is not None or not self.ingredients
-        diagnostics = describe(tallies, with_base=based)
+        diagnostics = describe(tallies, with_base=self.base is not None or self.side_by_side)
         names = [s.name for s in self.sources]
-        return {
+        record = {
             "method": self.mix.method,
             "ingredients": [
                 {"path": name, "sha256": digest, "weight": weight}
-                for name, digest, weight in zip(names, digests, weights, strict=True)
+                for name, digest, weight in zip(names, digests, mean.shares.tolist(), strict=True)
             ],
             "base": self.base and {"path": self.base.name, "sha256": self.base.digest()},
             "alpha": self.mix.alpha,
@@ -226,24 +112,101 @@ class Average:
             "warnings": warnings_of(diagnostics, names, main),
             "versions": versions(),
         }
+        if self.side_by_side:
+            record["adapter"] = "concatenated"
+        if directory is None:
+            return record
+        self._copy_companions(directory, main)
+        return record | {"files": files, "sha256": sha256_tree(directory, known=files)}
 
-
-def _main(stored: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """The float dtype that most elements have."""
-    elements = dict.fromkeys(FLOATS, 0)
-    for key, kind in stored.items():
-        if kind in elements:
-            elements[kind] += tensors[key].size
-    return max(elements, key=lambda kind: elements[kind])
-
-
-def _number(choice: str, count: int) -> int:
-    number = choice.removeprefix("keep-from-")
-    if number == choice or not number.isdecimal() or int(number) >= count:
-        raise ConfigError(
-            f"soup: heads={choice!r}. Use average, drop or keep-from-I with I from 0 to {count - 1}."
+    def _blend(
+        self, directory: Path | None, progress: Progress | None
+    ) -> tuple[dict[str, Tally], str, dict[str, str]]:
+        """The sums over each tensor, the float dtype that most elements have, and file name → sha256."""
+        self._settle_heads()
+        check_alike(self.ingredients, self.mix.take_from)
+        tensors = self.ingredients[0].tensors
+        if self.base is not None:
+            check_base(self.base, self.ingredients[0], self._fixed)
+        stored = self._stored()
+        elements: Counter[str] = Counter()
+        for key, dtype in stored.items():
+            elements[dtype] += tensors[key].size
+        main = max(FLOATS, key=lambda dtype: elements[dtype])
+        blend = Blend(
+            self.ingredients,
+            self.base,
+            stored,
+            self.mix.rule(len(self.sources)),
+            needs_gram=self.mix.method in ("slerp", "model_stock"),
+            fixed=self._fixed,
         )
-    return int(number)
+        if directory is None:
+            return blend.run(None, progress), main, {}
+        shapes = {key: (dtype, tensors[key].shape) for key, dtype in stored.items()}
+        with closing(WeightsWriter(directory, shapes)) as writer:
+            return blend.run(writer, progress), main, writer.finish()
+
+    def _settle_heads(self) -> None:
+        """Do with heads what was asked for; a head is never averaged, kept or dropped by accident."""
+        choice, count = self.mix.heads, len(self.ingredients)
+        heads = sorted({k for i in self.ingredients for k in i.tensors if k.startswith(HEADS)})
+        if not heads:
+            if choice is not None:
+                raise ConfigError("soup: --heads, but no ingredient has a head. Leave it out.")
+            return
+        if choice is None:
+            holder = next(i for i in self.ingredients if heads[0] in i.tensors)
+            raise CheckpointError(
+                f"{holder.path}: has a head on top ({heads[0]}). Say what becomes of it: --heads average, drop or "
+                "keep-from-0."
+            )
+        if choice == "average":
+            self._fixed |= dict.fromkeys(heads, self.mix.mean(count))
+            return
+        keepers = {f"keep-from-{i}": i for i in range(count)}
+        if choice not in ("drop", *keepers):
+            raise ConfigError(
+                f"soup: heads={choice!r}. Use average, drop or keep-from-I with I from 0 to {count - 1}."
+            )
+        keeper = keepers.get(choice)
+        for key in heads:
+            kept = self.ingredients[keeper].tensors.get(key) if keeper is not None else None
+            for ingredient in self.ingredients:
+                ingredient.tensors.pop(key, None)
+                if kept is not None:
+                    ingredient.tensors[key] = kept
+            if kept is not None:
+                self._fixed[key] = Factors(tuple(float(i == keeper) for i in range(count)))
+
+    def _stored(self) -> dict[str, str]:
+        """Key → dtype of the result, widest numbers first, then by name: the order in which safetensors writes."""
+        stored = {}
+        tensors = self.ingredients[0].tensors
+        for key in sorted(tensors, key=lambda k: (-NUMPY_DTYPES[tensors[k].dtype].itemsize, k)):
+            dtypes = {i.tensors[key].dtype for i in self.ingredients}
+            if dtypes <= FLOATS.keys():
+                stored[key] = DTYPES.get(self.mix.dtype) or widest(dtypes)
+            elif len(dtypes) == 1:
+                stored[key] = tensors[key].dtype
+            else:
+                raise CheckpointError(
+                    f"soup: {key} is {' and '.join(sorted(dtypes))} in different ingredients. Convert them."
+                )
+        return stored
+
+    def _copy_companions(self, directory: Path, main: str) -> None:
+        giver = self.ingredients[self.mix.take_from or 0]
+        for name in COMPANIONS:
+            if (file := giver.file(name)).is_file():
+                shutil.copyfile(file, directory / name)
+        if self.side_by_side:
+            return
+        config = dict(giver.config)
+        dtype = next(name for name, stored in DTYPES.items() if stored == main)
+        if config.pop("torch_dtype", None) != dtype and config.get("dtype") != dtype:
+            text = json.dumps(config | {"dtype": dtype}, indent=2)
+            write_atomic(directory / "config.json", text + "\n")
 
 
 def _identical(sources: Sequence[Source]) -> CheckpointError:

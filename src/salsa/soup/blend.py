@@ -5,16 +5,17 @@ hashes the result. Memory holds two pieces of every ingredient, whatever the siz
 smaller pieces.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from itertools import chain, cycle, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, Tensor, WeightsWriter
+from salsa.soup.files import FLOATS, WeightsWriter
 from salsa.soup.ingredients import Ingredient
 from salsa.soup.methods import Factors, Rule, rounded
 
@@ -25,25 +26,7 @@ Progress = Callable[[int, int], None]
 """Called with (elements done, elements in all)."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the loop shall make of the ingredients.
-
-    Args:
-        stored: key → dtype name of the result, in the order of writing.
-        rule: factors of each tensor that is averaged.
-        needs_gram: the rule looks at the Gram matrix, so each tensor is measured before it is written.
-        fixed: key → factors that hold there whatever the rule says.
-    """
-
-    stored: Mapping[str, str]
-    rule: Rule
-    needs_gram: bool
-    fixed: Mapping[str, Factors]
-
-
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     key: str
     start: int
     stop: int
@@ -51,52 +34,30 @@ class _Piece:
     write: bool
 
 
-def blend(
-    ingredients: Sequence[Ingredient],
-    base: Ingredient | None,
-    plan: Plan,
-    writer: WeightsWriter | None,
-    progress: Progress | None = None,
-) -> dict[str, Tally]:
-    """Average into `writer` (None: measure only); returns the sums over each tensor of floats.
+class Blend:
+    """One pass over the ingredients: buffers, sums, and the factors of each tensor.
 
-    Raises:
-        CheckpointError: a tensor holds NaN or Inf, or would after rounding, or integers differ.
+    Args:
+        ingredients: what is averaged.
+        base: what they were tuned from, if it is given.
+        stored: key → dtype name of the result, in the order of writing.
+        rule: factors of each tensor that is averaged.
+        needs_gram: the rule looks at the Gram matrix, so each tensor is measured before it is written.
+        fixed: key → factors that hold there whatever the rule says.
     """
-    loop = _Loop(ingredients, base, plan)
-    with np.errstate(over="ignore", invalid="ignore"):  # what must be finite is checked by name
-        _run(loop, writer, progress)
-    return loop.tallies
-
-
-def _run(loop: "_Loop", writer: WeightsWriter | None, progress: Progress | None) -> None:
-    total = sum(loop.sources[0].tensors[key].size for key in loop.plan.stored)
-    done = 0
-    with ExitStack() as stack:
-        reading = stack.enter_context(ThreadPoolExecutor(1))
-        writing = stack.enter_context(ThreadPoolExecutor(1))
-        written: Future[None] | None = None
-        for piece, raws in loop.read_ahead(reading):
-            result = loop.mix(piece, raws)
-            if writer is not None and result is not None:
-                if written is not None:
-                    written.result()
-                written = writing.submit(writer.write, result)
-            if progress is not None and piece.write:
-                done += piece.stop - piece.start
-                progress(done, total)
-        if written is not None:
-            written.result()
-    loop.settle()
-
-
-class _Loop:
-    """State of one pass: buffers, sums, and the factors of the tensor at hand."""
 
     def __init__(
-        self, ingredients: Sequence[Ingredient], base: Ingredient | None, plan: Plan
+        self,
+        ingredients: Sequence[Ingredient],
+        base: Ingredient | None,
+        stored: Mapping[str, str],
+        rule: Rule,
+        *,
+        needs_gram: bool,
+        fixed: Mapping[str, Factors],
     ) -> None:
-        self.plan, self.base = plan, base
+        self.base, self.stored, self.rule = base, stored, rule
+        self.needs_gram, self.fixed = needs_gram, fixed
         self.sources = [*ingredients] + ([base] if base is not None else [])
         self.count = len(ingredients)
         self.step = max(ELEMENTS_IN_FLIGHT // len(self.sources) // 4096, 1) * 4096
@@ -107,13 +68,39 @@ class _Loop:
         self._room = np.empty((2, self.step))
         self._single = np.empty(self.step, np.float32)
         self._half = np.empty(self.step, FLOATS["BF16"])
-        self._results = np.empty((2, self.step * 8), np.uint8)
-        self._turn = 0
+        self._results = cycle(np.empty((2, self.step * 8), np.uint8))  # one is still being written
 
-    def read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, list[np.ndarray]]]:
+    @np.errstate(over="ignore", invalid="ignore")  # what must be finite is checked by name
+    def run(self, writer: WeightsWriter | None, progress: Progress | None) -> dict[str, Tally]:
+        """Average into `writer` (None: measure only); returns the sums over each tensor of floats.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or Inf, or would after rounding, or integers differ.
+        """
+        total = sum(self.sources[0].tensors[key].size for key in self.stored)
+        done = 0
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            for piece, raws in self._read_ahead(reading):
+                result = self._mix(piece, raws)
+                if writer is not None and result is not None:
+                    if written is not None:
+                        written.result()
+                    written = writing.submit(writer.write, result)
+                if progress is not None and piece.write:
+                    done += piece.stop - piece.start
+                    progress(done, total)
+            if written is not None:
+                written.result()
+        for key, tally in self.tallies.items():
+            tally.settle(self._factors[key], with_base=self.base is not None)
+        return self.tallies
+
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Piece, Sequence[np.ndarray]]]:
         """Pieces with the stored elements of every source, read one ahead of who asks."""
-        shape = (len(self.sources), self.step * 8)
-        buffers = [np.empty(shape, np.uint8) for _ in range(2)]
+        buffers = cycle(np.empty((2, len(self.sources), self.step * 8), np.uint8))
 
         def load(piece: _Piece, buffer: np.ndarray) -> list[np.ndarray]:
             return [
@@ -121,55 +108,56 @@ class _Loop:
                 for source, row in zip(self.sources, buffer, strict=True)
             ]
 
-        waiting: tuple[_Piece, Future[list[np.ndarray]]] | None = None
-        for number, piece in enumerate(self._pieces()):
-            ahead = (piece, pool.submit(load, piece, buffers[number % 2]))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = ahead
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        loads = ((piece, pool.submit(load, piece, next(buffers))) for piece in self._pieces())
+        for this, _ in pairwise(chain(loads, [None])):  # the next one has been submitted by now
+            assert this is not None
+            yield this[0], this[1].result()
 
-    def mix(self, piece: _Piece, raws: list[np.ndarray]) -> np.ndarray | None:
+    def _pieces(self) -> Iterator[_Piece]:
+        """Whole rows where a row is no longer than a piece."""
+        for key, stored in self.stored.items():
+            tensor = self.sources[0].tensors[key]
+            row = math.prod(tensor.shape[1:])
+            step = self.step // row * row if 0 < row <= self.step else self.step
+            twice = self.needs_gram and stored in FLOATS and key not in self.fixed
+            for measure, write in [(True, False), (False, True)] if twice else [(True, True)]:
+                for start in range(0, tensor.size, step):
+                    yield _Piece(key, start, min(start + step, tensor.size), measure, write)
+
+    def _mix(self, piece: _Piece, raws: Sequence[np.ndarray]) -> np.ndarray | None:
         """The result's elements of a piece, in their final dtype; None if it was only measured."""
-        key, stored = piece.key, self.plan.stored[piece.key]
+        key, stored = piece.key, self.stored[piece.key]
         if stored not in FLOATS:
-            for source, raw in zip(self.sources[: self.count], raws[: self.count], strict=True):
+            for source, raw in zip(self.sources[: self.count], raws, strict=False):
                 if not np.array_equal(raw, raws[0]):
                     raise CheckpointError(
                         f"{source.path}: {key} holds integers that differ from those in {self.sources[0].path}; "
                         "they have no average."
                     )
-            return raws[0].copy() if piece.write else None
+            return raws[0].copy()
         values = self._values[:, : piece.stop - piece.start]
         for row, raw in zip(values, raws, strict=True):
             row[:] = raw
         if self.base is not None:
-            for source, row in zip(self.sources, values[: self.count], strict=False):
+            for source, row in zip(self.sources[: self.count], values, strict=False):
                 source.add_to(key, piece.start, piece.stop, row, values[-1])
         tally = self.tallies.setdefault(key, Tally.empty(self.count))
         if piece.measure:
-            self._measure(piece, values, tally)
+            self._measure(key, values, tally)
         if not piece.write:
             return None
         if key not in self._factors:
-            self._factors[key] = self.plan.fixed.get(key) or self.plan.rule(tally.gram)
+            self._factors[key] = self.fixed.get(key) or self.rule(tally.gram)
         soup, spare = self._room[:, : values.shape[1]]
         weighted_sum(values, self._factors[key], soup, spare)
-        self._turn = 1 - self._turn  # the other one is still being written
-        room = self._results[self._turn][: len(soup) * FLOATS[stored].itemsize]
+        room = next(self._results)[: len(soup) * FLOATS[stored].itemsize]
         result = rounded(soup, stored, room.view(FLOATS[stored]))
         tally.measure_rounding(soup, self._single[: len(soup)], self._half[: len(soup)])
         if not np.isfinite(result).all():
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
         return result
 
-    def settle(self) -> None:
-        """Tell every tally where the soup lies."""
-        for key, tally in self.tallies.items():
-            tally.settle(self._factors[key], with_base=self.base is not None)
-
-    def _measure(self, piece: _Piece, values: np.ndarray, tally: Tally) -> None:
+    def _measure(self, key: str, values: np.ndarray, tally: Tally) -> None:
         base = values[-1] if self.base is not None else None
         tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
         if np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all():
@@ -177,27 +165,8 @@ class _Loop:
         for source, row in zip(self.sources, values, strict=True):
             if not np.isfinite(row).all():
                 raise CheckpointError(
-                    f"{source.path}: {piece.key} holds NaN or Inf. A soup needs sound ingredients."
+                    f"{source.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
                 )
-
-    def _pieces(self) -> Iterator[_Piece]:
-        """Whole rows where a row is no longer than a piece."""
-        for key, stored in self.plan.stored.items():
-            tensor = self.sources[0].tensors[key]
-            passes = [(True, True)]
-            if self.plan.needs_gram and stored in FLOATS and key not in self.plan.fixed:
-                passes = [(True, False), (False, True)]
-            for measure, write in passes:
-                for start, stop in _spans(tensor, self.step):
-                    yield _Piece(key, start, stop, measure, write)
-
-
-def _spans(tensor: Tensor, step: int) -> Iterator[tuple[int, int]]:
-    row = tensor.size // tensor.shape[0] if tensor.shape and tensor.shape[0] else 1
-    if 0 < row <= step:
-        step = step // row * row
-    for start in range(0, tensor.size, step):
-        yield start, min(start + step, tensor.size)
 
 
 def weighted_sum(

@@ -6,7 +6,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from salsa.soup.methods import Factors
 
 _ROW = 4096
 _STRANGERS = 0.8
-"""Fine-tunings of one base have weights with cosines near 1; base_source this they do not look like siblings."""
+"""Fine-tunings of one base have weights with cosines near 1; below this they do not look like siblings."""
 _OUTLIER = 2.0
 """An ingredient is an outlier if it is this many times as far from the others as is usual among them."""
 _COARSE = 0.05
@@ -38,7 +38,13 @@ class Tally:
     """‖δ_soup‖² with a base, ‖θ_soup‖² without; set once the factors are known."""
     spread: float = 0.0
     """mean_i ‖θ_soup − θ_i‖²; likewise."""
-    affine: bool = True
+    adrift: int = 0
+    """Number of tensors whose shares do not sum to 1: their sums of deltas do not say where the soup lies."""
+
+    @property
+    def soup_norm(self) -> float:
+        """‖δ_soup‖ or ‖θ_soup‖, NaN if the sums do not say it."""
+        return float("nan") if self.adrift else max(self.soup, 0.0) ** 0.5
 
     @classmethod
     def empty(cls, count: int) -> "Tally":
@@ -71,18 +77,10 @@ class Tally:
         if not with_base:  # Σ c_i ‖θ_i − θ_soup‖² = Σ c_i ‖θ_i‖² − ‖θ_soup‖²
             self.soup += float(shares @ (self.squares - np.diag(self.gram)))
         self.spread = float(np.einsum("ni,ij,nj->n", apart, self.gram, apart).mean())
-        self.affine = factors.affine
+        self.adrift = int(not factors.affine)
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.gram + other.gram,
-            self.squares + other.squares,
-            self.size + other.size,
-            self.lost + other.lost,
-            self.soup + other.soup,
-            self.spread + other.spread,
-            self.affine and other.affine,
-        )
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def dot(x: np.ndarray, y: np.ndarray) -> float:
@@ -92,6 +90,7 @@ def dot(x: np.ndarray, y: np.ndarray) -> float:
     return float(rows.sum(dtype=np.float64) + np.vecdot(x[cut:], y[cut:]))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def describe(tallies: Mapping[str, Tally], *, with_base: bool) -> dict[str, Any]:
     """The numbers of `soup.json`: all weights together, then each layer.
 
@@ -102,24 +101,18 @@ def describe(tallies: Mapping[str, Tally], *, with_base: bool) -> dict[str, Any]
     for key, tally in tallies.items():
         layers[_layer(key)] += tally
     total = sum(layers.values(), Tally.empty(count))
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _described(total, layers, with_base)
-
-
-def _described(total: Tally, layers: Mapping[str, Tally], with_base: bool) -> dict[str, Any]:
     lengths, cosines, distances = _geometry(total, with_base)
-    soup = _soup_norm(total)
-    delta = (total.soup if with_base else total.spread) ** 0.5
+    lost, delta = total.lost**0.5, (total.soup if with_base else total.spread) ** 0.5
     return {
         "of": "deltas" if with_base else "weights",
-        "norms": _figures(lengths),
-        "soup_norm": _figure(soup),
-        "soup_norm_ratio": _ratio(soup, float(lengths.mean())),
-        "cosines": [_figures(row) for row in cosines],
-        "relative_distances": [_figures(row) for row in distances],
+        "norms": _figure(lengths),
+        "soup_norm": _figure(total.soup_norm),
+        "soup_norm_ratio": _ratio(total.soup_norm, lengths.mean()),
+        "cosines": _figure(cosines),
+        "relative_distances": _figure(distances),
         "bf16_rounding": {
-            "norm": _figure(total.lost**0.5),
-            "share_of_delta": _ratio(total.lost**0.5, delta) if total.affine else None,
+            "norm": _figure(lost),
+            "share_of_delta": None if total.adrift else _ratio(lost, delta),
             "delta": "soup - base" if with_base else "soup - ingredients, root mean square",
         },
         "layers": [
@@ -135,15 +128,14 @@ def warnings_of(diagnostics: Mapping[str, Any], names: Sequence[str], stored: st
     cosines, distances = (
         np.array(diagnostics[k], dtype=float) for k in ("cosines", "relative_distances")
     )
-    count = len(names)
-    pairs = ~np.eye(count, dtype=bool)
-    if diagnostics["of"] == "weights" and count > 1 and cosines[pairs].min() < _STRANGERS:
+    pairs = ~np.eye(len(names), dtype=bool)
+    if diagnostics["of"] == "weights" and pairs.any() and cosines[pairs].min() < _STRANGERS:
         messages.append(
             f"the weights of the ingredients point apart (cosine {cosines[pairs].min():.2f}): they do not look like "
             "fine-tunings of one base, and an average of strangers is no model"
         )
-    if count > 2:
-        mean = np.array([distances[i][pairs[i]].mean() for i in range(count)])
+    if len(names) > 2:
+        mean = np.array([row[others].mean() for row, others in zip(distances, pairs, strict=True)])
         for i in map(int, np.flatnonzero(mean > _OUTLIER * np.median(mean))):
             messages.append(
                 f"{names[i]} lies {mean[i] / np.median(mean):.1f} times as far from the others as they from each other"
@@ -169,19 +161,15 @@ def _geometry(tally: Tally, with_base: bool) -> tuple[np.ndarray, np.ndarray, np
     return lengths, np.clip(cosines, -1, 1), distances
 
 
-def _soup_norm(tally: Tally) -> float:
-    return max(tally.soup, 0.0) ** 0.5 if tally.affine else float("nan")
-
-
 def _layer_row(tally: Tally, with_base: bool) -> dict[str, Any]:
     lengths, cosines, distances = _geometry(tally, with_base)
     pairs = ~np.eye(len(lengths), dtype=bool)
     return {
         "elements": tally.size,
-        "norm": _figure(float(lengths.mean())),
-        "cosine": _figure(float(cosines[pairs].mean())) if pairs.any() else None,
-        "relative_distance": _figure(float(distances[pairs].mean())) if pairs.any() else None,
-        "soup_norm_ratio": _ratio(_soup_norm(tally), float(lengths.mean())),
+        "norm": _figure(lengths.mean()),
+        "cosine": _figure(cosines[pairs].mean()) if pairs.any() else None,
+        "relative_distance": _figure(distances[pairs].mean()) if pairs.any() else None,
+        "soup_norm_ratio": _ratio(tally.soup_norm, lengths.mean()),
     }
 
 
@@ -196,13 +184,12 @@ def _by_number(layer: str) -> tuple[str, int]:
     return (stem, int(number)) if number.isdecimal() else (layer, -1)
 
 
-def _figure(value: float) -> float | None:
+def _figure(value: Any) -> Any:
+    """Six digits of a number, or of each in an array; None for what is not finite."""
+    if np.ndim(value):
+        return [_figure(each) for each in value]
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def _figures(values: np.ndarray) -> list[float | None]:
-    return [_figure(float(v)) for v in values]
-
-
-def _ratio(value: float, whole: float) -> float | None:
+def _ratio(value: float, whole: float) -> Any:
     return _figure(value / whole) if whole > 0 else None

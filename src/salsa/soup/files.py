@@ -30,17 +30,12 @@ FLOATS: dict[str, np.dtype[Any]] = {
 """What can be averaged, widest first. FP8 is not in it: it claims to be floating point, but has lost its scales."""
 
 INTEGERS: dict[str, np.dtype[Any]] = {
-    "I64": np.dtype(np.int64),
-    "U64": np.dtype(np.uint64),
-    "I32": np.dtype(np.int32),
-    "U32": np.dtype(np.uint32),
-    "I16": np.dtype(np.int16),
-    "U16": np.dtype(np.uint16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+    f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)
+} | {"BOOL": np.dtype(np.bool_)}
 """What must be equal in all ingredients, and is copied."""
+
+NUMPY_DTYPES = FLOATS | INTEGERS
+"""The numpy dtype of each safetensors dtype name."""
 
 QUANTIZED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "quant_state", "SCB")
 """Last parts of the names of a quantized layer's tensors."""
@@ -66,14 +61,9 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return dtype_of(self.dtype).itemsize
-
-    @property
     def num_bytes(self) -> int:
         """Length in the file."""
-        return self.size * self.itemsize
+        return self.size * NUMPY_DTYPES[self.dtype].itemsize
 
 
 @dataclass(eq=False)
@@ -118,7 +108,7 @@ class Weights:
 
     def read(self, tensor: Tensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements start to stop, flat, in the head of `buffer` (uint8)."""
-        kind = dtype_of(tensor.dtype)
+        kind = NUMPY_DTYPES[tensor.dtype]
         view = buffer[: (stop - start) * kind.itemsize]
         self._read_bytes(tensor.shard, tensor.offset + start * kind.itemsize, view)
         return view.view(kind)
@@ -174,16 +164,14 @@ class WeightsWriter:
         plan: Mapping[str, tuple[str, tuple[int, ...]]],
         stem: str = "model",
     ) -> None:
-        self.directory, self.stem = directory, stem
-        self._sizes = {k: math.prod(s) * dtype_of(d).itemsize for k, (d, s) in plan.items()}
-        self._plan = plan
-        self._shards = _split(self._sizes)
-        self._names = [f"{stem}.safetensors"]
-        if len(self._shards) > 1:
-            count = len(self._shards)
-            self._names = [
-                f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)
-            ]
+        self._index = directory / f"{stem}.safetensors.index.json"
+        self._directory, self._plan = directory, plan
+        self._sizes = {k: math.prod(s) * NUMPY_DTYPES[d].itemsize for k, (d, s) in plan.items()}
+        shards = _split(self._sizes)
+        names = [f"{stem}.safetensors"]
+        if (count := len(shards)) > 1:
+            names = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        self._shards = list(zip(names, shards, strict=True))
         self._digests: dict[str, str] = {}
         self._file: BinaryIO | None = None
         self._left = 0
@@ -203,19 +191,11 @@ class WeightsWriter:
         while len(self._digests) < len(self._shards):
             self._next_shard()
         if len(self._shards) > 1:
-            weight_map = {
-                key: name
-                for name, keys in zip(self._names, self._shards, strict=True)
-                for key in keys
-            }
             index = {
                 "metadata": {"total_size": sum(self._sizes.values())},
-                "weight_map": weight_map,
+                "weight_map": {key: name for name, keys in self._shards for key in keys},
             }
-            write_atomic(
-                self.directory / f"{self.stem}.safetensors.index.json",
-                json.dumps(index, indent=1) + "\n",
-            )
+            write_atomic(self._index, json.dumps(index, indent=1) + "\n")
         return self._digests
 
     def close(self) -> None:
@@ -228,30 +208,30 @@ class WeightsWriter:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._digests[self._names[len(self._digests)]] = self._hasher.hexdigest()
+            self._digests[self._shards[len(self._digests)][0]] = self._hasher.hexdigest()
             self.close()
-        number = len(self._digests)
-        if number == len(self._shards):
+        if len(self._digests) == len(self._shards):
             return
+        name, keys = self._shards[len(self._digests)]
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for key in self._shards[number]:
+        self._left = 0
+        for key in keys:
             dtype, shape = self._plan[key]
-            end = offset + self._sizes[key]
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
+            offsets = [self._left, self._left + self._sizes[key]]
+            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+            self._left = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         head = struct.pack("<Q", len(text)) + text
-        self._file = (self.directory / self._names[number]).open("wb")
+        self._file = (self._directory / name).open("wb")
         self._file.write(head)
         self._hasher = hashlib.sha256(head)
-        self._left = offset
 
 
-def dtype_of(name: str) -> np.dtype[Any]:
-    """The numpy dtype of a safetensors dtype name."""
-    return FLOATS.get(name) or INTEGERS[name]
+def widest(dtypes: Iterable[str]) -> str:
+    """The narrowest float dtype that holds all numbers of these: float32 for float16 and bfloat16."""
+    kinds = set(dtypes)
+    return "F32" if kinds == {"F16", "BF16"} else min(kinds, key=list(FLOATS).index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -290,7 +270,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _shard_names(directory: Path, stem: str) -> dict[str, set[str] | None]:
+def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
     """File name → the keys that the index places there (None: there is no index)."""
     single = directory / f"{stem}.safetensors"
     index = directory / f"{stem}.safetensors.index.json"
@@ -312,15 +292,13 @@ def _shard_names(directory: Path, stem: str) -> dict[str, set[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map. Copy or save it again.")
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         if not isinstance(name, str) or not _plain(name):
             raise CheckpointError(
                 f"{index}: places {key!r} in {name!r}, which is no plain .safetensors file beside it."
             )
-        keys = shards.setdefault(name, set())
-        assert keys is not None
-        keys.add(key)
+        shards.setdefault(name, set()).add(key)
     return dict(sorted(shards.items()))
 
 
@@ -373,7 +351,7 @@ def _tensor(shard: Shard, key: str, entry: Any) -> Tensor:
     if not isinstance(entry, dict):
         raise ValueError(f"{key} is no JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in FLOATS | INTEGERS:
+    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
         raise CheckpointError(
             f"{shard.path}: {key} is {dtype!r}; a soup takes {', '.join(FLOATS)}. De-quantize it first."
         )

@@ -4,7 +4,7 @@ Compared are parsed values, never bytes: two releases of one library write one m
 """
 
 import filecmp
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,29 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import sha256_tree
+from salsa.artifacts import Checkpoint, sha256_tree
 from salsa.errors import CheckpointError
 from salsa.soup.files import Tensor, Weights, read_json, read_text
 
 COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 """Files that go with the weights; nothing else of a directory is copied, least of all code."""
 
 HEADS = ("score.", "classifier.", "v_head.", "value_head.")
@@ -83,8 +70,8 @@ class Ingredient:
 
     def file(self, name: str) -> Path:
         """Where a companion file is, or would be."""
-        there = [home / name for home in self.homes if (home / name).exists()]
-        return there[-1] if there else self.path / name
+        places = (home / name for home in reversed(self.homes))
+        return next((place for place in places if place.exists()), self.path / name)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -106,13 +93,11 @@ class Ingredient:
         Raises:
             CheckpointError: it is not the `expected` one.
         """
-        digest = sha256_tree(self.path, known=self.weights.sha256())
-        if self.expected is not None and digest != self.expected:
-            raise CheckpointError(
-                f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.expected[:12]}). "
-                "Delete that directory and run the recipe again to rebuild it."
-            )
-        return digest
+        hashes = self.weights.sha256()
+        if self.expected is None:
+            return sha256_tree(self.path, known=hashes)
+        Checkpoint(self.path, self.expected).verify(known=hashes)
+        return self.expected
 
 
 def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> None:
@@ -124,13 +109,24 @@ def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> Non
     first = ingredients[0]
     tie_outputs(ingredients)
     for other in ingredients[1:]:
-        _check_tensors(first, other)
-        _check_equal(
-            first, other, _architecture(first.config), _architecture(other.config), "config "
-        )
-        _check_vocabulary(first, other, take_from)
+        refuse(_model_differences(first, other))
+        refuse(_vocabulary_differences(first, other, take_from))
         if take_from is None:
-            _check_equal(first, other, _settings(first), _settings(other), "", "--take-from")
+            refuse(_unequal(first, other, _settings, "Choose one with --take-from."))
+
+
+def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
+    """Raise CheckpointError unless the base has the ingredients' tensors and architecture; heads it may lack."""
+    for key in heads:
+        base.tensors[key] = first.tensors[key]
+    tie_outputs([first, base])
+    refuse(_model_differences(first, base))
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise CheckpointError with the first of the problems, if there is any."""
+    for problem in problems:
+        raise CheckpointError(problem)
 
 
 def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
@@ -153,63 +149,41 @@ def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
                     f"{ingredient.path}: {key} is stored, differs from the embedding, and other ingredients have none. "
                     "Save all of them tied or all of them untied."
                 )
-        if all(key in i.tensors for i in ingredients) and _is_alias(ingredients[0], key):
+        first = ingredients[0]
+        if all(key in i.tensors for i in ingredients) and first.tensors[key] is _embedding(first):
             for ingredient in ingredients:
                 del ingredient.tensors[key]
 
 
-def heads_of(ingredients: Sequence[Ingredient]) -> list[str]:
-    """Keys of heads, in any ingredient."""
-    return sorted({key for i in ingredients for key in i.tensors if key.startswith(HEADS)})
-
-
-def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
-    """Raise CheckpointError unless the base has the ingredients' tensors and architecture; heads it may lack."""
-    for key in heads:
-        base.tensors[key] = first.tensors[key]
-    tie_outputs([first, base])
-    _check_tensors(first, base)
-    _check_equal(first, base, _architecture(first.config), _architecture(base.config), "config ")
-
-
-def companions(homes: Sequence[Path]) -> list[Path]:
-    """Configuration and tokenizer files that go with the weights."""
-    files = {name: home / name for home in homes for name in COMPANIONS if (home / name).is_file()}
-    return list(files.values())
-
-
-def _check_tensors(first: Ingredient, other: Ingredient) -> None:
+def _model_differences(first: Ingredient, other: Ingredient) -> Iterator[str]:
     missing = sorted(first.tensors.keys() - other.tensors.keys())
     extra = sorted(other.tensors.keys() - first.tensors.keys())
     if missing or extra:
-        raise CheckpointError(
+        yield (
             f"{other.path}: not the tensors of {first.path} (lacks {_some(missing)}; has besides {_some(extra)}). "
             "Average models of one architecture."
         )
     for key, tensor in first.tensors.items():
-        shape = other.tensors[key].shape
-        if shape != tensor.shape:
-            raise CheckpointError(
+        if (shape := other.tensors[key].shape) != tensor.shape:
+            yield (
                 f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}. "
                 "Nothing is padded or cut: give models of one size and vocabulary."
             )
+    yield from _unequal(first, other, _model_settings, "Average models of one architecture.")
 
 
-def _check_equal(
-    first: Ingredient,
-    other: Ingredient,
-    there: Mapping[str, Any],
-    here: Mapping[str, Any],
-    what: str,
-    option: str | None = None,
-) -> None:
+def _unequal(
+    first: Ingredient, other: Ingredient, read: Callable[[Ingredient], dict[str, Any]], advice: str
+) -> Iterator[str]:
+    there, here = read(first), read(other)
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            do = f"Choose one with {option}." if option else "Average models of one architecture."
-            raise CheckpointError(
-                f"{other.path}: {what}{key} is {_short(here.get(key))}, in {first.path} it is "
-                f"{_short(there.get(key))}. {do}"
-            )
+        old, new = there.get(key), here.get(key)
+        if old != new:
+            yield f"{other.path}: {key} is {_short(new)}, in {first.path} it is {_short(old)}. {advice}"
+
+
+def _model_settings(ingredient: Ingredient) -> dict[str, Any]:
+    return {f"config {key}": value for key, value in _architecture(ingredient.config).items()}
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,34 +213,36 @@ def _settings(ingredient: Ingredient) -> dict[str, Any]:
     """What is written beside the weights and must come from somewhere."""
     settings = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
     generation = _optional_json(ingredient.file("generation_config.json"))
-    settings |= {f"generation_config {k}": v for k, v in generation.items()}
-    settings.pop("generation_config transformers_version", None)
-    settings.pop("generation_config _from_model_config", None)
+    generated = {"transformers_version", "_from_model_config"}
+    settings |= {f"generation_config {k}": v for k, v in generation.items() if k not in generated}
     tokenizer = _optional_json(ingredient.file("tokenizer_config.json"))
     roles = tokenizer | _optional_json(ingredient.file("special_tokens_map.json"))
-    settings |= {name: _content(roles[name]) for name in _SPECIAL if name in roles}
+    for name in _SPECIAL:
+        token = roles.get(name)
+        settings[name] = token.get("content") if isinstance(token, dict) else token
     template = ingredient.file("chat_template.jinja")
     text = read_text(template) if template.exists() else None
     settings["chat template"] = text or tokenizer.get("chat_template")
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _check_vocabulary(first: Ingredient, other: Ingredient, take_from: int | None) -> None:
+def _vocabulary_differences(
+    first: Ingredient, other: Ingredient, take_from: int | None
+) -> Iterator[str]:
     one, two = (i.file("tokenizer.json") for i in (first, other))
     if one.is_file() and two.is_file() and filecmp.cmp(one, two, shallow=False):
         return
     there, here = _vocabulary(first), _vocabulary(other)
-    if there.keys() != here.keys() and not (there and here):
+    if bool(there) != bool(here):
         if take_from is None:
             bare = other.path if there else first.path
-            raise CheckpointError(
-                f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
-            )
+            yield f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
         return
     for part in sorted(there.keys() | here.keys()):
-        if there.get(part) != here.get(part):
-            raise CheckpointError(
-                f"{other.path}: another tokenizer than {first.path} ({part}{_first_other(there, here, part)}). "
+        old, new = there.get(part), here.get(part)
+        if old != new:
+            yield (
+                f"{other.path}: another tokenizer than {first.path} ({part}{_example(old, new)}). "
                 "The same row must mean the same token: average models of one vocabulary."
             )
 
@@ -299,9 +275,8 @@ def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
     return values | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
 
 
-def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -> str:
-    """An example of how two vocabularies differ."""
-    old, new = there.get(part), here.get(part)
+def _example(old: Any, new: Any) -> str:
+    """Where two vocabularies differ first."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             if old.get(key) != new.get(key):
@@ -312,10 +287,6 @@ def _first_other(there: Mapping[str, Any], here: Mapping[str, Any], part: str) -
 def _embedding(ingredient: Ingredient) -> Tensor | None:
     matrices = [t for key, t in ingredient.tensors.items() if key.endswith(_EMBEDDINGS)]
     return matrices[0] if len(matrices) == 1 else None
-
-
-def _is_alias(ingredient: Ingredient, key: str) -> bool:
-    return ingredient.tensors[key] is _embedding(ingredient)
 
 
 def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
@@ -334,10 +305,6 @@ def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _some(keys: Iterable[str]) -> str:

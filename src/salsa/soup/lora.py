@@ -8,18 +8,19 @@ added to its weights, an ordinary model (and then every method of soup works).
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import sha256_tree, write_atomic
+from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, Tensor, Weights, WeightsWriter, read_json
-from salsa.soup.ingredients import Ingredient
+from salsa.soup.files import FLOATS, Tensor, Weights, WeightsWriter, read_json, widest
+from salsa.soup.ingredients import Ingredient, refuse
 from salsa.soup.methods import Factors, rounded
 
 CONFIG = "adapter_config.json"
@@ -29,10 +30,7 @@ _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication"
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq")
 """Ways to start that change the base's own weights."""
 _PREFIX = "base_model.model."
-_FACTORS = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_embedding_A": ".lora_embedding_B",
-}
+_FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 
 def is_adapter(path: Path) -> bool:
@@ -40,94 +38,96 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).exists()
 
 
-@dataclass(eq=False)
-class Adapter:
+class Adapter(Ingredient):
     """One adapter directory.
 
     Raises:
         CheckpointError: it is broken, or of a kind whose sum this module does not know.
     """
 
-    path: Path
-    name: str
-    config: dict[str, Any] = field(init=False)
-    weights: Weights = field(init=False)
-
     def __post_init__(self) -> None:
-        self.config = read_json(self.path / CONFIG)
-        if self.config.get("peft_type") != "LORA":
-            raise CheckpointError(
-                f"{self.path}: is a {self.config.get('peft_type')} adapter; only LoRA adapters add up."
-            )
-        for key in _UNSUPPORTED:
-            if self.config.get(key):
-                raise CheckpointError(
-                    f"{self.path}: uses {key}, which a soup cannot add up. Merge it into its base first."
-                )
-        start = str(self.config.get("init_lora_weights", "")).lower()
-        if start.startswith(_MOVES_BASE):
-            raise CheckpointError(
-                f"{self.path}: started with {start}, which changes the base too. Convert it to a plain LoRA first."
-            )
-        if not _positive(self.config.get("r")) or not _positive(self.config.get("lora_alpha")):
-            raise CheckpointError(
-                f"{self.path / CONFIG}: r and lora_alpha must be positive numbers."
-            )
+        refuse(self._problems())
         self.weights = Weights(self.path, "adapter_model")
         if magnitudes := [k for k in self.tensors if "lora_magnitude_vector" in k]:
             raise CheckpointError(f"{self.path}: {magnitudes[0]} belongs to DoRA. Merge it first.")
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Key → tensor."""
-        return self.weights.tensors
+    def _problems(self) -> Iterator[str]:
+        if (kind := self.config.get("peft_type")) != "LORA":
+            yield f"{self.path}: is a {kind} adapter; only LoRA adapters add up."
+        for key in filter(self.config.get, _UNSUPPORTED):
+            yield f"{self.path}: uses {key}, which a soup cannot add up. Merge it into its base first."
+        start = str(self.config.get("init_lora_weights", "")).lower()
+        if start.startswith(_MOVES_BASE):
+            yield f"{self.path}: started with {start}, which changes the base too. Convert it to a plain LoRA first."
+        for value in (self.config.get("r"), self.config.get("lora_alpha")):
+            if not isinstance(value, int | float) or value <= 0:
+                yield f"{self.path / CONFIG}: r and lora_alpha must be positive numbers."
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed `adapter_config.json`."""
+        return read_json(self.path / CONFIG)
 
     @property
     def scale(self) -> float:
         """What B A is multiplied with."""
-        rank = self.config["r"]
-        return self.config["lora_alpha"] / (
-            math.sqrt(rank) if self.config.get("use_rslora") else rank
-        )
+        rank, alpha = self.config["r"], self.config["lora_alpha"]
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def pairs(self) -> dict[str, str]:
         """Key of each A → key of its B."""
-        pairs = {}
-        for key in self.tensors:
-            for end, other in _FACTORS.items():
-                if key.endswith(end):
-                    pairs[key] = key.removesuffix(end) + other
+        pairs = {
+            key: key.removesuffix(end) + other
+            for key in self.tensors
+            for end, other in _FACTORS.items()
+            if key.endswith(end)
+        }
         if lonely := [a for a, b in pairs.items() if b not in self.tensors]:
             raise CheckpointError(f"{self.path}: {lonely[0]} has no B. Copy or save it again.")
         for a, b in pairs.items():
-            rank = self.tensors[a].shape[0]
-            if self.tensors[b].shape[1:2] != (rank,) or rank != self.config["r"]:
+            down, up, rank = self.tensors[a].shape, self.tensors[b].shape, self.config["r"]
+            if down[0] != rank or up[1:2] != (rank,):
                 raise CheckpointError(
-                    f"{self.path}: {a} is {self.tensors[a].shape} and its B {self.tensors[b].shape}, which is not "
-                    f"rank {self.config['r']}."
+                    f"{self.path}: {a} is {down} and its B {up}, which is not rank {rank}."
                 )
         return pairs
+
+    def turned(self, a: str) -> bool:
+        """Whether the weight that this A belongs to is stored as (B A)ᵀ."""
+        return "lora_embedding" in a or bool(self.config.get("fan_in_fan_out"))
+
+    def values(self, key: str) -> np.ndarray:
+        """A whole tensor of floats, as float64."""
+        tensor = self.tensors[key]
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{self.path}: {key} is {tensor.dtype}; an adapter holds floats.")
+        values = self.weights.whole(tensor).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
+            )
+        return values
 
 
 def check_adapters(adapters: Sequence[Adapter]) -> None:
     """Raise CheckpointError unless all adapt one base in one way."""
-    first = adapters[0]
     for other in adapters[1:]:
-        for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
-            there, here = (_plain(a.config.get(key)) for a in (first, other))
-            if there != here:
-                raise CheckpointError(
-                    f"{other.path / CONFIG}: {key} is {here!r}, in {first.path} it is {there!r}. "
-                    "Only adapters of one base, made in one way, add up."
-                )
-        if first.tensors.keys() != other.tensors.keys():
-            stray = sorted(first.tensors.keys() ^ other.tensors.keys())[0]
-            raise CheckpointError(f"{other.path}: differs from {first.path} about {stray}.")
-        for key, tensor in first.tensors.items():
-            if tensor.shape != other.tensors[key].shape:
-                raise CheckpointError(
-                    f"{other.path}: {key} is {other.tensors[key].shape}, in {first.path} it is {tensor.shape}."
-                )
+        refuse(_differences(adapters[0], other))
+
+
+def _differences(first: Adapter, other: Adapter) -> Iterator[str]:
+    for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
+        there, here = (_plain(a.config.get(key)) for a in (first, other))
+        if there != here:
+            yield (
+                f"{other.path / CONFIG}: {key} is {here!r}, in {first.path} it is {there!r}. "
+                "Only adapters of one base, made in one way, add up."
+            )
+    for stray in sorted(first.tensors.keys() ^ other.tensors.keys()):
+        yield f"{other.path}: differs from {first.path} about {stray}."
+    for key, tensor in first.tensors.items():
+        if (shape := other.tensors[key].shape) != tensor.shape:
+            yield f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}."
 
 
 def concatenate(
@@ -142,16 +142,15 @@ def concatenate(
     first, count = adapters[0], len(adapters)
     own = [float(w) for w in factors.shares * count]
     pairs = first.pairs()
-    seconds = {b: a for a, b in pairs.items()}
     plan, made = {}, {}
     tallies: dict[str, Tally] = {}
     for key in sorted(first.tensors):
-        stored = dtype or _widest([a.tensors[key].dtype for a in adapters])
-        parts = [_finite(a, key) for a in adapters]
+        parts = [a.values(key) for a in adapters]
+        stored = dtype or widest(a.tensors[key].dtype for a in adapters)
         if key in pairs:
             whole = np.concatenate(parts)
             tallies[key] = _product_tally(adapters, key, pairs[key], factors)
-        elif key in seconds:
+        elif key in pairs.values():
             whole = np.concatenate([w * p for w, p in zip(own, parts, strict=True)], axis=1)
         else:
             whole = sum(
@@ -160,23 +159,22 @@ def concatenate(
             )
         made[key] = rounded(np.ascontiguousarray(whole), stored)
         plan[key] = (stored, made[key].shape)
-    stored = max(plan.values(), key=lambda entry: math.prod(entry[1]))[0]
+    main = max(plan.values(), key=lambda entry: math.prod(entry[1]))[0]
     if directory is None:
-        return tallies, stored, {}
-    writer = WeightsWriter(directory, plan, "adapter_model")
-    for value in made.values():
-        writer.write(value)
-    files = writer.finish()
-    rank = first.config["r"]
+        return tallies, main, {}
+    with closing(WeightsWriter(directory, plan, "adapter_model")) as writer:
+        for value in made.values():
+            writer.write(value)
+        files = writer.finish()
     root = first.config.get("use_rslora")
     changed = {
-        "r": rank * count,
+        "r": first.config["r"] * count,
         "lora_alpha": first.config["lora_alpha"] / (math.sqrt(count) if root else 1),
         "init_lora_weights": True,
         "inference_mode": True,
     }
     write_atomic(directory / CONFIG, json.dumps(first.config | changed, indent=2) + "\n")
-    return tallies, stored, files
+    return tallies, main, files
 
 
 class MergedAdapter(Ingredient):
@@ -219,9 +217,7 @@ class MergedAdapter(Ingredient):
             return self.weights.read(tensor, start, stop, buffer)
         if self.tensors[key].dtype not in FLOATS:
             return self.base.load(key, start, stop, buffer)
-        if (
-            key in self._products and key not in self._ready
-        ):  # here, where the file is read in order
+        if key in self._products and key not in self._ready:  # here the file is read in order
             kept = list(self._ready.items())[-1:]  # the one that `add_to` may be at
             self._ready = dict(kept) | {key: self._factors(key)}
         return np.zeros(1)
@@ -241,16 +237,10 @@ class MergedAdapter(Ingredient):
         product = (left[first:last] @ right).reshape(-1)
         values += self.adapter.scale * product[start - first * width : stop - first * width]
 
-    def digest(self) -> str:
-        """sha256 of the adapter's directory."""
-        return sha256_tree(self.path, known=self.weights.sha256())
-
     def _factors(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(rows, r) and (r, columns) of the product in the base's orientation, float64."""
-        a_key, b_key = self._products[key]
-        a, b = (_finite(self.adapter, k) for k in (a_key, b_key))
-        turned = "lora_embedding" in a_key or self.adapter.config.get("fan_in_fan_out")
-        return (a.T, b.T) if turned else (b, a)
+        a, b = (self.adapter.values(k) for k in self._products[key])
+        return (a.T, b.T) if self.adapter.turned(self._products[key][0]) else (b, a)
 
     def _targets(self) -> dict[str, tuple[str, str]]:
         """Key in the base → keys of its A and B."""
@@ -263,8 +253,7 @@ class MergedAdapter(Ingredient):
                     f"{self.path}: adapts {module}, which {self.base.path} does not have. Give the right --base."
                 )
             shape = (self.adapter.tensors[b].shape[0], self.adapter.tensors[a].shape[-1])
-            turned = "lora_embedding" in a or self.adapter.config.get("fan_in_fan_out")
-            if len(target.shape) != 2 or target.shape != (shape[::-1] if turned else shape):
+            if target.shape != (shape[::-1] if self.adapter.turned(a) else shape):
                 raise CheckpointError(
                     f"{self.path}: B A of {module} is {shape}, in {self.base.path} the weight is {target.shape}."
                 )
@@ -275,46 +264,20 @@ class MergedAdapter(Ingredient):
 def _product_tally(adapters: Sequence[Adapter], a: str, b: str, factors: Factors) -> Tally:
     """Sums over s_i B_i A_i without forming it: ⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀB_j) ∘ (A_i A_jᵀ)."""
     tally = Tally.empty(len(adapters))
-    ups, downs = (
-        [x.weights.whole(x.tensors[k]).astype(np.float64) for x in adapters] for k in (b, a)
-    )
-    flat = [
-        (u.reshape(u.shape[0], -1), d.reshape(d.shape[0], -1))
-        for u, d in zip(ups, downs, strict=True)
-    ]
+    flat = []
+    for adapter in adapters:
+        up, down = adapter.values(b), adapter.values(a)
+        flat.append((up.reshape(len(up), -1), down.reshape(len(down), -1)))
     for i, (up, down) in enumerate(flat):
         for j, (other_up, other_down) in enumerate(flat):
             inner = float(((up.T @ other_up) * (down @ other_down.T)).sum())
             tally.gram[i, j] = adapters[i].scale * adapters[j].scale * inner
     tally.squares = np.diag(tally.gram).copy()
-    tally.size = ups[0].shape[0] * math.prod(downs[0].shape[1:])
+    tally.size = len(flat[0][0]) * flat[0][1].shape[1]
     tally.settle(factors, with_base=True)
     return tally
 
 
-def _finite(adapter: Adapter, key: str) -> np.ndarray:
-    tensor = adapter.tensors[key]
-    if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"{adapter.path}: {key} is {tensor.dtype}; an adapter holds floats.")
-    values = adapter.weights.whole(tensor).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{adapter.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
-        )
-    return values
-
-
-def _widest(dtypes: Sequence[str]) -> str:
-    kinds = set(dtypes)
-    return "F32" if kinds == {"F16", "BF16"} else min(kinds, key=list(FLOATS).index)
-
-
 def _plain(value: Any) -> Any:
     """Lists that are sets, empty that is absent."""
-    if isinstance(value, list):
-        return sorted(map(str, value)) or None
-    return value or None if not isinstance(value, Mapping) else dict(value) or None
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return (sorted(map(str, value)) if isinstance(value, list) else value) or None

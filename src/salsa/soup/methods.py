@@ -103,10 +103,9 @@ def rounded(values: np.ndarray, dtype: str, out: np.ndarray | None = None) -> np
         # side of the tie where the float64 is.
         single = values.astype(np.float32)
         bits = single.view(np.uint32)
-        tie = np.flatnonzero((bits & 0xFFFF) == 0x8000)
-        if len(tie):
-            size, near = np.abs(values[tie]), np.abs(single[tie].astype(np.float64))
-            bits[tie] += size > near
-            bits[tie] -= size < near
+        tie = np.nonzero((bits & 0xFFFF) == 0x8000)
+        size, near = np.abs(values[tie]), np.abs(single[tie].astype(np.float64))
+        bits[tie] += size > near
+        bits[tie] -= size < near
         np.copyto(out, single, casting="unsafe")
         return out

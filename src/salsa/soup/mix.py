@@ -1,7 +1,7 @@
 """How to mix: the options of a soup, checked, and the rule that they stand for."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,28 +35,40 @@ class Mix:
 
     def check(self, count: int, *, has_base: bool) -> None:
         """Raise ConfigError unless the options fit each other and `count` ingredients."""
+        for problem in self._problems(count, has_base):
+            raise ConfigError(f"soup: {problem}")
+
+    def _problems(self, count: int, has_base: bool) -> Iterator[str]:
+        methods = get_args(Method)
         if count == 0:
-            raise ConfigError("soup: no ingredients. Give at least one checkpoint.")
-        if self.method not in get_args(Method):
-            raise ConfigError(
-                f"soup: method={self.method!r}. Use {', '.join(get_args(Method))} (or interpolate)."
-            )
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ConfigError(f"soup: dtype={self.dtype!r}. Use auto, {', '.join(DTYPES)}.")
+            yield "no ingredients. Give at least one checkpoint."
+        if self.method not in methods:
+            yield f"method={self.method!r}. Use {', '.join(methods)} (or interpolate)."
+        if self.dtype not in ("auto", *DTYPES):
+            yield f"dtype={self.dtype!r}. Use auto, {', '.join(DTYPES)}."
         if self.method in NEED_BASE and not has_base:
-            raise ConfigError(f"soup: {self.method} needs the base. Give it with --base.")
+            yield f"{self.method} needs the base. Give it with --base."
         if (self.method == "wise") != (self.alpha is not None):
-            raise ConfigError("soup: --alpha belongs to --method wise, which needs it.")
+            yield "--alpha belongs to --method wise, which needs it."
         if self.alpha is not None and not (0 <= self.alpha <= 1 or self.extrapolate):
-            raise ConfigError(f"soup: alpha={self.alpha:g} lies outside 0 to 1. Add --extrapolate.")
+            yield f"alpha={self.alpha:g} lies outside 0 to 1. Add --extrapolate."
         if (self.method == "greedy") != (self.score is not None):
-            raise ConfigError("soup: --score belongs to --method greedy, which needs it.")
-        if self.take_from is not None and not 0 <= self.take_from < count:
-            raise ConfigError(
-                f"soup: take_from={self.take_from}, but ingredients are 0 to {count - 1}."
-            )
-        if self.weights is not None:
-            self._check_weights(self.weights, count)
+            yield "--score belongs to --method greedy, which needs it."
+        if self.take_from not in (None, *range(count)):
+            yield f"take_from={self.take_from}, but ingredients are 0 to {count - 1}."
+        if self.weights is None:
+            return
+        if self.method in ("greedy", "model_stock"):
+            yield f"{self.method} finds the weights itself. Leave --weights out."
+        if len(self.weights) != count:
+            yield f"{len(self.weights)} weights for {count} ingredients. Give one each."
+        total, least = math.fsum(self.weights), min(self.weights)
+        if not all(map(math.isfinite, self.weights)) or (self.normalize and total == 0):
+            yield f"weights {list(self.weights)} cannot be used. Give numbers."
+        if abs(total - 1) > 1e-6 and not (self.normalize or self.extrapolate):
+            yield f"weights sum to {total:g}, not to 1. Scale them, or add --normalize or --extrapolate."
+        if least < 0 and not self.extrapolate:
+            yield f"weight {least:g} is negative. Add --extrapolate if it is meant."
 
     def mean(self, count: int) -> Factors:
         """The weighted mean that every method starts from."""
@@ -81,24 +93,3 @@ class Mix:
         if self.method == "model_stock":
             return model_stock
         return lambda gram: mean
-
-    def _check_weights(self, weights: Sequence[float], count: int) -> None:
-        if self.method in ("greedy", "model_stock"):
-            raise ConfigError(f"soup: {self.method} finds the weights itself. Leave --weights out.")
-        if len(weights) != count:
-            raise ConfigError(
-                f"soup: {len(weights)} weights for {count} ingredients. Give one each."
-            )
-        total = math.fsum(weights)
-        if not all(math.isfinite(w) for w in weights) or (self.normalize and total == 0):
-            raise ConfigError(f"soup: weights {list(weights)} cannot be used. Give numbers.")
-        if self.extrapolate:
-            return
-        if abs(total - 1) > 1e-6 and not self.normalize:
-            raise ConfigError(
-                f"soup: weights sum to {total:g}, not to 1. Scale them, or add --normalize or --extrapolate."
-            )
-        if min(weights) < 0:
-            raise ConfigError(
-                f"soup: weight {min(weights):g} is negative. Add --extrapolate if it is meant."
-            )

@@ -4,7 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,10 @@ class SoupCommand:
         if self.points is not None:
             return self._interpolate(options)
         with _progress() as progress:
-            if self.dry_run:
+            if self.out is None or self.dry_run:
                 options["allow_identical"] = options.pop("force")
                 record = measure_soup(self.ingredients, progress=progress, **options)
             else:
-                assert self.out is not None
                 made = make_soup(self.ingredients, out=self.out, progress=progress, **options)
                 record = json.loads((made.path / "soup.json").read_text())
         if self.as_json:
@@ -57,16 +56,15 @@ class SoupCommand:
             print(f"{self.out}  sha256 {record['sha256'][:12]}")
 
     def _interpolate(self, options: dict[str, Any]) -> None:
+        points = _numbers("--points", self.points)
         if len(self.ingredients) != 2 or options["weights"] is not None or self.dry_run:
             raise ConfigError(
                 "--method interpolate takes two models and --points, no weights and no dry run."
             )
-        kept = ("base", "dtype", "heads", "take_from", "extrapolate", "force")
-        points = _numbers("--points", self.points)
         assert points is not None and self.out is not None
-        start, end = self.ingredients
+        kept = ("base", "dtype", "heads", "take_from", "extrapolate", "force")
         own = {name: options[name] for name in kept}
-        for made in interpolate(start, end, points=points, out=self.out, **own):
+        for made in interpolate(*self.ingredients, points=points, out=self.out, **own):
             print(f"{made.path}  sha256 {made.digest[:12]}")
 
 
@@ -78,18 +76,15 @@ def command_score(command: str) -> Score:
     """
 
     def score(path: Path) -> float:
-        words = shlex.split(command)
-        if "{}" not in command:
-            words.append("{}")
+        words = shlex.split(command) + ([] if "{}" in command else ["{}"])
         words = [word.replace("{}", str(path)) for word in words]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise WorkFailed(f"--score: {shlex.join(words)} ended with code {done.returncode}.")
-        lines = done.stdout.strip().splitlines()
+        last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
         try:
-            return float(lines[-1])
-        except (IndexError, ValueError):
-            last = lines[-1] if lines else "nothing"
+            return float(last)
+        except ValueError:
             raise WorkFailed(
                 f"--score: {shlex.join(words)} printed {last!r} last, which is no number."
             ) from None
@@ -115,13 +110,8 @@ def _progress() -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    with Progress(
-        "averaging",
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    columns = ("averaging", BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("averaging", total=None, visible=False)
 
         def advance(done: int, total: int) -> None:
@@ -132,55 +122,50 @@ def _progress() -> Iterator[Progress | None]:
 
 def _show(record: Mapping[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    def table(
+        *columns: str | Column, numbers: Iterable[str], rows: Iterable[Iterable[str]]
+    ) -> None:
+        right = [Column(name, justify="right") for name in numbers]
+        made = Table(*columns, *right, box=None, pad_edge=False, header_style="dim")
+        for row in rows:
+            made.add_row(*row)
+        console.print(made)
 
     console = Console(highlight=False)
-    diagnostics = record["diagnostics"]
+    diagnostics, ingredients = record["diagnostics"], record["ingredients"]
     of = "delta" if diagnostics["of"] == "deltas" else "weights"
-    count = len(record["ingredients"])
-    console.print(f"soup of {count}, {record['method']}, {record['dtype']}")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("")
-    table.add_column("ingredient", overflow="fold")
-    for name in ("weight", f"norm of {of}", *(f"cos to {i}" for i in range(count))):
-        table.add_column(name, justify="right")
-    for i, ingredient in enumerate(record["ingredients"]):
-        cosines = [_short(c, 4) for c in diagnostics["cosines"][i]]
-        norm = _short(diagnostics["norms"][i], 4)
-        table.add_row(str(i), ingredient["path"], f"{ingredient['weight']:.4g}", norm, *cosines)
-    table.add_row("", "soup", "", _short(diagnostics["soup_norm"], 4))
-    console.print(table)
-    _show_layers(console, diagnostics)
+    console.print(f"soup of {len(ingredients)}, {record['method']}, {record['dtype']}")
+    rows = [
+        [str(i), one["path"], f"{one['weight']:.4g}", *map(_short, (norm, *cosines))]
+        for i, (one, norm, cosines) in enumerate(
+            zip(ingredients, diagnostics["norms"], diagnostics["cosines"], strict=True)
+        )
+    ]
+    table(
+        "",
+        Column("ingredient", overflow="fold"),
+        numbers=["weight", f"norm of {of}", *(f"cos to {i}" for i in range(len(ingredients)))],
+        rows=[*rows, ["", "soup", "", _short(diagnostics["soup_norm"])]],
+    )
+    figures = ("norm", "cosine", "relative_distance", "soup_norm_ratio")
+    table(
+        "layer",
+        numbers=("elements", "mean norm", "mean cos", "mean distance", "soup / mean norm"),
+        rows=(
+            [row["layer"], f"{row['elements']:,}", *(_short(row[name]) for name in figures)]
+            for row in diagnostics["layers"]
+        ),
+    )
     loss = diagnostics["bf16_rounding"]
     if (share := loss["share_of_delta"]) is not None:
-        console.print(f"bf16 would lose {_share(share)} of the delta ({loss['delta']})")
+        size = f"{share:.1%}" if share < 1 else f"all: {share:.3g} times the size"
+        console.print(f"bf16 would lose {size} of the delta ({loss['delta']})")
     for step in record.get("greedy", ()):
         verdict = "kept" if step["kept"] else "left out"
         console.print(f"greedy: {step['ingredient']} {verdict}, score {step['soup']:.6g}")
 
 
-def _show_layers(console: Any, diagnostics: Mapping[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("layer")
-    for name in ("elements", "mean norm", "mean cos", "mean distance", "soup / mean norm"):
-        table.add_column(name, justify="right")
-    for row in diagnostics["layers"]:
-        table.add_row(
-            row["layer"],
-            f"{row['elements']:,}",
-            *(
-                _short(row[k], 4)
-                for k in ("norm", "cosine", "relative_distance", "soup_norm_ratio")
-            ),
-        )
-    console.print(table)
-
-
-def _short(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}" if value < 1 else f"all: {value:.3g} times the size"
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

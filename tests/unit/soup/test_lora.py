@@ -215,3 +215,27 @@ def test_08_adapters_need_their_own_base(make_adapters, make_checkpoint, tmp_pat
         make_soup(paths, base=make_checkpoint("llama", 0).path, out=tmp_path / "soup")
     with pytest.raises(ConfigError, match="--heads is about models"):
         make_soup(paths, out=tmp_path / "soup", heads="average")
+
+
+def test_08_a_bfloat16_adapter_is_rounded_once(make_adapters, tmp_path):
+    """Ties of bfloat16 in matrices; they were looked up as if the matrix were flat."""
+    paths = make_adapters(2)
+    for path in paths:
+        values = load_file(path / "adapter_model.safetensors")
+        tied = {k: np.full_like(v, 1 + 2.0**-8) for k, v in values.items()}
+        save_file(tied, path / "adapter_model.safetensors")
+    edit_json(paths[1] / "adapter_config.json", lambda c: c.update(lora_dropout=0.5))
+    soup = make_soup(paths, out=tmp_path / "soup", dtype="bfloat16", force=True)
+    for value in load_file(soup.path / "adapter_model.safetensors").values():
+        assert (value.astype(float) == 1).all()  # to even
+
+
+def test_08_an_adapter_with_integers_is_refused(make_adapters, tmp_path):
+    paths = make_adapters(2)
+    for path in paths:
+        values = load_file(path / "adapter_model.safetensors")
+        key = sorted(values)[0]
+        values[key] = values[key].astype(np.int64)
+        save_file(values, path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is I64; an adapter holds floats"):
+        make_soup(paths, out=tmp_path / "soup", force=True)
