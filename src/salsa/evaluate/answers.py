@@ -6,8 +6,7 @@ from pathlib import Path
 from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
-from salsa.evaluate import arena_hard, inputs
-from salsa.evaluate.inputs import Question
+from salsa.evaluate.benchmarks import Question, arena_hard, mtbench
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
@@ -19,7 +18,7 @@ GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
 
 
-ROWS = {"mt_bench": inputs.answer_row, "arena_hard": arena_hard.answer_row}
+ROWS = {"mt_bench": mtbench.answer_row, "arena_hard": arena_hard.answer_row}
 """Benchmark → a row of `answers.jsonl` in upstream's format."""
 
 

@@ -9,6 +9,9 @@ from scipy import special, stats
 
 from salsa.evaluate.winrate import Estimate
 
+SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
+"""The verdict by place that names the same winner once the answers have changed places."""
+
 
 @dataclass(frozen=True)
 class PositionBias:
@@ -60,13 +63,12 @@ def position_bias(games: Sequence[tuple[str | None, str | None]]) -> PositionBia
         games: per comparison the two games' verdicts by *place*: `first`, `second`, `tie` or None (no verdict). The
             answers change places between the games, so `first` then `second` is one consistent winner.
     """
-    swapped = {"first": "second", "second": "first", "tie": "tie"}
     verdicts = [verdict for pair in games for verdict in pair if verdict is not None]
     both = [(one, two) for one, two in games if one is not None and two is not None]
     return PositionBias(
         games=len(verdicts),
         both=len(both),
-        consistent=sum(one == swapped[two] for one, two in both),
+        consistent=sum(one == SWAPPED[two] for one, two in both),
         first_wins=verdicts.count("first"),
         second_wins=verdicts.count("second"),
     )

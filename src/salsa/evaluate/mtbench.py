@@ -8,7 +8,7 @@ count once.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from salsa.errors import DataError
+from salsa.evaluate.bias import SWAPPED
 from salsa.evaluate.judgments import (
-    PLACES,
     Arms,
     Comparison,
     Lengths,
@@ -38,7 +38,7 @@ from salsa.evaluate.winrate import Difference, Estimate, difference_of, nested_m
 _RATING = re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]")
 _LABEL = re.compile(r"\[\[([ABC])\]\]")
 
-Ratings = dict[tuple[Any, int, int], float | None]
+Ratings = dict[tuple[Any, int, int], float]
 """(question, turn, seed) → rating."""
 
 
@@ -116,7 +116,6 @@ def summarise_pairs(
         pair = (comparison.candidate, comparison.baseline)
         first = order.setdefault(frozenset(pair), pair)
         comparisons.append(comparison if first == pair else comparison.turned())
-    counts["comparisons without a verdict"] = sum(not c.scores for c in comparisons)
     return summarise(comparisons, judge, counts, lengths, arms)
 
 
@@ -136,20 +135,34 @@ def summarise_singles(
     counts: Counter[str] = Counter()
     rows, judge = of_one_judge([_single_row(row) for row in read_rows(path_or_rows)], judge)
     rows = without_duplicates(rows, _single_key, lambda row: row.values.get("score"), counts)
-    ratings: dict[str, Ratings] = {}
+    judged: dict[str, dict[tuple[Any, int, int], float | None]] = {}
     for row in rows:
         question, turn, model = _single_key(row)
         arm, seed = (arms or {}).get(model, (model, 0))
-        ratings.setdefault(arm, {})[question, turn, seed] = _rating(row, reparse, counts)
-    counts["ratings that not every model has"] = num_unshared([set(r) for r in ratings.values()])
-    models = {m: _single_summary(m, own, categories or {}) for m, own in ratings.items()}
+        judged.setdefault(arm, {})[question, turn, seed] = _rating(row, reparse, counts)
+    counts["ratings that not every model has"] = num_unshared([set(own) for own in judged.values()])
+    ratings = {m: {k: v for k, v in own.items() if v is not None} for m, own in judged.items()}
+    for model, own in ratings.items():
+        if not own:
+            raise NoVerdict(
+                f"{model}: none of {len(judged[model])} judgments holds a rating in 1 to 10."
+            )
     return SinglesSummary(
         judge=judge,
-        models=models,
+        models={
+            model: SingleSummary(
+                score=_mean(own),
+                by_category=_means(own, lambda key: (categories or {}).get(key[0])),
+                by_turn=_means(own, lambda key: key[1]),
+                n=len(own),
+                dropped=len(judged[model]) - len(own),
+            )
+            for model, own in ratings.items()
+        },
         differences={
-            pair: difference
-            for pair in combinations(models, 2)
-            if (difference := _difference(ratings[pair[0]], ratings[pair[1]])) is not None
+            (a, b): difference_of(_mean(shared), len(shared))
+            for a, b in combinations(ratings, 2)
+            if (shared := {k: x - ratings[b][k] for k, x in ratings[a].items() if k in ratings[b]})
         },
         counts={name: count for name, count in counts.items() if count},
     )
@@ -173,12 +186,10 @@ def _pair_key(row: Row) -> tuple[Any, int, frozenset[str]]:
     return values["question_id"], _turn(row), frozenset((values["model_1"], values["model_2"]))
 
 
-def _winners(row: Row) -> dict[str, Any]:
-    """Game → the winning model's name, whichever way round the row has the models."""
-    values = row.values
-    stored = {game: str(values.get(f"{game}_winner")) for game in ("g1", "g2")}
-    names = {"model_1": values["model_1"], "model_2": values["model_2"]}
-    return {game: names.get(winner, winner) for game, winner in stored.items()}
+def _winners(row: Row) -> list[Any]:
+    """The model that won each game by name, whichever way round the row has the models."""
+    stored = [str(row.values.get(f"{game}_winner")) for game in ("g1", "g2")]
+    return [row.values[w] if w in ("model_1", "model_2") else w for w in stored]
 
 
 def _turn(row: Row) -> int:
@@ -192,36 +203,37 @@ def _comparison(
     row: Row, categories: Mapping[Any, str], reparse: bool, counts: Counter[str]
 ) -> Comparison:
     values = row.values
-    first = _place(row, "g1", {"model_1": "A", "model_2": "B"}, reparse, counts)
-    second = _place(row, "g2", {"model_1": "B", "model_2": "A"}, reparse, counts)
+    first = _place(row, "g1", ("model_1", "model_2"), reparse, counts)
+    second = _place(row, "g2", ("model_2", "model_1"), reparse, counts)
     scores: tuple[tuple[float, float], ...] = ()
     if first is not None and second is not None:
-        agreed = PLACES[first] == {"A": "second", "B": "first", "tie": "tie"}[second]
-        scores = (({"A": 1.0, "B": 0.0, "tie": 0.5}[first] if agreed else 0.5, 1.0),)
+        agreed = first == SWAPPED[second]
+        scores = (({"first": 1.0, "second": 0.0, "tie": 0.5}[first] if agreed else 0.5, 1.0),)
     return Comparison(
-        values["question_id"],
-        _turn(row),
-        categories.get(values["question_id"], ""),
-        values["model_1"],
-        values["model_2"],
-        (PLACES[first], PLACES[second]),
-        scores,
+        question=values["question_id"],
+        turn=_turn(row),
+        category=categories.get(values["question_id"], ""),
+        candidate=values["model_1"],
+        baseline=values["model_2"],
+        games=(first, second),
+        scores=scores,
         missing=0 if scores else 1,
     )
 
 
 def _place(
-    row: Row, game: str, labels: Mapping[str, str], reparse: bool, counts: Counter[str]
+    row: Row, game: str, shown: tuple[str, str], reparse: bool, counts: Counter[str]
 ) -> str | None:
-    """`A`, `B`, `tie` or None: the verdict of one game by place."""
+    """Which place won one game, in which `shown` were the first and the second."""
     stored: Any = row.values.get(f"{game}_winner")
     text = row.values.get(f"{game}_judgment")
-    parsed = parse_pair_verdict(text) if isinstance(text, str) else None
+    parsed = None
     if isinstance(text, str):
+        parsed = {"A": "first", "B": "second", "tie": "tie"}.get(parse_pair_verdict(text) or "")
         counts["texts with several different labels"] += len(set(_LABEL.findall(text))) > 1
     if reparse or stored is None:
         return parsed
-    known = {**labels, "tie": "tie", "error": None}
+    known = {shown[0]: "first", shown[1]: "second", "tie": "tie", "error": None}
     if not isinstance(stored, str) or stored not in known:
         counts["unknown verdicts"] += 1
         return None
@@ -252,47 +264,27 @@ def _rating(row: Row, reparse: bool, counts: Counter[str]) -> float | None:
         return parsed
     if score is None or score == -1:
         counts["judgments without a rating"] += 1
-        return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    elif isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         counts["ratings that are no number"] += 1
-        return None
-    if not 1 <= score <= 10:
+    elif not 1 <= score <= 10:
         counts["ratings outside 1 to 10"] += 1
-        return None
-    if isinstance(text, str) and parsed != score:
-        counts["ratings that differ from their text"] += 1
-    return float(score)
+    else:
+        if isinstance(text, str) and parsed != score:
+            counts["ratings that differ from their text"] += 1
+        return float(score)
+    return None
 
 
-def _single_summary(model: str, ratings: Ratings, categories: Mapping[Any, str]) -> SingleSummary:
-    given = {key: value for key, value in ratings.items() if value is not None}
-    if not given:
-        raise NoVerdict(f"{model}: none of {len(ratings)} judgments holds a rating in 1 to 10.")
-
-    def mean(chosen: Sequence[tuple[Any, int, int]]) -> Estimate:
-        values = np.array([given[key] for key in chosen])
-        return nested_mean(
-            values, [question for question, *_ in chosen], seeds=[seed for *_, seed in chosen]
-        )
-
-    groups = sorted({categories[q] for q, *_ in given if q in categories})
-    return SingleSummary(
-        score=mean(list(given)),
-        by_category={g: mean([k for k in given if categories.get(k[0]) == g]) for g in groups},
-        by_turn={t: mean([k for k in given if k[1] == t]) for t in sorted({k[1] for k in given})},
-        n=len(given),
-        dropped=len(ratings) - len(given),
-    )
+def _mean(ratings: Ratings) -> Estimate:
+    """The mean over (question, turn) and training seeds, clustered by question."""
+    questions, _, seeds = zip(*ratings, strict=True)
+    return nested_mean(np.array(list(ratings.values())), questions, seeds=seeds)
 
 
-def _difference(a: Ratings, b: Ratings) -> Difference | None:
-    pairs = {key: (a[key], b.get(key)) for key in a}
-    shared = {k: x - y for k, (x, y) in pairs.items() if x is not None and y is not None}
-    if not shared:
-        return None
-    estimate = nested_mean(
-        np.array(list(shared.values())),
-        [question for question, *_ in shared],
-        seeds=[seed for *_, seed in shared],
-    )
-    return difference_of(estimate, len(shared))
+def _means(ratings: Ratings, group: Callable[[tuple[Any, int, int]], Any]) -> dict[Any, Estimate]:
+    """The mean of every group of ratings, in the groups' order; what is in group None is in no mean."""
+    groups: dict[Any, Ratings] = {}
+    for key, value in ratings.items():
+        if (name := group(key)) is not None:
+            groups.setdefault(name, {})[key] = value
+    return {name: _mean(groups[name]) for name in sorted(groups)}

@@ -1,12 +1,54 @@
-"""Judged benchmarks: what each asks, how its answers become judged rows, and where upstream's formats go."""
+"""Judged benchmarks: what each asks, who meets whom, and how answers become judged rows in upstream's formats.
 
-from collections.abc import Mapping, Sequence
+Every pair of arms meets on every question and turn, in two games with the answers' places swapped; the k-th training
+seed of one arm meets the k-th of the other. Against Arena-Hard's common baseline every arm meets the baseline only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
-from salsa.evaluate.games import Answers, Asked
-from salsa.evaluate.inputs import Question
+from salsa.artifacts import write_jsonl
+from salsa.errors import DataError
+from salsa.evaluate.judge import Message, Refusal, Reply
+
+Answers = Mapping[str, Mapping[Any, Sequence[str]]]
+"""Model → question → its answers, a turn each."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of one or two turns."""
+
+    id: Any
+    category: str
+    turns: tuple[str, ...]
+    temperature: float = 0.0
+    """What it is answered at."""
+    reference: tuple[str, ...] | None = None
+    """Reference answers, a turn each."""
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """One of upstream's judge prompts."""
+
+    name: str
+    system: str | None
+    template: str
+
+    def messages(self, question: Question, values: Mapping[str, str]) -> list[Message]:
+        """What the judge is shown; DataError if the template asks for none of `values`."""
+        try:
+            text = self.template.format(**values)  # once: answers may hold braces
+        except (KeyError, IndexError, ValueError) as error:
+            raise DataError(
+                f"judge prompt {self.name!r} asks for {error}, which question {question.id} does not have."
+            ) from error
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": text}]
 
 
 @dataclass(frozen=True)
@@ -30,7 +72,8 @@ class Match:
     pairs: Sequence[tuple[str, str]]
     """(candidate, baseline) of all pairs of arms."""
     judge: str
-    ask: Asked
+    ask: Callable[[Sequence[Sequence[Message]]], Sequence[Reply | Refusal]]
+    """Ask the judge about many conversations."""
     directory: Path
 
     @property
@@ -39,10 +82,22 @@ class Match:
         slug = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.judge)
         return slug.strip("-.") or "judge"
 
-    def file(self, folder: str, name: str) -> Path:
-        """`<directory>/<folder>/<name>.jsonl`, its folder made."""
+    def judged(
+        self, conversations: Iterable[list[Message]]
+    ) -> Iterator[tuple[list[Message], str, dict[str, str]]]:
+        """Each conversation, the judge's text, and why there is none: `{"error": …}` and an empty text."""
+        asked = list(conversations)
+        for conversation, reply in zip(asked, self.ask(asked), strict=True):
+            if isinstance(reply, Refusal):
+                yield conversation, "", {"error": reply.reason}
+            else:
+                yield conversation, reply.text, {}
+
+    def write(self, folder: str, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write rows to `<directory>/<folder>/<name>.jsonl`, its folder made."""
         path = self.directory / folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, rows)
         return path
 
 
@@ -54,11 +109,18 @@ class Benchmark(Protocol):
     questions: list[Question]
     max_new_tokens: int
 
-    def temperature(self, question: Question) -> float:
-        """What a question is answered at."""
-
-    def load_answers(self, file: Path) -> dict[Any, tuple[str, ...]]:
+    def load_answers(self, path: Path) -> dict[Any, tuple[str, ...]]:
         """Question → answers, from upstream's format."""
 
     def judged(self, answers: Answers, match: Match) -> Bench:
         """Have the answers judged and write the rows in upstream's format."""
+
+
+def pairings(models: Mapping[str, Sequence[str]], baseline: str) -> list[tuple[str, str]]:
+    """(candidate, baseline) of all pairs of arms, the k-th model of one with the k-th of the other."""
+    arms = [baseline, *(arm for arm in models if arm != baseline)]
+    return [
+        pair
+        for earlier, later in combinations(arms, 2)
+        for pair in zip(models[later], models[earlier], strict=True)
+    ]
