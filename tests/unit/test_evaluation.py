@@ -21,7 +21,7 @@ from salsa.evaluate.benchmarks.mtbench import (
     messages,
 )
 from salsa.evaluate.checkpoints import evaluate_checkpoints
-from salsa.evaluate.command import EvalWords, run_arms, spec_of
+from salsa.evaluate.spec import EvalWords, run_arms, spec_of
 from salsa.runtime.engine import Engine
 from tests.judge_server import JudgeServer
 

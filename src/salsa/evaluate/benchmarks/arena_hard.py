@@ -11,9 +11,7 @@ from salsa.errors import DataError
 from salsa.evaluate.arena_hard import parse_arena_verdict
 from salsa.evaluate.benchmarks import Answers, Bench, JudgePrompt, Match, Question
 from salsa.evaluate.judgments import Row, need, read_rows
-from salsa.evaluate.spec import ArenaHardConfig
-
-UPSTREAM = "github.com/lmarena/arena-hard-auto"
+from salsa.evaluate.spec import ARENA_HARD_SOURCE, ArenaHardConfig
 
 
 def load_questions(path: Path | str, temperature: float = 0.0) -> list[Question]:
@@ -80,8 +78,8 @@ def load_judge_prompt(path: Path | str) -> JudgePrompt:
     except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: no Arena-Hard judge prompt ({' '.join(str(error).split())}). Give a YAML file with system_prompt "
-            f"and prompt_template, such as config/judge_config.yaml of {UPSTREAM}; v2.0 keeps its system prompt in "
-            "utils/judge_utils.py."
+            f"and prompt_template, such as config/judge_config.yaml of {ARENA_HARD_SOURCE}; v2.0 keeps its system "
+            "prompt in utils/judge_utils.py."
         ) from error
 
 
@@ -157,5 +155,5 @@ class ArenaHard:
 
 def _rows(path: Path | str, what: str, file: str) -> list[Row]:
     if not Path(path).is_file():
-        raise DataError(f"{path}: no {what} there. Take {file} from {UPSTREAM}.")
+        raise DataError(f"{path}: no {what} there. Take {file} from {ARENA_HARD_SOURCE}.")
     return read_rows(path)

@@ -15,15 +15,13 @@ from salsa.evaluate.benchmarks import Answers, Bench, JudgePrompt, Match, Questi
 from salsa.evaluate.judge import Message
 from salsa.evaluate.judgments import Row, need, read_rows
 from salsa.evaluate.mtbench import parse_pair_verdict, parse_rating
-from salsa.evaluate.spec import MTBenchConfig
+from salsa.evaluate.spec import MT_BENCH_SOURCE, MTBenchConfig
 
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 """Their judge prompts show a reference answer."""
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """Sampling temperature of the answers by category; 0 for all others."""
-
-UPSTREAM = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 
 
 def load_questions(
@@ -106,7 +104,7 @@ def judge_prompt(
     if name not in prompts:
         raise DataError(
             f"the judge prompts have no {name!r} (they have {', '.join(prompts)}). Take judge_prompts.jsonl "
-            f"from {UPSTREAM}."
+            f"from {MT_BENCH_SOURCE}."
         )
     return prompts[name]
 
@@ -224,7 +222,7 @@ def _rows(source: Path | str, what: str) -> list[Row]:
     if Path(name).is_file():
         return read_rows(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".jsonl"):
-        raise DataError(f"{name}: no {what} there. Give a file in the format of {UPSTREAM}.")
+        raise DataError(f"{name}: no {what} there. Give a file in the format of {MT_BENCH_SOURCE}.")
     from salsa.data import load_rows
 
     rows = load_rows(DataSource(path=name), [()])
@@ -249,7 +247,7 @@ def _question(
     if needed and len(reference) < len(turns):
         raise DataError(
             f"{row.where}: question {key} ({category}) needs a reference answer to every turn and {references} has "
-            f"none. Take reference_answer/gpt-4.jsonl from {UPSTREAM}."
+            f"none. Take reference_answer/gpt-4.jsonl from {MT_BENCH_SOURCE}."
         )
     temperature = values.get("required_temperature")
     if temperature is None:
