@@ -104,27 +104,31 @@ def verdict_rows(bench: Bench) -> list[dict[str, Any]]:
     except NoVerdict:
         return []
     known = {question.id: question for question in bench.questions}
-    raw = {_identity(row): row for row in bench.pairs}
+    texts = {}
+    for row in bench.pairs:
+        if "games" in row:  # the candidate is second in Arena-Hard's first game
+            key = (row["uid"], 1, row["model"], row["baseline"])
+            texts[key] = [game["judgment"]["answer"] for game in row["games"]][::-1]
+        else:
+            key = (row["question_id"], row["turn"], row["model_1"], row["model_2"])
+            texts[key] = [row["g1_judgment"], row["g2_judgment"]]
     rows = []
-    for comparison in comparisons:
-        question = known[comparison.question]
-        names = (comparison.candidate, comparison.baseline)
-        row = raw.get((comparison.question, comparison.turn, *names))
-        own, other = (bench.answers[name][question.id][: comparison.turn] for name in names)
+    for one in comparisons:
+        question, names = known[one.question], (one.candidate, one.baseline)
         rows.append(
             {
                 "bench": bench.name,
                 "question": str(question.id),
                 "category": question.category,
-                "turn": comparison.turn,
-                "candidate": names[0],
-                "baseline": names[1],
-                "outcome": comparison.outcome,
-                "games": list(comparison.games),
-                "asked": list(question.turns[: comparison.turn]),
-                "answers": [list(own), list(other)],
-                "judgments": _texts(row) if row else ["", ""],
-                "lengths": comparison.lengths,
+                "turn": one.turn,
+                "candidate": one.candidate,
+                "baseline": one.baseline,
+                "outcome": one.outcome,
+                "games": list(one.games),
+                "asked": list(question.turns[: one.turn]),
+                "answers": [list(bench.answers[m][question.id][: one.turn]) for m in names],
+                "judgments": texts.get((one.question, one.turn, *names), ["", ""]),
+                "lengths": one.lengths,
             }
         )
     return rows
@@ -165,11 +169,14 @@ def pairs_of(
 
 
 def rounded(estimate: Any) -> dict[str, Any]:
-    """The fields of an estimate, shortened to what compares runs."""
-    return {
-        key: round_metric(value) if isinstance(value, float) else value
-        for key, value in asdict(estimate).items()
-    }
+    """The fields of an estimate, or of several, shortened to what compares runs; keys become text."""
+    return _shortened(asdict(estimate))
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _shortened(each) for key, each in value.items()}
+    return round_metric(value) if isinstance(value, float) else value
 
 
 def _table(results: Results, samples: Sequence[Checkpoint]) -> dict[str, np.ndarray]:
@@ -217,7 +224,28 @@ def _ended(
 
 def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = [_seeds_note(results.num_seeds), *_arithmetic_note(results.stages)]
+    count = results.num_seeds
+    notes = [
+        f"{count} training seeds per arm: the intervals are Student's t over prompts or over seeds, whichever is wider."
+    ]
+    if count == 1:
+        notes = [
+            "One training seed per arm: the intervals cover prompts only and say nothing about another seed."
+        ]
+    elif count < 4:
+        notes[0] += (
+            " With so few seeds they are wide; more seeds narrow them faster than more prompts."
+        )
+    computed: dict[str, list[str]] = {}
+    for stage in results.stages:
+        if (precision := stage.record.get("precision")) is not None:
+            computed.setdefault(precision, []).append(stage.label)
+    if len(computed) > 1:
+        parts = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in computed.items())
+        notes.append(
+            f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
+            "comparison across that line."
+        )
     for name, bench in judged.items():
         notes += [f"{name}: {count} {what}." for what, count in bench["counts"].items()]
         for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
@@ -235,31 +263,6 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
                     "rate towards 50 %: this judge can hardly tell these answers apart."
                 )
     return notes
-
-
-def _seeds_note(count: int) -> str:
-    if count == 1:
-        return "One training seed per arm: the intervals cover prompts only and say nothing about another seed."
-    few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
-    return (
-        f"{count} training seeds per arm: the intervals are Student's t over prompts or over seeds, whichever is wider."
-        + (few if count < 4 else "")
-    )
-
-
-def _arithmetic_note(stages: Sequence[Stage]) -> list[str]:
-    """A note if stages were computed differently."""
-    computed: dict[str, list[str]] = {}
-    for stage in stages:
-        if (precision := stage.record.get("precision")) is not None:
-            computed.setdefault(precision, []).append(stage.label)
-    if len(computed) < 2:
-        return []
-    parts = "; ".join(f"{precision}: {', '.join(labels)}" for precision, labels in computed.items())
-    return [
-        f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
-        "comparison across that line."
-    ]
 
 
 def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
@@ -297,47 +300,25 @@ def _rate(rate: Any) -> dict[str, Any]:
 
 
 def _pair(pair: PairSummary) -> dict[str, Any]:
-    position, length = pair.position, pair.length
+    position, length, short = pair.position, pair.length, rounded(pair)
     return {
         "candidate": pair.candidate,
         "baseline": pair.baseline,
         **_rate(pair.win_rate),
-        "sign_test": rounded(pair.sign),
+        "sign_test": short["sign"],
         "position": asdict(position)
         | {"consistency": position.consistency, "first_rate": position.first_rate},
         "length": asdict(length) | {"longer_rate": length.longer_rate} if length else None,
-        "by_category": {name: rounded(rate) for name, rate in pair.by_category.items()},
-        "by_turn": {str(turn): rounded(rate) for turn, rate in pair.by_turn.items()},
+        "by_category": short["by_category"],
+        "by_turn": short["by_turn"],
     }
 
 
 def _singles(singles: SinglesSummary) -> dict[str, Any]:
     return {
-        "arms": {
-            arm: {
-                "score": rounded(one.score),
-                "by_category": {name: rounded(e) for name, e in one.by_category.items()},
-                "by_turn": {str(turn): rounded(e) for turn, e in one.by_turn.items()},
-                "n": one.n,
-                "dropped": one.dropped,
-            }
-            for arm, one in singles.models.items()
-        },
+        "arms": {arm: rounded(one) for arm, one in singles.models.items()},
         "differences": [
             {"a": a, "b": b, **rounded(difference)}
             for (a, b), difference in singles.differences.items()
         ],
     }
-
-
-def _identity(row: Mapping[str, Any]) -> tuple[Any, int, str, str]:
-    if "games" in row:
-        return row["uid"], 1, row["model"], row["baseline"]
-    return row["question_id"], row["turn"], row["model_1"], row["model_2"]
-
-
-def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Both games' judgments, the candidate first in the first of them."""
-    if "games" in row:
-        return [game["judgment"]["answer"] for game in row["games"]][::-1]
-    return [row["g1_judgment"], row["g2_judgment"]]
