@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 
 from salsa.evaluate.benchmarks import Bench, JudgePrompt, Match, Question
-from salsa.evaluate.benchmarks.mtbench import pair_rows, single_rows
 from salsa.evaluate.checkpoints import judge_record
 from salsa.evaluate.judge import Reply, Totals
+from salsa.evaluate.mtbench import pair_rows, single_rows
 from salsa.evaluate.results import Arm, Results, summarise, verdict_rows
 from salsa.evaluate.spec import EvalSpec
 

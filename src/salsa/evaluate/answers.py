@@ -7,7 +7,7 @@ from pathlib import Path
 from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
-from salsa.evaluate.benchmarks import arena_hard, mtbench
+from salsa.evaluate import arena_hard, mtbench
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler

@@ -20,9 +20,8 @@ from salsa.artifacts import Checkpoint, read_jsonl, resolve
 from salsa.config import RewardFunction
 from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.errors import ConfigError, DataError
+from salsa.evaluate.arena_hard import ArenaHard
 from salsa.evaluate.benchmarks import Answers, Bench, Benchmark, Match, Question, pairings
-from salsa.evaluate.benchmarks.arena_hard import ArenaHard
-from salsa.evaluate.benchmarks.mtbench import MTBench, load_judge_prompts, pair_rows
 from salsa.evaluate.judge import (
     EndpointJudge,
     Judge,
@@ -34,6 +33,7 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
+from salsa.evaluate.mtbench import MTBench, load_judge_prompts, pair_rows
 from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.models import load_tokenizer, same_vocabulary
