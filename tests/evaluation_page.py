@@ -6,7 +6,7 @@ from pathlib import Path
 from salsa.evaluate.benchmarks import Bench, JudgePrompt, Match, Question
 from salsa.evaluate.checkpoints import judge_record
 from salsa.evaluate.judge import Reply, Totals
-from salsa.evaluate.mtbench import pair_rows, single_rows
+from salsa.evaluate.mtbench import MTBench
 from salsa.evaluate.results import Arm, Results, summarise, verdict_rows
 from salsa.evaluate.spec import EvalSpec
 
@@ -50,11 +50,10 @@ def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[di
         return replies
 
     pairs = [("sft", "ppo"), ("salsa", "ppo"), ("salsa", "sft")]
-    match = Match(["ppo"], pairs, "judge", ask, Path())
+    match, played = Match(["ppo"], pairs, "judge", ask, Path()), MTBench(questions, prompts)
     bench = Bench(
         "MT-Bench", questions, answers,
-        pair_rows(questions, prompts, answers, match),
-        single_rows(questions, prompts, answers, match),
+        played.pair_rows(answers, match), played.single_rows(answers, match),
     )  # fmt: skip
     spec = EvalSpec.read(
         {

@@ -239,7 +239,7 @@ class ArenaHard:
         Raises:
             DataError: a file is missing or malformed, or the baseline did not answer a question.
         """
-        self.questions = load_questions(config.questions, config.temperature)
+        self.questions: Sequence[Question] = load_questions(config.questions, config.temperature)
         self.max_new_tokens = config.max_new_tokens
         self._prompt = load_judge_prompt(config.judge_prompt)
         self._baseline: dict[str, dict[Any, tuple[str, ...]]] = {}

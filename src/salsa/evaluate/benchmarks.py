@@ -106,7 +106,7 @@ class Benchmark(Protocol):
 
     folder: str
     """Where its rows go, and the format of its answers (`salsa.evaluate.answers.ROWS`)."""
-    questions: list[Question]
+    questions: Sequence[Question]
     max_new_tokens: int
 
     def load_answers(self, path: Path) -> dict[Any, tuple[str, ...]]:

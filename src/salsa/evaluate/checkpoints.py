@@ -33,7 +33,7 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
-from salsa.evaluate.mtbench import MTBench, load_judge_prompts, pair_rows
+from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.models import load_tokenizer, same_vocabulary
@@ -81,7 +81,7 @@ class _Evaluation:
         self.totals = Totals()
         self.benchmarks: list[Benchmark] = []
         if spec.mt_bench is not None:
-            self.benchmarks.append(MTBench(spec.mt_bench))
+            self.benchmarks.append(MTBench.load(spec.mt_bench))
         if spec.arena_hard is not None:
             self.benchmarks.append(ArenaHard(spec.arena_hard))
         self._prompts = self._read_prompts()
@@ -196,7 +196,7 @@ class _Evaluation:
                 rows = read_jsonl(one.path / "samples.jsonl")
                 answers[label] = {i: (row["response"],) for i, row in enumerate(rows)}
         match = self._match()
-        pairs = pair_rows(questions, self._judge_prompts, answers, match)
+        pairs = MTBench(questions, self._judge_prompts).pair_rows(answers, match)
         match.write("prompts/model_judgment", f"{match.judge_slug}_pair", pairs)
         return Bench("held-out prompts", questions, answers, pairs, [])
 

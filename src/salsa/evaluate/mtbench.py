@@ -106,9 +106,8 @@ def summarise_pairs(
         DataError: rows of another format, of several judges, or without a single verdict.
     """
     counts: Counter[str] = Counter()
-    rows, judge = judgments.of_one_judge(
-        [_checked_pair(row) for row in judgments.read_rows(path_or_rows)], judge
-    )
+    checked = [_checked_pair(row) for row in judgments.read_rows(path_or_rows)]
+    rows, judge = judgments.of_one_judge(checked, judge)
     rows = judgments.without_duplicates(rows, _pair_key, _winners, counts)
     order: dict[frozenset[str], tuple[str, str]] = {}
     comparisons = []
@@ -134,20 +133,17 @@ def summarise_singles(
         DataError: rows of another format, of several judges, or a model without a single rating.
     """
     counts: Counter[str] = Counter()
-    rows, judge = judgments.of_one_judge(
-        [_checked_single(row) for row in judgments.read_rows(path_or_rows)], judge
-    )
-    rows = judgments.without_duplicates(
-        rows, _single_key, lambda row: row.values.get("score"), counts
-    )
+    checked = [_checked_single(row) for row in judgments.read_rows(path_or_rows)]
+    rows, judge = judgments.of_one_judge(checked, judge)
+    score = lambda row: row.values.get("score")
+    rows = judgments.without_duplicates(rows, _single_key, score, counts)
     judged: dict[str, dict[tuple[Any, int, int], float | None]] = {}
     for row in rows:
         question, turn, model = _single_key(row)
         arm, seed = (arms or {}).get(model, (model, 0))
         judged.setdefault(arm, {})[question, turn, seed] = _rating(row, reparse, counts)
-    counts["ratings that not every model has"] = judgments.num_unshared(
-        [set(own) for own in judged.values()]
-    )
+    unshared = judgments.num_unshared([set(own) for own in judged.values()])
+    counts["ratings that not every model has"] = unshared
     ratings = {m: {k: v for k, v in own.items() if v is not None} for m, own in judged.items()}
     for model, own in ratings.items():
         if not own:
@@ -178,8 +174,9 @@ def summarise_singles(
 def _checked_pair(row: Row) -> Row:
     if "model" in row.values and "score" in row.values:
         raise DataError(f"{row.where} rates a single answer. Use summarise_singles for such files.")
-    judgments.need(row, "pairwise MT-Bench judgment", "question_id", "model_1", "model_2")
-    judgments.need_names(row, "question_id", "model_1", "model_2")
+    names = ("question_id", "model_1", "model_2")
+    judgments.need(row, "pairwise MT-Bench judgment", *names)
+    judgments.need_names(row, *names)
     for name in ("g1", "g2"):
         if f"{name}_winner" not in row.values and f"{name}_judgment" not in row.values:
             raise DataError(f"{row.where}: has neither {name}_winner nor {name}_judgment.")
@@ -360,10 +357,8 @@ def load_judge_prompts(path: Path | str) -> dict[str, JudgePrompt]:
     prompts = {}
     for row in _rows(path, "judge prompts"):
         judgments.need(row, "judge prompt", "name", "system_prompt", "prompt_template")
-        name, system, template = (
-            row.values[k] for k in ("name", "system_prompt", "prompt_template")
-        )
-        prompts[name] = JudgePrompt(name, system or None, template)
+        name, system = row.values["name"], row.values["system_prompt"]
+        prompts[name] = JudgePrompt(name, system or None, row.values["prompt_template"])
     return prompts
 
 
@@ -394,99 +389,88 @@ def messages(
     return prompt.messages(question, values)
 
 
-def single_rows(
-    questions: Sequence[Question],
-    prompts: Mapping[str, JudgePrompt],
-    answers: Answers,
-    match: Match,
-) -> list[dict[str, Any]]:
-    """Rows of FastChat's `<judge>_single.jsonl`."""
-    asked = [
-        (model, question, turn, judge_prompt(prompts, "single", question, turn))
-        for model in answers
-        for question, turn in _turns(questions)
-    ]
-    games = match.judged(
-        messages(prompt, question, turn, answer=answers[model][question.id])
-        for model, question, turn, prompt in asked
-    )
-    return [
-        {
-            "question_id": question.id,
-            "model": model,
-            "judge": [match.judge, prompt.name],
-            "user_prompt": talk[-1]["content"],
-            "judgment": text,
-            "score": parse_rating(text) or -1,
-            "turn": turn,
-        }
-        | error
-        for (model, question, turn, prompt), (talk, text, error) in zip(asked, games, strict=True)
-    ]
-
-
-def pair_rows(
-    questions: Sequence[Question],
-    prompts: Mapping[str, JudgePrompt],
-    answers: Answers,
-    match: Match,
-) -> list[dict[str, Any]]:
-    """Rows of FastChat's `<judge>_pair.jsonl`; `model_1` is the candidate."""
-    asked = [
-        (pair, question, turn, judge_prompt(prompts, "pair", question, turn))
-        for pair in match.pairs
-        for question, turn in _turns(questions)
-    ]
-    games = match.judged(
-        messages(prompt, q, turn, answer_a=answers[a][q.id], answer_b=answers[b][q.id])
-        for pair, q, turn, prompt in asked
-        for a, b in (pair, pair[::-1])
-    )
-    rows = []
-    for (one, two), question, turn, prompt in asked:
-        row: dict[str, Any] = {"question_id": question.id, "model_1": one, "model_2": two}
-        for game, first, second in (("g1", "model_1", "model_2"), ("g2", "model_2", "model_1")):
-            talk, text, error = next(games)
-            winner = {"A": first, "B": second, "tie": "tie", None: "error"}[
-                parse_pair_verdict(text)
-            ]
-            own = {"winner": winner, "user_prompt": talk[-1]["content"], "judgment": text} | error
-            row |= {f"{game}_{name}": value for name, value in own.items()}
-        rows.append(row | {"judge": [match.judge, prompt.name], "turn": turn})
-    return rows
-
-
+@dataclass
 class MTBench:
     """FastChat's questions and judge prompts (`salsa.evaluate.benchmarks.Benchmark`)."""
 
-    folder = "mt_bench"
+    questions: Sequence[Question]
+    prompts: Mapping[str, JudgePrompt]
+    max_new_tokens: int = 1024
+    folder: str = "mt_bench"
     load_answers = staticmethod(load_answers)
 
-    def __init__(self, config: MTBenchConfig) -> None:
+    @classmethod
+    def load(cls, config: MTBenchConfig) -> "MTBench":
         """Read questions and prompts.
 
         Raises:
             DataError: a file is missing or malformed, or a prompt that will be needed is not there.
         """
-        self.questions = load_questions(config.questions, config.references, config.corrections)
-        self.max_new_tokens = config.max_new_tokens
-        self._prompts = load_judge_prompts(config.judge_prompts)
-        for question, turn in _turns(self.questions):
+        questions = load_questions(config.questions, config.references, config.corrections)
+        bench = cls(questions, load_judge_prompts(config.judge_prompts), config.max_new_tokens)
+        for question, turn in bench._turns():
             for kind in ("single", "pair"):
-                judge_prompt(self._prompts, kind, question, turn)
+                judge_prompt(bench.prompts, kind, question, turn)
+        return bench
 
     def judged(self, answers: Answers, match: Match) -> Bench:
         """Rows of `<judge>_single.jsonl` and `<judge>_pair.jsonl`."""
-        folder = f"{self.folder}/model_judgment"
-        singles = single_rows(self.questions, self._prompts, answers, match)
-        match.write(folder, f"{match.judge_slug}_single", singles)
-        pairs = pair_rows(self.questions, self._prompts, answers, match)
-        match.write(folder, f"{match.judge_slug}_pair", pairs)
+        singles = self.single_rows(answers, match)
+        match.write(f"{self.folder}/model_judgment", f"{match.judge_slug}_single", singles)
+        pairs = self.pair_rows(answers, match)
+        match.write(f"{self.folder}/model_judgment", f"{match.judge_slug}_pair", pairs)
         return Bench("MT-Bench", self.questions, answers, pairs, singles)
 
+    def single_rows(self, answers: Answers, match: Match) -> list[dict[str, Any]]:
+        """Rows of FastChat's `<judge>_single.jsonl`."""
+        asked = [
+            (model, q, turn, judge_prompt(self.prompts, "single", q, turn))
+            for model in answers
+            for q, turn in self._turns()
+        ]
+        games = match.judged(
+            messages(prompt, q, turn, answer=answers[model][q.id])
+            for model, q, turn, prompt in asked
+        )
+        return [
+            {
+                "question_id": q.id,
+                "model": model,
+                "judge": [match.judge, prompt.name],
+                "user_prompt": talk[-1]["content"],
+                "judgment": text,
+                "score": parse_rating(text) or -1,
+                "turn": turn,
+            }
+            | error
+            for (model, q, turn, prompt), (talk, text, error) in zip(asked, games, strict=True)
+        ]
 
-def _turns(questions: Sequence[Question]) -> list[tuple[Question, int]]:
-    return [(q, turn) for q in questions for turn in range(1, len(q.turns) + 1)]
+    def pair_rows(self, answers: Answers, match: Match) -> list[dict[str, Any]]:
+        """Rows of FastChat's `<judge>_pair.jsonl`; `model_1` is the candidate."""
+        asked = [
+            (pair, q, turn, judge_prompt(self.prompts, "pair", q, turn))
+            for pair in match.pairs
+            for q, turn in self._turns()
+        ]
+        games = match.judged(
+            messages(prompt, q, turn, answer_a=answers[a][q.id], answer_b=answers[b][q.id])
+            for pair, q, turn, prompt in asked
+            for a, b in (pair, pair[::-1])
+        )
+        rows = []
+        for (one, two), q, turn, prompt in asked:
+            row: dict[str, Any] = {"question_id": q.id, "model_1": one, "model_2": two}
+            for game, a, b in (("g1", "model_1", "model_2"), ("g2", "model_2", "model_1")):
+                talk, text, error = next(games)
+                winner = {"A": a, "B": b, "tie": "tie", None: "error"}[parse_pair_verdict(text)]
+                own = {"winner": winner, "user_prompt": talk[-1]["content"], "judgment": text}
+                row |= {f"{game}_{name}": value for name, value in (own | error).items()}
+            rows.append(row | {"judge": [match.judge, prompt.name], "turn": turn})
+        return rows
+
+    def _turns(self) -> list[tuple[Question, int]]:
+        return [(q, turn) for q in self.questions for turn in range(1, len(q.turns) + 1)]
 
 
 def _rows(source: Path | str, what: str) -> list[Row]:
