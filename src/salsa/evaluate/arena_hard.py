@@ -72,8 +72,13 @@ def summarise_pairs(
     """
     counts: Counter[str] = Counter()
     rows, judge = judgments.of_one_judge(judgments.read_rows(path_or_rows), judge)
-    version = _version(rows)
-    key = "uid" if version == 2 else "question_id"
+    found = {2 if "uid" in row.values else 1: row.where for row in rows}
+    if len(found) > 1:
+        raise DataError(
+            f"rows of Arena-Hard v0.1 ({found[1]}) and v2.0 ({found[2]}) together. Their prompts and baselines differ: "
+            "summarise them apart."
+        )
+    version, key = (2, "uid") if 2 in found else (1, "question_id")
     for row in rows:
         judgments.need(row, f"Arena-Hard v{version} judgment", key, "model", "games")
         judgments.need_names(row, key, "model", *(["baseline"] if "baseline" in row.values else []))
@@ -84,7 +89,9 @@ def summarise_pairs(
     rows = judgments.without_duplicates(
         rows,
         lambda row: (row.values[key], row.values["model"], row.values.get("baseline")),
-        lambda row: [_stored(game) for game in row.values["games"]],
+        lambda row: [
+            g.get("score") if isinstance(g, Mapping) else None for g in row.values["games"]
+        ],
         counts,
     )
     comparisons = []
@@ -93,7 +100,7 @@ def summarise_pairs(
         labels = [_label(games[n], reparse, counts) if n < len(games) else None for n in (0, 1)]
         counts["rows without two games"] += len(games) != 2
         counts["games without a verdict"] += labels.count(None)
-        scores = _scores(labels, both=version == 2)
+        scores = () if version == 2 and None in labels else _scores(labels)
         baseline_first, model_first = (_PLACE[_SCORES[x][0]] if x else None for x in labels)
         comparisons.append(
             Comparison(
@@ -108,20 +115,6 @@ def summarise_pairs(
             )
         )
     return judgments.summarise(comparisons, judge, counts, lengths, arms)
-
-
-def _version(rows: Sequence[Row]) -> int:
-    versions = {2 if "uid" in row.values else 1: row.where for row in rows}
-    if len(versions) > 1:
-        raise DataError(
-            f"rows of Arena-Hard v0.1 ({versions[1]}) and v2.0 ({versions[2]}) together. Their prompts and "
-            "baselines differ: summarise them apart."
-        )
-    return next(iter(versions))
-
-
-def _stored(game: Any) -> Any:
-    return game.get("score") if isinstance(game, Mapping) else None
 
 
 def _labels(text: str) -> list[str]:
@@ -150,10 +143,8 @@ def _label(game: Any, reparse: bool, counts: Counter[str]) -> str | None:
     return meaning
 
 
-def _scores(labels: Sequence[str | None], *, both: bool) -> tuple[tuple[float, float], ...]:
-    """(the model's score, weight) of each game that counts; `both`: none unless both games have a verdict."""
-    if both and None in labels:
-        return ()
+def _scores(labels: Sequence[str | None]) -> tuple[tuple[float, float], ...]:
+    """(the model's score, weight) of each game with a verdict."""
     found = [(number, *_SCORES[label]) for number, label in enumerate(labels) if label]
     return tuple((score if number == 1 else 1 - score, weight) for number, score, weight in found)
 
@@ -259,13 +250,14 @@ class ArenaHard:
             pairs = [(model, name) for model in answers for name in self._baseline]
             answers = {**answers, **self._baseline}
         asked = [(pair, question) for pair in pairs for question in self.questions]
-        games = match.judged(
-            self._messages(
-                question, answers[first][question.id][0], answers[second][question.id][0]
-            )
-            for pair, question in asked
-            for first, second in (pair[::-1], pair)
-        )
+        conversations = []
+        for pair, question in asked:
+            for first, second in (pair[::-1], pair):
+                a, b = answers[first][question.id][0], answers[second][question.id][0]
+                values = {"question_1": question.turns[0], "answer_1": a, "answer_2": b}
+                values |= {"QUESTION": question.turns[0], "ANSWER_A": a, "ANSWER_B": b}  # v2.0
+                conversations.append(self._prompt.messages(question, values))
+        games = match.judged(conversations)
         rows: list[dict[str, Any]] = [
             {
                 "uid": question.id,
@@ -289,12 +281,6 @@ class ArenaHard:
             own = [row for row in rows if row["model"] == label]
             match.write(f"{self.folder}/model_judgment/{match.judge_slug}", label, own)
         return Bench("Arena-Hard", self.questions, answers, rows, [])
-
-    def _messages(self, question: Question, first: str, second: str) -> list[dict[str, str]]:
-        """What the judge is shown; `first` is assistant A. Templates of either version fit."""
-        names = {"question_1": question.turns[0], "answer_1": first, "answer_2": second}
-        names |= {"QUESTION": question.turns[0], "ANSWER_A": first, "ANSWER_B": second}
-        return self._prompt.messages(question, names)
 
 
 def _rows(path: Path | str, what: str, file: str) -> list[Row]:

@@ -236,10 +236,7 @@ def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
     return {
         "model": config.model or config.path or config.replay,
         "parameters": config.request,
-        "prompt_tokens": totals.prompt_tokens,
-        "completion_tokens": totals.completion_tokens,
-        "refused": totals.refused,
-        "cut": totals.cut,
+        **{key: value for key, value in vars(totals).items() if key not in ("asked", "reused")},
         "cost": None if cost is None else round_metric(cost),
     }
 

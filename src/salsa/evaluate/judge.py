@@ -81,10 +81,10 @@ class Totals:
     """Judgments bought this time."""
     reused: int = 0
     """Judgments found in the cache."""
-    refused: int = 0
     prompt_tokens: int = 0
     """Of all judgments, bought now or before."""
     completion_tokens: int = 0
+    refused: int = 0
     cut: int = 0
     """Judgments that hit the length limit."""
 
@@ -225,7 +225,10 @@ class EndpointJudge(Judge):
         assert config.model is not None and config.url is not None  # the schema
         self.model, self.parameters = config.model, config.request
         self.concurrency, self._retries = config.concurrency, config.retries
-        self._host = _host(config.url)
+        url = urlsplit(config.url)  # without user, password and query, where keys are sometimes put
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"judge.url={config.url.split('@')[-1]!r} is no http(s) address.")
+        self._host = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "")
         self._key, self._key_env = os.environ.get(config.key_env, ""), config.key_env
         self._openai = openai
         self._new_client = partial(
@@ -327,11 +330,3 @@ def _judged_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         prompt = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
         games.append((prompt, text.get("answer") if isinstance(text, Mapping) else text))
     return [(p, t) for p, t in games if isinstance(p, str) and isinstance(t, str)]
-
-
-def _host(url: str) -> str:
-    """Scheme and host of a URL: no user, password or query, where keys are sometimes put."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"judge.url={url.split('@')[-1]!r} is no http(s) address.")
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

@@ -351,15 +351,14 @@ def _rate(rate: Any) -> dict[str, Any]:
 
 
 def _pair(pair: PairSummary) -> dict[str, Any]:
-    position, length, short = pair.position, pair.length, rounded(pair)
+    short = rounded(pair)
     return {
         "candidate": pair.candidate,
         "baseline": pair.baseline,
         **_rate(pair.win_rate),
         "sign_test": short["sign"],
-        "position": asdict(position)
-        | {"consistency": position.consistency, "first_rate": position.first_rate},
-        "length": asdict(length) | {"longer_rate": length.longer_rate} if length else None,
+        "position": asdict(pair.position),
+        "length": asdict(pair.length) if pair.length else None,
         "by_category": short["by_category"],
         "by_turn": short["by_turn"],
     }
