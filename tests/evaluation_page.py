@@ -1,12 +1,12 @@
 """An evaluation with a thousand made-up verdicts: three arms, a judge with a taste for the first place and length."""
 
 import random
+from pathlib import Path
 
-from salsa.evaluate.benchmarks import Bench
+from salsa.evaluate.benchmarks import Bench, JudgePrompt, Match, Question
 from salsa.evaluate.checkpoints import judge_record
-from salsa.evaluate.games import pair_rows, single_rows
-from salsa.evaluate.inputs import JudgePrompt, Question
 from salsa.evaluate.judge import Reply, Totals
+from salsa.evaluate.mtbench import MTBench
 from salsa.evaluate.results import Arm, Results, summarise, verdict_rows
 from salsa.evaluate.spec import EvalSpec
 
@@ -28,7 +28,7 @@ def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[di
         for arm in skill
     }  # fmt: skip
     prompts = {
-        f"{kind}{math}-{version}{turn}": JudgePrompt("p", "", "{question_1}" + "".join(fields))
+        f"{kind}{math}-{version}{turn}": JudgePrompt("p", None, "{question_1}" + "".join(fields))
         for kind, version, names in (("single", "v1", ["answer"]), ("pair", "v2", ["answer_a", "answer_b"]))
         for math in ("", "-math")
         for turn, number in (("", 1), ("-multi-turn", 2))
@@ -50,10 +50,10 @@ def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[di
         return replies
 
     pairs = [("sft", "ppo"), ("salsa", "ppo"), ("salsa", "sft")]
+    match, played = Match(["ppo"], pairs, "judge", ask, Path()), MTBench(questions, prompts)
     bench = Bench(
         "MT-Bench", questions, answers,
-        pair_rows(questions, prompts, answers, pairs, "judge", ask),
-        single_rows(questions, prompts, answers, "judge", ask),
+        played.pair_rows(answers, match), played.single_rows(answers, match),
     )  # fmt: skip
     spec = EvalSpec.read(
         {

@@ -133,7 +133,7 @@ def evaluate(
 ) -> None:
     """Evaluate a recipe's arms, or any checkpoints: answers, rewards, KL, judges, and a report."""
     from salsa.errors import ConfigError
-    from salsa.evaluate.command import EvalWords, spec_of
+    from salsa.evaluate.spec import EvalWords, spec_of
 
     words = EvalWords(
         models=what or (),

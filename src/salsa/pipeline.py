@@ -141,7 +141,7 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
         return
     key = report_key(graph.run)
     if not report_is_current(graph.run, key):
-        from salsa.evaluate.summary import results_of
+        from salsa.evaluate.results import results_of
         from salsa.report.page import write_report
 
         samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from salsa.errors import ConfigError, DataError
-from salsa.evaluate import arena_hard, inputs, mtbench
+from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.answers import GREEDY, Writer, _batches
+from salsa.evaluate.benchmarks import JudgePrompt, Question, pairings
 from salsa.evaluate.checkpoints import evaluate_checkpoints
-from salsa.evaluate.command import EvalWords, run_arms, spec_of
-from salsa.evaluate.games import pairings
+from salsa.evaluate.spec import EvalWords, run_arms, spec_of
 from salsa.runtime.engine import Engine
 from tests.judge_server import JudgeServer
 
@@ -139,7 +139,7 @@ def check_files(out: Path, mt, arena):
     for pair in arena["pairs"]:
         again = found.pairs[pair["candidate"], pair["baseline"]].win_rate
         assert pair["rate"] == pytest.approx(again.rate)
-    answers = inputs.load_answers(out / "mt_bench" / "model_answer" / "salsa.jsonl")
+    answers = mtbench.load_answers(out / "mt_bench" / "model_answer" / "salsa.jsonl")
     assert set(answers) == {81, 82, 111} and all(len(turns) == 2 for turns in answers.values())
     assert set(arena_hard.load_answers(out / "arena_hard" / "model_answer" / "ppo.jsonl")) == set(
         "xyz"
@@ -252,10 +252,10 @@ def test_pairings_put_the_baseline_first():
 
 def test_templates_are_filled_once():
     """Answers may hold braces and even the template's own fields."""
-    prompts = {p["name"]: inputs.JudgePrompt(p["name"], "", p["prompt_template"]) for p in PROMPTS}
-    question = inputs.Question(1, "writing", ("{answer_b} {x}",))
-    prompt = inputs.judge_prompt(prompts, "pair", question, 1)
-    (message,) = inputs.pair_messages(prompt, question, ["{question}"], ["{{}}"], 1)
+    prompts = {p["name"]: JudgePrompt(p["name"], None, p["prompt_template"]) for p in PROMPTS}
+    question = Question(1, "writing", ("{answer_b} {x}",))
+    prompt = mtbench.judge_prompt(prompts, "pair", question, 1)
+    (message,) = mtbench.messages(prompt, question, 1, answer_a=["{question}"], answer_b=["{{}}"])
     assert message["content"] == "{answer_b} {x}|{question}|{{}}"
 
 
@@ -265,16 +265,16 @@ def test_questions_in_the_hubs_format_and_corrected_references(tmp_path):
         {"prompt_id": 8, "category": "stem", "prompt": ["Why?", "And?"], "reference": []},
     ]  # fmt: skip
     file = write(tmp_path / "q.jsonl", rows)
-    first, second = inputs.load_questions(file)
+    first, second = mtbench.load_questions(file)
     assert (
         first.reference == ("3", "5")
         and second.reference is None
         and second.turns == ("Why?", "And?")
     )
     corrections = write(tmp_path / "c.jsonl", [reference(7, "2", "4")])
-    assert inputs.load_questions(file, None, corrections)[0].reference == ("2", "4")
+    assert mtbench.load_questions(file, None, corrections)[0].reference == ("2", "4")
     with pytest.raises(DataError, match="no questions there. Give a file"):
-        inputs.load_questions(tmp_path / "gone.jsonl")
+        mtbench.load_questions(tmp_path / "gone.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets"}
 LIGHT = (
     "salsa", "salsa.cli", "salsa.config", "salsa.artifacts", "salsa.errors", "salsa.soup", "salsa.resolve",
     "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.evaluation", "salsa.stages.nodes", "salsa.planner",
-    "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.command", "salsa.evaluate.judge",
-    "salsa.evaluate.games", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
+    "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
+    "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep", "salsa.analysis.frontier",
     "salsa.analysis.policies", "salsa.stages.analysis", "salsa.report.page",
 )  # fmt: skip

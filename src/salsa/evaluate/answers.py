@@ -1,13 +1,13 @@
 """Answers of a policy to conversations of one or two turns: fixed seeds, a temperature each, resumable by the batch."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
-from salsa.evaluate import arena_hard, inputs
-from salsa.evaluate.inputs import Question
+from salsa.evaluate import arena_hard, mtbench
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
@@ -19,26 +19,28 @@ GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
 
 
-ROWS = {"mt_bench": inputs.answer_row, "arena_hard": arena_hard.answer_row}
+ROWS = {"mt_bench": mtbench.answer_row, "arena_hard": arena_hard.answer_row}
 """Benchmark → a row of `answers.jsonl` in upstream's format."""
 
 
 def write_answers(job: AnswersJob, directory: Path, engine: Engine) -> None:
     """Write `answers.jsonl`: a row for every question, the second turn answered after the first's answer."""
     writer = Writer(job.policy.path, job.max_new_tokens, job.batch_size, engine)
-    answers: list[list[str]] = [[] for _ in job.questions]
-    turns = max(len(question.turns) for question in job.questions)
-    for turn in range(turns):
+    talks: list[list[Message]] = [[] for _ in job.questions]
+    for turn in range(max(len(question.turns) for question in job.questions)):
         asked = [i for i, question in enumerate(job.questions) if turn < len(question.turns)]
+        for i in asked:
+            talks[i].append({"role": "user", "content": job.questions[i].turns[turn]})
         replies = writer.replies(
-            [_conversation(job.questions[i], answers[i]) for i in asked],
+            [talks[i] for i in asked],
             [job.temperatures[i] for i in asked],
             seed=job.seed * 2 + turn,
             label=f"{job.label} turn {turn + 1}",
             directory=directory / "resume" / f"turn-{turn + 1}",
         )
         for i, reply in zip(asked, replies, strict=True):
-            answers[i].append(reply)
+            talks[i].append({"role": "assistant", "content": reply})
+    answers = [[message["content"] for message in talk[1::2]] for talk in talks]
     row = ROWS[job.benchmark]
     rows = [row(q, given, job.name) for q, given in zip(job.questions, answers, strict=True)]
     write_jsonl(directory / "answers.jsonl", rows)
@@ -49,8 +51,7 @@ class Writer:
 
     def __init__(self, path: Path, max_new_tokens: int, batch_size: int, engine: Engine) -> None:
         self.path, self.batch_size, self.engine = path, batch_size, engine
-        self.max_new_tokens = max_new_tokens
-        self.tokenizer = load_tokenizer(path)
+        self.max_new_tokens, self.tokenizer = max_new_tokens, load_tokenizer(path)
         policy = LanguageModel.load(path, engine)
         self.sampler = LocalSampler(policy)
         self.context = getattr(policy.backbone.config, "max_position_embeddings", None)
@@ -108,21 +109,7 @@ class Writer:
         return self.sampler.generate([p.ids for p in prompts], sampling, generator).rollout
 
 
-def _conversation(question: Question, answers: Sequence[str]) -> list[Message]:
-    messages = []
-    for number, text in enumerate(question.turns[: len(answers) + 1]):
-        messages.append({"role": "user", "content": text})
-        if number < len(answers):
-            messages.append({"role": "assistant", "content": answers[number]})
-    return messages
-
-
 def _batches(order: Sequence[int], temperatures: Sequence[float], size: int) -> list[list[int]]:
     """Runs of at most `size` of `order`, none with two temperatures."""
-    batches: list[list[int]] = []
-    for i in order:
-        last = batches[-1] if batches else []
-        if not last or len(last) == size or temperatures[last[0]] != temperatures[i]:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    runs = [list(run) for _, run in groupby(order, key=lambda i: temperatures[i])]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]

@@ -9,6 +9,9 @@ from scipy import special, stats
 
 from salsa.evaluate.winrate import Estimate
 
+SWAPPED = {"first": "second", "second": "first", "tie": "tie"}
+"""The verdict by place that names the same winner once the answers have changed places."""
+
 
 @dataclass(frozen=True)
 class PositionBias:
@@ -22,17 +25,10 @@ class PositionBias:
     """Of those, comparisons where both games name the same winner, or both a tie."""
     first_wins: int
     second_wins: int
-
-    @property
-    def consistency(self) -> float | None:
-        """Share of comparisons that survive the swap."""
-        return self.consistent / self.both if self.both else None
-
-    @property
-    def first_rate(self) -> float | None:
-        """Share of decisive games that the answer shown first won; ½ would be fair."""
-        decisive = self.first_wins + self.second_wins
-        return self.first_wins / decisive if decisive else None
+    consistency: float | None
+    """Share of comparisons that survive the swap."""
+    first_rate: float | None
+    """Share of decisive games that the answer shown first won; ½ would be fair."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,8 @@ class LengthBias:
     shorter_wins: int
     controlled: Estimate | None
     """The candidate's rate at equal length; None where the data cannot tell quality from length."""
-
-    @property
-    def longer_rate(self) -> float | None:
-        """Share of decisive comparisons of unequal length that the longer answer won."""
-        decisive = self.longer_wins + self.shorter_wins
-        return self.longer_wins / decisive if decisive else None
+    longer_rate: float | None
+    """Share of decisive comparisons of unequal length that the longer answer won."""
 
 
 def position_bias(games: Sequence[tuple[str | None, str | None]]) -> PositionBias:
@@ -60,16 +52,12 @@ def position_bias(games: Sequence[tuple[str | None, str | None]]) -> PositionBia
         games: per comparison the two games' verdicts by *place*: `first`, `second`, `tie` or None (no verdict). The
             answers change places between the games, so `first` then `second` is one consistent winner.
     """
-    swapped = {"first": "second", "second": "first", "tie": "tie"}
     verdicts = [verdict for pair in games for verdict in pair if verdict is not None]
     both = [(one, two) for one, two in games if one is not None and two is not None]
-    return PositionBias(
-        games=len(verdicts),
-        both=len(both),
-        consistent=sum(one == swapped[two] for one, two in both),
-        first_wins=verdicts.count("first"),
-        second_wins=verdicts.count("second"),
-    )
+    consistent = sum(one == SWAPPED[two] for one, two in both)
+    first, second = verdicts.count("first"), verdicts.count("second")
+    shares = _share(consistent, len(both)), _share(first, first + second)
+    return PositionBias(len(verdicts), len(both), consistent, first, second, *shares)
 
 
 def length_bias(
@@ -81,14 +69,20 @@ def length_bias(
     """Bias towards length, from outcomes (1 = the candidate won) and both answers' lengths."""
     won, longer = np.asarray(outcome), np.asarray(candidate) - np.asarray(baseline)
     decisive = (won != 0.5) & (longer != 0)
+    num_decisive = int(decisive.sum())
     with_longer = int(((won > 0.5) == (longer > 0))[decisive].sum())
     return LengthBias(
         mean_candidate=float(np.mean(candidate)),
         mean_baseline=float(np.mean(baseline)),
         longer_wins=with_longer,
-        shorter_wins=int(decisive.sum()) - with_longer,
+        shorter_wins=num_decisive - with_longer,
         controlled=length_controlled(outcome, longer, clusters),
+        longer_rate=_share(with_longer, num_decisive),
     )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def length_controlled(
@@ -124,11 +118,5 @@ def length_controlled(
     covariance = len(names) / (len(names) - 1) * inverse @ (scores.T @ scores) @ inverse
     stderr = math.sqrt(covariance[1, 1])
     half = float(stats.t.ppf(0.975, len(names) - 1)) * stderr
-    rate = float(special.expit(w[1]))
-    return Estimate(
-        rate,
-        stderr * rate * (1 - rate),
-        float(special.expit(w[1] - half)),
-        float(special.expit(w[1] + half)),
-        len(names) - 1,
-    )
+    rate, low, high = (float(special.expit(logit)) for logit in (w[1], w[1] - half, w[1] + half))
+    return Estimate(rate, stderr * rate * (1 - rate), low, high, len(names) - 1)

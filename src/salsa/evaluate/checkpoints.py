@@ -12,20 +12,16 @@ The same command again reuses what is finished; `salsa.evaluate.results` turns r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from salsa.artifacts import Checkpoint, read_jsonl, resolve, write_jsonl
+from salsa.artifacts import Checkpoint, read_jsonl, resolve
 from salsa.config import RewardFunction
 from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.errors import ConfigError, DataError
-from salsa.evaluate import games, inputs
-from salsa.evaluate.benchmarks import Bench, Benchmark, Match
-from salsa.evaluate.benchmarks.arena_hard import ArenaHard
-from salsa.evaluate.benchmarks.mtbench import MTBench, pair_rows
-from salsa.evaluate.inputs import JudgePrompt, Question
+from salsa.evaluate.arena_hard import ArenaHard
+from salsa.evaluate.benchmarks import Answers, Bench, Benchmark, Match, Question, pairings
 from salsa.evaluate.judge import (
     EndpointJudge,
     Judge,
@@ -37,6 +33,7 @@ from salsa.evaluate.judge import (
     Totals,
     judge_all,
 )
+from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
 from salsa.models import load_tokenizer, same_vocabulary
@@ -45,17 +42,6 @@ from salsa.runtime.tracking import quiet_libraries, round_metric, say
 from salsa.stages.directory import Job, RunDirectory
 from salsa.stages.evaluation import AnswersJob, EvalJob
 from salsa.stages.graph import Graph, Node
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One checkpoint of one arm."""
-
-    arm: str
-    seed: int
-    """0 for an arm's first checkpoint."""
-    label: str
-    checkpoint: Checkpoint
 
 
 def evaluate_checkpoints(spec: EvalSpec, out: Path, *, force: bool = False) -> Path:
@@ -80,34 +66,43 @@ class _Evaluation:
     def __init__(self, spec: EvalSpec, run: RunDirectory) -> None:
         self.spec, self.run = spec, run
         self.graph = Graph(run, precision=spec.precision)
-        self.entrants = _entrants(spec)
-        self.models = {arm: [e.label for e in self.entrants if e.arm == arm] for arm in spec.models}
-        self.pairs = games.pairings(self.models, spec.against)
+        self.models = {  # arm → label → checkpoint, one a training seed
+            arm: {
+                arm if spec.num_seeds == 1 else f"{arm}-seed-{seed}": Checkpoint.of(resolve(path))
+                for seed, path in enumerate(paths)
+            }
+            for arm, paths in spec.models.items()
+        }
+        self.entrants = [
+            (arm, seed, label, checkpoint)
+            for arm, own in self.models.items()
+            for seed, (label, checkpoint) in enumerate(own.items())
+        ]
         self.totals = Totals()
         self.benchmarks: list[Benchmark] = []
         if spec.mt_bench is not None:
-            self.benchmarks.append(MTBench(spec.mt_bench))
+            self.benchmarks.append(MTBench.load(spec.mt_bench))
         if spec.arena_hard is not None:
             self.benchmarks.append(ArenaHard(spec.arena_hard))
         self._prompts = self._read_prompts()
-        self._judge_prompts = (
-            inputs.load_judge_prompts(spec.prompts.judge_prompts)
-            if spec.prompts and spec.prompts.judge_prompts
-            else None
-        )
+        file = spec.prompts and spec.prompts.judge_prompts
+        self._judge_prompts = load_judge_prompts(file) if file else None
         self.judge = make_judge(spec.judge, self.graph) if spec.judge else None
 
     def results(self) -> Results:
         """All the work, and what it measured."""
+        spec = self.spec
         samples = self._samples() if self._prompts else {}
         benches = [b.judged(self._answers(b), self._match()) for b in self.benchmarks]
         if samples and self._judge_prompts and self.judge:
-            benches.append(self._judge_samples(samples, self._judge_prompts))
-        spec = self.spec
+            benches.append(self._judge_samples(samples))
         return Results(
             name=spec.name,
             baseline=spec.against,
-            arms={arm: self._arm(arm) for arm in spec.models},
+            arms={
+                arm: Arm(list(own), range(len(own)), [c.digest for c in own.values()])
+                for arm, own in self.models.items()
+            },
             recipe=spec.model_dump(mode="json"),
             samples=samples,
             scores=tuple(spec.rewards) if samples else (),
@@ -117,16 +112,6 @@ class _Evaluation:
             stages=self.run.finished,
         )
 
-    def _arm(self, name: str) -> Arm:
-        own = [entrant for entrant in self.entrants if entrant.arm == name]
-        return Arm(
-            labels=[entrant.label for entrant in own],
-            seeds=[entrant.seed for entrant in own],
-            policies=[entrant.checkpoint.digest for entrant in own],
-        )
-
-    # reading
-
     def _read_prompts(self) -> dict[str, list[Prompt]]:
         """Model → the prompts as it sees them; those that fit every model, so that all answer the same ones."""
         config, spec = self.spec.prompts, self.spec
@@ -134,17 +119,17 @@ class _Evaluation:
             return {}
         rows = load_rows(config.source, [("prompt",), ("messages",)])
         where, seen = describe(config.source), {}
-        for entrant in self.entrants:
-            tokenizer = load_tokenizer(entrant.checkpoint.path)
-            seen[entrant.label] = [as_prompt(row, tokenizer, where) for row in rows]
-            if spec.kl_to and not same_vocabulary(resolve(spec.kl_to), entrant.checkpoint.path):
+        for _, _, label, checkpoint in self.entrants:
+            tokenizer = load_tokenizer(checkpoint.path)
+            seen[label] = [as_prompt(row, tokenizer, where) for row in rows]
+            if spec.kl_to and not same_vocabulary(resolve(spec.kl_to), checkpoint.path):
                 raise ConfigError(
-                    f"kl_to={spec.kl_to!r} and {entrant.label} ({entrant.checkpoint.path}) differ in "
-                    "vocabulary, so no KL between them is defined. Leave kl_to out."
+                    f"kl_to={spec.kl_to!r} and {label} ({checkpoint.path}) differ in vocabulary, so no KL between them "
+                    "is defined. Leave kl_to out."
                 )
         fits = [
-            all(0 < len(own[i].ids) <= config.max_prompt_tokens for own in seen.values())
-            for i in range(len(rows))
+            all(0 < len(prompt.ids) <= config.max_prompt_tokens for prompt in of_one)
+            for of_one in zip(*seen.values(), strict=True)
         ]
         if not any(fits):
             raise DataError(
@@ -153,10 +138,8 @@ class _Evaluation:
             )
         if dropped := fits.count(False):
             say(f"{where}: {dropped} of {len(rows)} prompts dropped, too long for a model")
-        self._fitting = tuple(number for number, fit in enumerate(fits) if fit)
+        self._fitting = tuple(compress(range(len(rows)), fits))
         return {label: list(compress(own, fits)) for label, own in seen.items()}
-
-    # answering
 
     def _samples(self) -> dict[str, list[Checkpoint]]:
         """Arm → seed → responses to the held-out prompts, scored."""
@@ -165,64 +148,63 @@ class _Evaluation:
         rewards = {name: _source(reward) for name, reward in spec.rewards.items()}
         measured = {spec.kl_to: Checkpoint.of(resolve(spec.kl_to))} if spec.kl_to else {}
         samples: dict[str, list[Checkpoint]] = {}
-        for entrant in self.entrants:
+        for arm, seed, label, checkpoint in self.entrants:
             job = EvalJob(
-                label=f"samples {entrant.label}",
-                policy=entrant.checkpoint,
+                label=f"samples {label}",
+                policy=checkpoint,
                 prompts=config.source,
                 max_prompt_tokens=config.max_prompt_tokens,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 batch_size=spec.batch_size,
-                seed=spec.seed + entrant.seed,
+                seed=spec.seed + seed,
                 rewards=rewards,
                 kl_to=measured,
                 only=self._fitting,
             )
-            samples.setdefault(entrant.arm, []).append(self._finish(job))
+            samples.setdefault(arm, []).append(self._finish(job))
         return samples
 
-    def _answers(self, benchmark: Benchmark) -> dict[str, dict[Any, tuple[str, ...]]]:
-        """Model → question → answers; also written to `<folder>/model_answer` in upstream's format."""
+    def _answers(self, benchmark: Benchmark) -> Answers:
+        """The answers to a benchmark; also written to `<folder>/model_answer` in upstream's format."""
         answers = {}
-        for entrant in self.entrants:
+        for _, seed, label, checkpoint in self.entrants:
             job = AnswersJob(
-                label=f"{benchmark.folder} {entrant.label}",
+                label=f"{benchmark.folder} {label}",
                 benchmark=benchmark.folder,
-                name=entrant.label,
-                policy=entrant.checkpoint,
+                name=label,
+                policy=checkpoint,
                 questions=tuple(benchmark.questions),
-                temperatures=tuple(map(benchmark.temperature, benchmark.questions)),
+                temperatures=tuple(question.temperature for question in benchmark.questions),
                 max_new_tokens=benchmark.max_new_tokens,
                 batch_size=self.spec.batch_size,
-                seed=self.spec.seed + entrant.seed,
+                seed=self.spec.seed + seed,
             )
             rows = read_jsonl(self._finish(job).path / "answers.jsonl")
-            file = self._match().file(f"{benchmark.folder}/model_answer", entrant.label)
-            write_jsonl(file, rows)
-            answers[entrant.label] = benchmark.load_answers(file)
+            file = self._match().write(f"{benchmark.folder}/model_answer", label, rows)
+            answers[label] = benchmark.load_answers(file)
         return answers
 
-    # judging
-
-    def _match(self) -> Match:
-        assert self.judge is not None  # the schema: benchmarks need a judge
-        baseline = self.models[self.spec.against]
-        return Match(baseline, self.pairs, self.judge.model, self._ask, self.run.path)
-
-    def _judge_samples(
-        self, samples: Mapping[str, Sequence[Checkpoint]], prompts: Mapping[str, JudgePrompt]
-    ) -> Bench:
+    def _judge_samples(self, samples: Mapping[str, Sequence[Checkpoint]]) -> Bench:
         """The responses to the held-out prompts, judged in pairs by MT-Bench's prompts."""
-        prompts_seen = next(iter(self._prompts.values()))
-        questions = [Question(i, "", (prompt.text,)) for i, prompt in enumerate(prompts_seen)]
+        assert self._judge_prompts is not None
+        prompts = next(iter(self._prompts.values()))
+        questions = [Question(i, "", (prompt.text,)) for i, prompt in enumerate(prompts)]
         answers = {}
         for arm, of_arm in samples.items():
             for label, one in zip(self.models[arm], of_arm, strict=True):
                 rows = read_jsonl(one.path / "samples.jsonl")
                 answers[label] = {i: (row["response"],) for i, row in enumerate(rows)}
-        pairs = pair_rows("prompts", questions, prompts, answers, self._match())
+        match = self._match()
+        pairs = MTBench(questions, self._judge_prompts).pair_rows(answers, match)
+        match.write("prompts/model_judgment", f"{match.judge_slug}_pair", pairs)
         return Bench("held-out prompts", questions, answers, pairs, [])
+
+    def _match(self) -> Match:
+        assert self.judge is not None  # the schema: benchmarks need a judge
+        models = {arm: list(own) for arm, own in self.models.items()}
+        baseline, pairs = self.spec.against, pairings(models, self.spec.against)
+        return Match(models[baseline], pairs, self.judge.model, self._ask, self.run.path)
 
     def _ask(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         assert self.judge is not None
@@ -254,25 +236,9 @@ def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
     return {
         "model": config.model or config.path or config.replay,
         "parameters": config.request,
-        "prompt_tokens": totals.prompt_tokens,
-        "completion_tokens": totals.completion_tokens,
-        "refused": totals.refused,
-        "cut": totals.cut,
+        **{key: value for key, value in vars(totals).items() if key not in ("asked", "reused")},
         "cost": None if cost is None else round_metric(cost),
     }
-
-
-def _entrants(spec: EvalSpec) -> list[Entrant]:
-    return [
-        Entrant(
-            arm,
-            seed,
-            arm if spec.num_seeds == 1 else f"{arm}-seed-{seed}",
-            Checkpoint.of(resolve(path)),
-        )
-        for arm, paths in spec.models.items()
-        for seed, path in enumerate(paths)
-    ]
 
 
 def _source(reward: RewardModel) -> RewardSource:

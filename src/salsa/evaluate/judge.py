@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -59,8 +60,8 @@ class Judge(Protocol):
     model: str
     parameters: dict[str, Any]
     """What decides its answer besides the messages."""
-    batch_size: int
-    concurrency: int
+    batch_size: int = 1
+    concurrency: int = 1
     """Batches under way at once."""
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
@@ -68,8 +69,8 @@ class Judge(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
-        ...
+        """Let go of connections, if there are any."""
+        return None
 
 
 @dataclass
@@ -80,10 +81,10 @@ class Totals:
     """Judgments bought this time."""
     reused: int = 0
     """Judgments found in the cache."""
-    refused: int = 0
     prompt_tokens: int = 0
     """Of all judgments, bought now or before."""
     completion_tokens: int = 0
+    refused: int = 0
     cut: int = 0
     """Judgments that hit the length limit."""
 
@@ -109,7 +110,15 @@ class JudgmentCache:
         if path.exists():
             with path.open(encoding="utf-8") as lines:
                 for number, row in parse_jsonl(lines, str(path)):
-                    self._read(number, row)
+                    try:
+                        reply = Reply(
+                            **{f.name: row[f.name] for f in fields(Reply) if f.name in row}
+                        )
+                        self.replies.setdefault(row["key"], reply)
+                    except (LookupError, TypeError) as error:
+                        raise DataError(
+                            f"{path}: line {number} is no cached judgment. Remove that line."
+                        ) from error
 
     @staticmethod
     def key(judge: Judge, messages: Sequence[Message]) -> str:
@@ -122,21 +131,6 @@ class JudgmentCache:
         """Append one judgment, as one whole line."""
         append_jsonl(self.path, [{"key": key, "model": judge.model, **asdict(reply)}])
         self.replies[key] = reply
-
-    def _read(self, number: int, row: Any) -> None:
-        try:
-            key = row["key"]
-            reply = Reply(
-                row["text"],
-                row.get("finish_reason"),
-                row.get("prompt_tokens", 0),
-                row.get("completion_tokens", 0),
-            )
-        except (LookupError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{self.path}: line {number} is no cached judgment. Remove that line."
-            ) from error
-        self.replies.setdefault(key, reply)
 
 
 def judge_all(
@@ -152,16 +146,12 @@ def judge_all(
         ConfigError: the judge cannot be asked at all (no such model, no valid key).
     """
     keys = [cache.key(judge, messages) for messages in requests]
-    missing = {
-        key: messages
-        for key, messages in zip(keys, requests, strict=True)
-        if key not in cache.replies
-    }
+    missing = {k: m for k, m in zip(keys, requests, strict=True) if k not in cache.replies}
     totals = Totals(reused=len(set(keys)) - len(missing))
     refusals: dict[str, Refusal] = {}
     if missing:
         with tracker(cache.path.parent, label, len(missing), ("judged", "refused")) as progress:
-            asyncio.run(_ask_missing(missing, judge, cache, refusals, totals, progress))
+            refusals = asyncio.run(_ask_missing(missing, judge, cache, totals, progress))
     replies = {key: cache.replies.get(key) or refusals[key] for key in keys}
     for reply in replies.values():
         if isinstance(reply, Reply):
@@ -175,13 +165,13 @@ async def _ask_missing(
     missing: Mapping[str, Sequence[Message]],
     judge: Judge,
     cache: JudgmentCache,
-    refusals: dict[str, Refusal],
     totals: Totals,
     progress: Tracker,
-) -> None:
-    """Workers that take batches off one list until it is empty or the judge is gone."""
+) -> dict[str, Refusal]:
+    """Workers that take batches off one list until it is empty or the judge is gone; returns what it refused."""
     waiting = list(missing.items())[::-1]
     failures: list[str] = []
+    refusals: dict[str, Refusal] = {}
     failed_in_a_row = 0
 
     async def work() -> None:
@@ -219,12 +209,11 @@ async def _ask_missing(
             f"judge {judge.model}: {left} of {len(missing)} judgments are missing ({failures[-1]}). The others are "
             "kept: run the same command again to ask for those only."
         )
+    return refusals
 
 
-class EndpointJudge:
+class EndpointJudge(Judge):
     """An OpenAI-compatible chat endpoint, through the `openai` package (extra `[judge]`)."""
-
-    batch_size = 1
 
     def __init__(self, config: JudgeConfig) -> None:
         try:
@@ -236,22 +225,25 @@ class EndpointJudge:
         assert config.model is not None and config.url is not None  # the schema
         self.model, self.parameters = config.model, config.request
         self.concurrency, self._retries = config.concurrency, config.retries
-        self._host = _host(config.url)
-        self._key = os.environ.get(config.key_env, "")
-        self._key_env = config.key_env
+        url = urlsplit(config.url)  # without user, password and query, where keys are sometimes put
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"judge.url={config.url.split('@')[-1]!r} is no http(s) address.")
+        self._host = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "")
+        self._key, self._key_env = os.environ.get(config.key_env, ""), config.key_env
         self._openai = openai
-        self._options: dict[str, Any] = {
-            "base_url": config.url,
-            "api_key": self._key or "none",
-            "timeout": config.timeout,
-            "max_retries": config.retries,
-        }
+        self._new_client = partial(
+            openai.AsyncOpenAI,
+            base_url=config.url,
+            api_key=self._key or "none",
+            timeout=config.timeout,
+            max_retries=config.retries,
+        )
         self._client: Any = None
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """One reply; transport errors are retried by the client, unusable replies here."""
         if self._client is None:  # made within the event loop that uses it
-            self._client = self._openai.AsyncOpenAI(**self._options)
+            self._client = self._new_client()
         (messages,) = batch
         for attempt in range(self._retries + 1):
             try:
@@ -288,15 +280,14 @@ class EndpointJudge:
 
     def _status(self, error: Any) -> Refusal:
         reason = self._clean(f"{self._host}: HTTP {error.status_code}: {error.message}")
-        if error.status_code in (401, 403):
-            raise ConfigError(
-                f"judge {self.model}: {reason} The key comes from ${self._key_env}"
-                f"{'' if self._key else ', which is empty'}."
-            ) from None
-        if error.status_code == 404:
-            raise ConfigError(
-                f"judge {self.model}: {reason} Check judge.url (it usually ends in /v1) and judge.model."
-            ) from None
+        no_key = "" if self._key else ", which is empty"
+        hint = {
+            401: f"The key comes from ${self._key_env}{no_key}.",
+            403: f"The key comes from ${self._key_env}{no_key}.",
+            404: "Check judge.url (it usually ends in /v1) and judge.model.",
+        }.get(error.status_code)
+        if hint is not None:
+            raise ConfigError(f"judge {self.model}: {reason} {hint}") from None
         if error.status_code in (408, 409, 429) or error.status_code >= 500:
             raise Unreachable(reason) from None
         return Refusal(reason)
@@ -308,10 +299,8 @@ class EndpointJudge:
         return text if whole else " ".join(text.split())[:300]
 
 
-class ReplayJudge:
+class ReplayJudge(Judge):
     """Reads the texts of a judgments file again instead of asking."""
-
-    batch_size, concurrency = 1, 1
 
     def __init__(self, source: PathOrRows, model: str | None = None) -> None:
         self.model = model or str(source)
@@ -328,35 +317,16 @@ class ReplayJudge:
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """The file's text for each conversation's last message."""
-        texts = [self._texts.get(messages[-1]["content"]) for messages in batch]
-        return [
-            Refusal("the replayed file has no such judgment") if text is None else Reply(text)
-            for text in texts
-        ]
-
-    async def close(self) -> None:
-        """Nothing is open."""
+        (messages,) = batch
+        text = self._texts.get(messages[-1]["content"])
+        return [Refusal("the replayed file has no such judgment") if text is None else Reply(text)]
 
 
 def _judged_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(the judge's prompt, its text) of a row in FastChat's or Arena-Hard's format."""
-    games = [
-        (row.get(f"{game}user_prompt"), row.get(f"{game}judgment")) for game in ("", "g1_", "g2_")
-    ]
+    games = [(row.get(f"{g}user_prompt"), row.get(f"{g}judgment")) for g in ("", "g1_", "g2_")]
     for game in row.get("games") or []:
         prompt, text = game.get("user_prompt", game.get("prompt")), game.get("judgment")
-        games.append(
-            (
-                prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt,
-                text.get("answer") if isinstance(text, Mapping) else text,
-            )
-        )
+        prompt = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
+        games.append((prompt, text.get("answer") if isinstance(text, Mapping) else text))
     return [(p, t) for p, t in games if isinstance(p, str) and isinstance(t, str)]
-
-
-def _host(url: str) -> str:
-    """Scheme and host of a URL: no user, password or query, where keys are sometimes put."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"judge.url={url.split('@')[-1]!r} is no http(s) address.")
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

@@ -27,9 +27,6 @@ Lengths = Mapping[str, Mapping[Any, Sequence[int]]]
 Arms = Mapping[str, tuple[str, int]]
 """Model → (arm, training seed)."""
 
-PLACES = {"A": "first", "B": "second", "tie": "tie", None: None}
-"""A verdict's label → the place that won."""
-
 
 class NoVerdict(DataError):
     """Judgments were read and none of them says anything."""
@@ -190,14 +187,7 @@ def without_duplicates(
     verdict: Callable[[Row], Any],
     counts: Counter[str],
 ) -> list[Row]:
-    """The first row of each key. Repeats are counted, and those that say something else are counted apart.
-
-    Args:
-        rows: in the file's order.
-        key: row → what it judges.
-        verdict: row → what it says.
-        counts: receives `duplicate rows` and `contradicting duplicates`.
-    """
+    """The first row of each key; `counts` receives repeats, and apart from them those with another verdict."""
     first: dict[Any, Row] = {}
     for row in rows:
         earlier = first.setdefault(key(row), row)
@@ -219,29 +209,16 @@ def summarise(
     lengths: Lengths | None = None,
     arms: Arms | None = None,
 ) -> PairsSummary:
-    """Rates of every pair and of every model (or arm).
-
-    Args:
-        comparisons: one a question, turn and pair.
-        judge: who judged.
-        counts: what reading found wrong.
-        lengths: of the answers, for the length statistics.
-        arms: which models are checkpoints of one arm.
-    """
-    comparisons = [_of_arms(_with_lengths(c, lengths or {}), arms or {}) for c in comparisons]
-    pairs: dict[tuple[str, str], list[Comparison]] = {}
-    models: dict[str, list[Comparison]] = {}
-    for comparison in comparisons:
-        pairs.setdefault((comparison.candidate, comparison.baseline), []).append(comparison)
-        models.setdefault(comparison.candidate, []).append(comparison)
-        models.setdefault(comparison.baseline, []).append(comparison.turned())
+    """Rates of every pair and of every model, or arm; `counts` is what reading found wrong."""
+    comparisons = [_placed(c, lengths or {}, arms or {}) for c in comparisons]
     if not any(comparison.scores for comparison in comparisons):
         raise NoVerdict(
             f"{judge}: none of {len(comparisons)} comparisons has a verdict. Look at the judge's texts."
         )
-    totals = dict(counts)
-    if unequal := _questions_not_shared(pairs):
-        totals["questions that not every pair was judged on"] = unequal
+    pairs = _grouped(((c.candidate, c.baseline), c) for c in comparisons)
+    sets = [{(c.question, c.turn, c.seed) for c in own} for own in pairs.values()]
+    totals = {**counts, "comparisons without a verdict": sum(not c.scores for c in comparisons)}
+    totals["questions that not every pair was judged on"] = num_unshared(sets)
     judged = {pair: own for pair, own in pairs.items() if any(c.scores for c in own)}
     totals |= {
         f"no verdict at all for {a} and {b}": len(pairs[a, b]) for a, b in pairs.keys() - judged
@@ -249,7 +226,9 @@ def summarise(
     return PairsSummary(
         judge=judge,
         pairs={pair: summarise_pair(own) for pair, own in judged.items()},
-        models={model: rate(own) for model, own in models.items() if any(c.scores for c in own)},
+        models=_rates(
+            entry for c in comparisons for entry in ((c.candidate, c), (c.baseline, c.turned()))
+        ),
         counts={name: count for name, count in totals.items() if count},
         comparisons=comparisons,
     )
@@ -269,8 +248,10 @@ def summarise_pair(comparisons: Sequence[Comparison]) -> PairSummary:
         win_rate=rate(comparisons),
         position=position_bias([c.games for c in comparisons]),
         sign=sign_test(outcome, [c.question for c in judged]),
-        by_category=_by(comparisons, "category"),
-        by_turn=_by(comparisons, "turn"),
+        by_category=_rates(
+            (c.category, c) for c in sorted(comparisons, key=lambda c: c.category) if c.category
+        ),
+        by_turn=_rates((c.turn, c) for c in sorted(comparisons, key=lambda c: c.turn)),
         length=length,
     )
 
@@ -282,40 +263,36 @@ def rate(comparisons: Sequence[Comparison]) -> WinRate:
     weighted mean score, and n, wins, losses and ties count games.
     """
     counted = [(c.question, c.seed, s, w) for c in comparisons for s, w in c.scores]
-    weights = np.array([w for *_, w in counted])
+    questions, seeds, scores, weights = zip(*counted, strict=True)
     return rate_of(
-        np.array([score for _, _, score, _ in counted]),
-        [question for question, *_ in counted],
-        seeds=[seed for _, seed, *_ in counted],
-        weights=None if (weights == 1).all() else weights,
+        np.array(scores),
+        questions,
+        seeds=seeds,
+        weights=None if set(weights) == {1} else np.array(weights),
         dropped=sum(c.missing for c in comparisons),
     )
 
 
-def _with_lengths(comparison: Comparison, lengths: Lengths) -> Comparison:
-    own, other = lengths.get(comparison.candidate), lengths.get(comparison.baseline)
-    if own is None or other is None:
-        return comparison
-    question, turn = comparison.question, comparison.turn - 1
-    return replace(comparison, lengths=(own[question][turn], other[question][turn]))
+def _placed(comparison: Comparison, lengths: Lengths, arms: Arms) -> Comparison:
+    """The comparison with its answers' lengths, between arms instead of models."""
+    one, other, turn = comparison.candidate, comparison.baseline, comparison.turn - 1
+    both = None
+    if one in lengths and other in lengths:
+        question = comparison.question
+        both = (lengths[one][question][turn], lengths[other][question][turn])
+    candidate, seed = arms.get(one, (one, 0))
+    baseline, _ = arms.get(other, (other, 0))
+    return replace(comparison, candidate=candidate, baseline=baseline, seed=seed, lengths=both)
 
 
-def _of_arms(comparison: Comparison, arms: Arms) -> Comparison:
-    candidate, seed = arms.get(comparison.candidate, (comparison.candidate, 0))
-    baseline, _ = arms.get(comparison.baseline, (comparison.baseline, 0))
-    return replace(comparison, candidate=candidate, baseline=baseline, seed=seed)
-
-
-def _by(comparisons: Sequence[Comparison], name: str) -> dict[Any, WinRate]:
+def _grouped(keyed: Iterable[tuple[Any, Comparison]]) -> dict[Any, list[Comparison]]:
     groups: dict[Any, list[Comparison]] = {}
-    for comparison in comparisons:
-        groups.setdefault(getattr(comparison, name), []).append(comparison)
-    return {
-        key: rate(groups[key])
-        for key in sorted(groups)
-        if key != "" and any(c.scores for c in groups[key])
-    }
+    for key, comparison in keyed:
+        groups.setdefault(key, []).append(comparison)
+    return groups
 
 
-def _questions_not_shared(pairs: Mapping[tuple[str, str], Sequence[Comparison]]) -> int:
-    return num_unshared([{(c.question, c.turn, c.seed) for c in own} for own in pairs.values()])
+def _rates(keyed: Iterable[tuple[Any, Comparison]]) -> dict[Any, WinRate]:
+    """The rate of every group in which there is a verdict."""
+    groups = _grouped(keyed)
+    return {key: rate(own) for key, own in groups.items() if any(c.scores for c in own)}

@@ -6,15 +6,13 @@ from typing import Any
 from salsa.artifacts import resolve
 from salsa.data import Prompt, as_prompt
 from salsa.evaluate.answers import Writer
-from salsa.evaluate.judge import Message, Refusal, Reply
+from salsa.evaluate.judge import Judge, Message, Refusal, Reply
 from salsa.evaluate.spec import JudgeConfig
 from salsa.runtime.engine import Engine
 
 
-class LocalJudge:
+class LocalJudge(Judge):
     """Greedy (or sampled) judgments, `concurrency` in a batch."""
-
-    concurrency = 1
 
     def __init__(self, config: JudgeConfig, engine: Engine) -> None:
         assert config.path is not None  # the schema
@@ -48,6 +46,3 @@ class LocalJudge:
             Reply(text, "length" if length == limit else "stop", len(prompt.ids), length)
             for prompt, text, length in zip(prompts, texts, lengths, strict=True)
         ]
-
-    async def close(self) -> None:
-        """Nothing is open."""

@@ -1,44 +1,43 @@
-"""MT-Bench (Zheng et al. 2023, arXiv 2306.05685): verdicts, and what FastChat's judgment files add up to.
+"""MT-Bench (Zheng et al. 2023, arXiv 2306.05685): FastChat's files, the judge's conversations, verdicts and their sums.
 
 Departs from FastChat on purpose: a rating is the first `[[n]]` in 1..10 and never a bare `[n]`, which is often code; of
 several pairwise labels the last counts; a game without a verdict drops its comparison and is counted; repeated rows
-count once.
+count once; reference answers come from a file, not from whoever judges, and single ones can be replaced by corrections.
+Nothing of upstream comes with salsa: the files are FastChat's (`fastchat/llm_judge/data`).
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from salsa.artifacts import digest_of
+from salsa.config.schema import DataSource
 from salsa.errors import DataError
-from salsa.evaluate.judgments import (
-    PLACES,
-    Arms,
-    Comparison,
-    Lengths,
-    NoVerdict,
-    PairsSummary,
-    PathOrRows,
-    Row,
-    need,
-    need_names,
-    num_unshared,
-    of_one_judge,
-    read_rows,
-    summarise,
-    without_duplicates,
-)
+from salsa.evaluate import judgments
+from salsa.evaluate.benchmarks import Answers, Bench, JudgePrompt, Match, Question
+from salsa.evaluate.bias import SWAPPED
+from salsa.evaluate.judge import Message
+from salsa.evaluate.judgments import Arms, Comparison, Lengths, PairsSummary, PathOrRows, Row
+from salsa.evaluate.spec import MT_BENCH_SOURCE, MTBenchConfig
 from salsa.evaluate.winrate import Difference, Estimate, difference_of, nested_mean
+
+REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
+"""Their judge prompts show a reference answer."""
+
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+"""Sampling temperature of the answers by category; 0 for all others."""
 
 _RATING = re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]")
 _LABEL = re.compile(r"\[\[([ABC])\]\]")
 
-Ratings = dict[tuple[Any, int, int], float | None]
+Ratings = dict[tuple[Any, int, int], float]
 """(question, turn, seed) → rating."""
 
 
@@ -107,8 +106,9 @@ def summarise_pairs(
         DataError: rows of another format, of several judges, or without a single verdict.
     """
     counts: Counter[str] = Counter()
-    rows, judge = of_one_judge([_pair_row(row) for row in read_rows(path_or_rows)], judge)
-    rows = without_duplicates(rows, _pair_key, _winners, counts)
+    checked = [_checked_pair(row) for row in judgments.read_rows(path_or_rows)]
+    rows, judge = judgments.of_one_judge(checked, judge)
+    rows = judgments.without_duplicates(rows, _pair_key, _winners, counts)
     order: dict[frozenset[str], tuple[str, str]] = {}
     comparisons = []
     for row in rows:
@@ -116,8 +116,7 @@ def summarise_pairs(
         pair = (comparison.candidate, comparison.baseline)
         first = order.setdefault(frozenset(pair), pair)
         comparisons.append(comparison if first == pair else comparison.turned())
-    counts["comparisons without a verdict"] = sum(not c.scores for c in comparisons)
-    return summarise(comparisons, judge, counts, lengths, arms)
+    return judgments.summarise(comparisons, judge, counts, lengths, arms)
 
 
 def summarise_singles(
@@ -134,32 +133,50 @@ def summarise_singles(
         DataError: rows of another format, of several judges, or a model without a single rating.
     """
     counts: Counter[str] = Counter()
-    rows, judge = of_one_judge([_single_row(row) for row in read_rows(path_or_rows)], judge)
-    rows = without_duplicates(rows, _single_key, lambda row: row.values.get("score"), counts)
-    ratings: dict[str, Ratings] = {}
+    checked = [_checked_single(row) for row in judgments.read_rows(path_or_rows)]
+    rows, judge = judgments.of_one_judge(checked, judge)
+    score = lambda row: row.values.get("score")
+    rows = judgments.without_duplicates(rows, _single_key, score, counts)
+    judged: dict[str, dict[tuple[Any, int, int], float | None]] = {}
     for row in rows:
         question, turn, model = _single_key(row)
         arm, seed = (arms or {}).get(model, (model, 0))
-        ratings.setdefault(arm, {})[question, turn, seed] = _rating(row, reparse, counts)
-    counts["ratings that not every model has"] = num_unshared([set(r) for r in ratings.values()])
-    models = {m: _single_summary(m, own, categories or {}) for m, own in ratings.items()}
+        judged.setdefault(arm, {})[question, turn, seed] = _rating(row, reparse, counts)
+    unshared = judgments.num_unshared([set(own) for own in judged.values()])
+    counts["ratings that not every model has"] = unshared
+    ratings = {m: {k: v for k, v in own.items() if v is not None} for m, own in judged.items()}
+    for model, own in ratings.items():
+        if not own:
+            raise judgments.NoVerdict(
+                f"{model}: none of {len(judged[model])} judgments holds a rating in 1 to 10."
+            )
     return SinglesSummary(
         judge=judge,
-        models=models,
+        models={
+            model: SingleSummary(
+                score=_mean(own),
+                by_category=_means(own, lambda key: (categories or {}).get(key[0])),
+                by_turn=_means(own, lambda key: key[1]),
+                n=len(own),
+                dropped=len(judged[model]) - len(own),
+            )
+            for model, own in ratings.items()
+        },
         differences={
-            pair: difference
-            for pair in combinations(models, 2)
-            if (difference := _difference(ratings[pair[0]], ratings[pair[1]])) is not None
+            (a, b): difference_of(_mean(shared), len(shared))
+            for a, b in combinations(ratings, 2)
+            if (shared := {k: x - ratings[b][k] for k, x in ratings[a].items() if k in ratings[b]})
         },
         counts={name: count for name, count in counts.items() if count},
     )
 
 
-def _pair_row(row: Row) -> Row:
+def _checked_pair(row: Row) -> Row:
     if "model" in row.values and "score" in row.values:
         raise DataError(f"{row.where} rates a single answer. Use summarise_singles for such files.")
-    need(row, "pairwise MT-Bench judgment", "question_id", "model_1", "model_2")
-    need_names(row, "question_id", "model_1", "model_2")
+    names = ("question_id", "model_1", "model_2")
+    judgments.need(row, "pairwise MT-Bench judgment", *names)
+    judgments.need_names(row, *names)
     for name in ("g1", "g2"):
         if f"{name}_winner" not in row.values and f"{name}_judgment" not in row.values:
             raise DataError(f"{row.where}: has neither {name}_winner nor {name}_judgment.")
@@ -173,12 +190,10 @@ def _pair_key(row: Row) -> tuple[Any, int, frozenset[str]]:
     return values["question_id"], _turn(row), frozenset((values["model_1"], values["model_2"]))
 
 
-def _winners(row: Row) -> dict[str, Any]:
-    """Game → the winning model's name, whichever way round the row has the models."""
-    values = row.values
-    stored = {game: str(values.get(f"{game}_winner")) for game in ("g1", "g2")}
-    names = {"model_1": values["model_1"], "model_2": values["model_2"]}
-    return {game: names.get(winner, winner) for game, winner in stored.items()}
+def _winners(row: Row) -> list[Any]:
+    """The model that won each game by name, whichever way round the row has the models."""
+    stored = [str(row.values.get(f"{game}_winner")) for game in ("g1", "g2")]
+    return [row.values[w] if w in ("model_1", "model_2") else w for w in stored]
 
 
 def _turn(row: Row) -> int:
@@ -192,36 +207,37 @@ def _comparison(
     row: Row, categories: Mapping[Any, str], reparse: bool, counts: Counter[str]
 ) -> Comparison:
     values = row.values
-    first = _place(row, "g1", {"model_1": "A", "model_2": "B"}, reparse, counts)
-    second = _place(row, "g2", {"model_1": "B", "model_2": "A"}, reparse, counts)
+    first = _place(row, "g1", ("model_1", "model_2"), reparse, counts)
+    second = _place(row, "g2", ("model_2", "model_1"), reparse, counts)
     scores: tuple[tuple[float, float], ...] = ()
     if first is not None and second is not None:
-        agreed = PLACES[first] == {"A": "second", "B": "first", "tie": "tie"}[second]
-        scores = (({"A": 1.0, "B": 0.0, "tie": 0.5}[first] if agreed else 0.5, 1.0),)
+        agreed = first == SWAPPED[second]
+        scores = (({"first": 1.0, "second": 0.0, "tie": 0.5}[first] if agreed else 0.5, 1.0),)
     return Comparison(
-        values["question_id"],
-        _turn(row),
-        categories.get(values["question_id"], ""),
-        values["model_1"],
-        values["model_2"],
-        (PLACES[first], PLACES[second]),
-        scores,
+        question=values["question_id"],
+        turn=_turn(row),
+        category=categories.get(values["question_id"], ""),
+        candidate=values["model_1"],
+        baseline=values["model_2"],
+        games=(first, second),
+        scores=scores,
         missing=0 if scores else 1,
     )
 
 
 def _place(
-    row: Row, game: str, labels: Mapping[str, str], reparse: bool, counts: Counter[str]
+    row: Row, game: str, shown: tuple[str, str], reparse: bool, counts: Counter[str]
 ) -> str | None:
-    """`A`, `B`, `tie` or None: the verdict of one game by place."""
+    """Which place won one game, in which `shown` were the first and the second."""
     stored: Any = row.values.get(f"{game}_winner")
     text = row.values.get(f"{game}_judgment")
-    parsed = parse_pair_verdict(text) if isinstance(text, str) else None
+    parsed = None
     if isinstance(text, str):
+        parsed = {"A": "first", "B": "second", "tie": "tie"}.get(parse_pair_verdict(text) or "")
         counts["texts with several different labels"] += len(set(_LABEL.findall(text))) > 1
     if reparse or stored is None:
         return parsed
-    known = {**labels, "tie": "tie", "error": None}
+    known = {shown[0]: "first", shown[1]: "second", "tie": "tie", "error": None}
     if not isinstance(stored, str) or stored not in known:
         counts["unknown verdicts"] += 1
         return None
@@ -230,11 +246,11 @@ def _place(
     return known[stored]
 
 
-def _single_row(row: Row) -> Row:
+def _checked_single(row: Row) -> Row:
     if "model_1" in row.values:
         raise DataError(f"{row.where} compares two answers. Use summarise_pairs for such files.")
-    need(row, "MT-Bench rating", "question_id", "model")
-    need_names(row, "question_id", "model")
+    judgments.need(row, "MT-Bench rating", "question_id", "model")
+    judgments.need_names(row, "question_id", "model")
     if "score" not in row.values and "judgment" not in row.values:
         raise DataError(f"{row.where}: has neither score nor judgment.")
     return row
@@ -252,47 +268,245 @@ def _rating(row: Row, reparse: bool, counts: Counter[str]) -> float | None:
         return parsed
     if score is None or score == -1:
         counts["judgments without a rating"] += 1
-        return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    elif isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         counts["ratings that are no number"] += 1
-        return None
-    if not 1 <= score <= 10:
+    elif not 1 <= score <= 10:
         counts["ratings outside 1 to 10"] += 1
-        return None
-    if isinstance(text, str) and parsed != score:
-        counts["ratings that differ from their text"] += 1
-    return float(score)
+    else:
+        if isinstance(text, str) and parsed != score:
+            counts["ratings that differ from their text"] += 1
+        return float(score)
+    return None
 
 
-def _single_summary(model: str, ratings: Ratings, categories: Mapping[Any, str]) -> SingleSummary:
-    given = {key: value for key, value in ratings.items() if value is not None}
-    if not given:
-        raise NoVerdict(f"{model}: none of {len(ratings)} judgments holds a rating in 1 to 10.")
+def _mean(ratings: Ratings) -> Estimate:
+    """The mean over (question, turn) and training seeds, clustered by question."""
+    questions, _, seeds = zip(*ratings, strict=True)
+    return nested_mean(np.array(list(ratings.values())), questions, seeds=seeds)
 
-    def mean(chosen: Sequence[tuple[Any, int, int]]) -> Estimate:
-        values = np.array([given[key] for key in chosen])
-        return nested_mean(
-            values, [question for question, *_ in chosen], seeds=[seed for *_, seed in chosen]
+
+def _means(ratings: Ratings, group: Callable[[tuple[Any, int, int]], Any]) -> dict[Any, Estimate]:
+    """The mean of every group of ratings, in the groups' order; what is in group None is in no mean."""
+    groups: dict[Any, Ratings] = {}
+    for key, value in ratings.items():
+        if (name := group(key)) is not None:
+            groups.setdefault(name, {})[key] = value
+    return {name: _mean(groups[name]) for name in sorted(groups)}
+
+
+def load_questions(
+    questions: Path | str,
+    references: Path | str | None = None,
+    corrections: Path | str | None = None,
+) -> list[Question]:
+    """Questions, with the reference answers of those whose category needs one.
+
+    Args:
+        questions: upstream's `question.jsonl`, or a hub data set such as `HuggingFaceH4/mt_bench_prompts` (columns
+            `prompt_id`, `category`, `prompt`, `reference`).
+        references: upstream's `reference_answer/gpt-4.jsonl`, or any file of answers.
+        corrections: a file of answers that replace wrong references (13 of upstream's 30 are).
+
+    Raises:
+        DataError: a file that is missing or malformed, a repeated question, or a reference that is missing.
+    """
+    given = load_answers(references) if references is not None else {}
+    if corrections is not None:
+        given |= load_answers(corrections)
+    known: dict[Any, Question] = {}
+    for row in _rows(questions, "questions"):
+        question = _question(row, given, references)
+        if known.setdefault(question.id, question) is not question:
+            raise DataError(f"{row.where}: question {question.id} is there twice. Remove one.")
+    return list(known.values())
+
+
+def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
+    """Question → a model's answers, a turn each, from upstream's `model_answer/<model>.jsonl`.
+
+    Raises:
+        DataError: a row of another shape, or two different answers to one question.
+    """
+    answers: dict[Any, tuple[str, ...]] = {}
+    for row in _rows(path, "answers"):
+        judgments.need(row, "MT-Bench answer", "question_id", "choices")
+        question = row.values["question_id"]
+        try:
+            turns = tuple(row.values["choices"][0]["turns"])
+        except (LookupError, TypeError):
+            turns = (None,)
+        if not all(isinstance(turn, str) for turn in turns):
+            raise DataError(f"{row.where}: choices[0].turns is no list of strings.")
+        if answers.setdefault(question, turns) != turns:
+            raise DataError(f"{row.where}: a second, different answer to question {question}.")
+    return answers
+
+
+def answer_row(question: Question, answers: Sequence[str], model: str) -> dict[str, Any]:
+    """A row of `model_answer/<model>.jsonl`, without a time stamp: equal runs write equal files."""
+    return {
+        "question_id": question.id,
+        "answer_id": digest_of([question.id, model, *answers])[:22],
+        "model_id": model,
+        "choices": [{"index": 0, "turns": list(answers)}],
+    }
+
+
+def load_judge_prompts(path: Path | str) -> dict[str, JudgePrompt]:
+    """Name → judge prompt, from upstream's `judge_prompts.jsonl`."""
+    prompts = {}
+    for row in _rows(path, "judge prompts"):
+        judgments.need(row, "judge prompt", "name", "system_prompt", "prompt_template")
+        name, system = row.values["name"], row.values["system_prompt"]
+        prompts[name] = JudgePrompt(name, system or None, row.values["prompt_template"])
+    return prompts
+
+
+def judge_prompt(
+    prompts: Mapping[str, JudgePrompt], kind: str, question: Question, turn: int
+) -> JudgePrompt:
+    """The prompt of `kind` (`single` or `pair`) for a question, whose category may need the reference, and a turn."""
+    needs_reference = question.category in REFERENCE_CATEGORIES
+    base = "math-v1" if needs_reference else "v1" if kind == "single" else "v2"
+    name = f"{kind}-{base}" + ("-multi-turn" if turn == 2 else "")
+    if name not in prompts:
+        raise DataError(
+            f"the judge prompts have no {name!r} (they have {', '.join(prompts)}). Take judge_prompts.jsonl "
+            f"from {MT_BENCH_SOURCE}."
         )
-
-    groups = sorted({categories[q] for q, *_ in given if q in categories})
-    return SingleSummary(
-        score=mean(list(given)),
-        by_category={g: mean([k for k in given if categories.get(k[0]) == g]) for g in groups},
-        by_turn={t: mean([k for k in given if k[1] == t]) for t in sorted({k[1] for k in given})},
-        n=len(given),
-        dropped=len(ratings) - len(given),
-    )
+    return prompts[name]
 
 
-def _difference(a: Ratings, b: Ratings) -> Difference | None:
-    pairs = {key: (a[key], b.get(key)) for key in a}
-    shared = {k: x - y for k, (x, y) in pairs.items() if x is not None and y is not None}
-    if not shared:
-        return None
-    estimate = nested_mean(
-        np.array(list(shared.values())),
-        [question for question, *_ in shared],
-        seeds=[seed for *_, seed in shared],
-    )
-    return difference_of(estimate, len(shared))
+def messages(
+    prompt: JudgePrompt, question: Question, turn: int, **answers: Sequence[str]
+) -> list[Message]:
+    """What the judge is shown; `answers` by the template's names: `answer`, or `answer_a` and `answer_b`."""
+    shown = {"question": question.turns, **answers}
+    values = {name: texts[0] for name, texts in shown.items()}
+    shown = {name: texts[:turn] for name, texts in shown.items()}
+    for name, texts in {**shown, "ref_answer": question.reference or ()}.items():
+        values |= {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
+    return prompt.messages(question, values)
+
+
+@dataclass
+class MTBench:
+    """FastChat's questions and judge prompts (`salsa.evaluate.benchmarks.Benchmark`)."""
+
+    questions: Sequence[Question]
+    prompts: Mapping[str, JudgePrompt]
+    max_new_tokens: int = 1024
+    folder: str = "mt_bench"
+    load_answers = staticmethod(load_answers)
+
+    @classmethod
+    def load(cls, config: MTBenchConfig) -> "MTBench":
+        """Read questions and prompts.
+
+        Raises:
+            DataError: a file is missing or malformed, or a prompt that will be needed is not there.
+        """
+        questions = load_questions(config.questions, config.references, config.corrections)
+        bench = cls(questions, load_judge_prompts(config.judge_prompts), config.max_new_tokens)
+        for question, turn in bench._turns():
+            for kind in ("single", "pair"):
+                judge_prompt(bench.prompts, kind, question, turn)
+        return bench
+
+    def judged(self, answers: Answers, match: Match) -> Bench:
+        """Rows of `<judge>_single.jsonl` and `<judge>_pair.jsonl`."""
+        singles = self.single_rows(answers, match)
+        match.write(f"{self.folder}/model_judgment", f"{match.judge_slug}_single", singles)
+        pairs = self.pair_rows(answers, match)
+        match.write(f"{self.folder}/model_judgment", f"{match.judge_slug}_pair", pairs)
+        return Bench("MT-Bench", self.questions, answers, pairs, singles)
+
+    def single_rows(self, answers: Answers, match: Match) -> list[dict[str, Any]]:
+        """Rows of FastChat's `<judge>_single.jsonl`."""
+        asked = [
+            (model, q, turn, judge_prompt(self.prompts, "single", q, turn))
+            for model in answers
+            for q, turn in self._turns()
+        ]
+        games = match.judged(
+            messages(prompt, q, turn, answer=answers[model][q.id])
+            for model, q, turn, prompt in asked
+        )
+        return [
+            {
+                "question_id": q.id,
+                "model": model,
+                "judge": [match.judge, prompt.name],
+                "user_prompt": talk[-1]["content"],
+                "judgment": text,
+                "score": parse_rating(text) or -1,
+                "turn": turn,
+            }
+            | error
+            for (model, q, turn, prompt), (talk, text, error) in zip(asked, games, strict=True)
+        ]
+
+    def pair_rows(self, answers: Answers, match: Match) -> list[dict[str, Any]]:
+        """Rows of FastChat's `<judge>_pair.jsonl`; `model_1` is the candidate."""
+        asked = [
+            (pair, q, turn, judge_prompt(self.prompts, "pair", q, turn))
+            for pair in match.pairs
+            for q, turn in self._turns()
+        ]
+        games = match.judged(
+            messages(prompt, q, turn, answer_a=answers[a][q.id], answer_b=answers[b][q.id])
+            for pair, q, turn, prompt in asked
+            for a, b in (pair, pair[::-1])
+        )
+        rows = []
+        for (one, two), q, turn, prompt in asked:
+            row: dict[str, Any] = {"question_id": q.id, "model_1": one, "model_2": two}
+            for game, a, b in (("g1", "model_1", "model_2"), ("g2", "model_2", "model_1")):
+                talk, text, error = next(games)
+                winner = {"A": a, "B": b, "tie": "tie", None: "error"}[parse_pair_verdict(text)]
+                own = {"winner": winner, "user_prompt": talk[-1]["content"], "judgment": text}
+                row |= {f"{game}_{name}": value for name, value in (own | error).items()}
+            rows.append(row | {"judge": [match.judge, prompt.name], "turn": turn})
+        return rows
+
+    def _turns(self) -> list[tuple[Question, int]]:
+        return [(q, turn) for q in self.questions for turn in range(1, len(q.turns) + 1)]
+
+
+def _rows(source: Path | str, what: str) -> list[Row]:
+    """Rows of a file, or of a hub data set."""
+    name = str(source)
+    if Path(name).is_file():
+        return judgments.read_rows(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".jsonl"):
+        raise DataError(f"{name}: no {what} there. Give a file in the format of {MT_BENCH_SOURCE}.")
+    from salsa.data import load_rows
+
+    rows = load_rows(DataSource(path=name), [()])
+    return [Row(f"{name}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _question(
+    row: Row, given: Mapping[Any, tuple[str, ...]], references: Path | str | None
+) -> Question:
+    """A question in FastChat's format, or in that of the hub's `mt_bench_prompts`."""
+    values = row.values
+    if "prompt_id" in values:
+        own = {"question_id": values["prompt_id"], "turns": values.get("prompt")}
+        values = {**values, **own}
+    judgments.need(Row(row.where, values), "MT-Bench question", "question_id", "category", "turns")
+    key, category, turns = values["question_id"], str(values["category"]), values["turns"]
+    texts = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    if not texts or not 1 <= len(turns) <= 2:
+        raise DataError(f"{row.where}: turns is a list of one or two strings, got {turns!r}.")
+    reference = given.get(key, tuple(values.get("reference") or ()))
+    needed = category in REFERENCE_CATEGORIES and references is not None
+    if needed and len(reference) < len(turns):
+        raise DataError(
+            f"{row.where}: question {key} ({category}) needs a reference answer to every turn and {references} has "
+            f"none. Take reference_answer/gpt-4.jsonl from {MT_BENCH_SOURCE}."
+        )
+    temperature = values.get("required_temperature")
+    if temperature is None:
+        temperature = TEMPERATURES.get(category, 0.0)
+    return Question(key, category, tuple(turns), temperature, reference or None)

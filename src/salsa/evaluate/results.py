@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from salsa.artifacts import Checkpoint, read_jsonl, versions
+from salsa.config import Recipe, RLConfig
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.benchmarks import Bench
 from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary
-from salsa.evaluate.mtbench import SinglesSummary
 from salsa.evaluate.significance import holm, mcnemar
 from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_metric
-from salsa.stages.directory import Stage
+from salsa.stages.directory import Stage, policy_label
 
 DOUBTFUL_CONSISTENCY = 0.5
 """Below this share of verdicts that survive the swap the report warns."""
@@ -64,16 +64,82 @@ class Results:
         return len(next(iter(self.arms.values())).seeds)
 
 
+def results_of(
+    recipe: Recipe, stages: Sequence[Stage], samples: Mapping[str, Sequence[Checkpoint]]
+) -> Results:
+    """What a finished run measured.
+
+    Args:
+        recipe: the run's.
+        stages: all of its finished stages.
+        samples: arm → seed → the directory of `samples.jsonl`.
+    """
+    policies = {
+        s.path: s.record["inputs"]["policy"] for s in stages if "policy" in s.record["inputs"]
+    }
+    metrics = {stage.label: stage.metrics for stage in stages}
+    seeds = recipe.rl.seeds
+    arms = {}
+    for name, of_arm in samples.items():
+        arm = recipe.rl.arms.get(name)
+        arms[name] = Arm(
+            labels=[f"{name}-seed-{seed}" for seed in seeds],
+            seeds=seeds,
+            policies=[policies[one.path] for one in of_arm],
+            init=arm.init if arm else recipe.eval.shown,
+            reference=arm.reference if arm else recipe.eval.shown,
+            trained=arm is not None,
+        )
+    return Results(
+        name=recipe.name,
+        baseline=recipe.eval.baseline,
+        arms=arms,
+        recipe=recipe.model_dump(mode="json"),
+        samples=samples,
+        scores=("proxy", *recipe.eval.scores),
+        kl_to=recipe.eval.kl_to,
+        remarks=_remarks(recipe),
+        curves={
+            name: [metrics[policy_label(name, seed)] for seed in seeds] for name in recipe.rl.arms
+        },
+        stages=stages,
+    )
+
+
+def _remarks(recipe: Recipe) -> list[str]:
+    """What a reader must know of how the models were made."""
+    sentences = []
+    if (preferences := recipe.preferences) is not None and preferences.labeller is not None:
+        sentences.append(
+            f"The preferences are synthetic. Two replies per prompt were sampled from the {recipe.sft.count} SFT "
+            f"models and scored by {preferences.labeller.call}; reply a was labelled better with probability "
+            f"sigmoid((score a − score b) / {preferences.noise:g}). No person compared them."
+        )
+    configs = {name: recipe.rl.config_of(name) for name in recipe.rl.arms}
+    betas = {name: c.kl_coef for name, c in configs.items() if isinstance(c, RLConfig)}
+    used = f"Every arm used the same β = {next(iter(betas.values()), recipe.rl.kl_coef):g}."
+    if len(set(betas.values())) > 1:
+        used = "β: " + ", ".join(f"{name} {beta:g}" for name, beta in betas.items()) + "."
+    sentences.append(
+        f"{used} The same β is another constraint once the reference moves, so compare arms at equal KL to "
+        f"{recipe.eval.shown} (the reward–KL plot), not by reward alone."
+    )
+    sentences.append(
+        "The proxy is what the policies were trained to raise. A proxy that rises while a held-out score does not is "
+        "reward hacking, not improvement."
+    )
+    return sentences
+
+
 def summarise(results: Results) -> dict[str, Any]:
     """The content of `report.json`. All that may differ between two equal runs lies under `times`."""
     tables = {name: _table(results, of_arm) for name, of_arm in results.samples.items()}
-    models: Arms = {
-        label: (name, seed)
-        for name, arm in results.arms.items()
-        for seed, label in enumerate(arm.labels)
-    }
+    arms = results.arms
+    models = {label: (name, k) for name, arm in arms.items() for k, label in enumerate(arm.labels)}
     judged = {bench.name: _bench(bench, models) for bench in results.benches}
-    order = _baseline_first(results)
+    untrained = [name for name, arm in arms.items() if arm.trained is False]
+    order = list(dict.fromkeys([*untrained, results.baseline, *arms]))
+    ended = {name: table["ended"][0].tolist() for name, table in tables.items()}
     return {
         "name": results.name,
         "baseline": results.baseline,
@@ -82,9 +148,12 @@ def summarise(results: Results) -> dict[str, Any]:
         "num_prompts": next(iter(tables.values()))["length"].shape[1] if tables else 0,
         "scores": list(results.scores),
         "kl_to": list(results.kl_to),
-        "arms": {name: _arm(arm, tables.get(name, {})) for name, arm in results.arms.items()},
+        "arms": {name: _arm(arm, tables.get(name, {})) for name, arm in arms.items()},
         "pairs": [pair for score in results.scores for pair in pairs_of(score, tables, order)],
-        "ended": _ended(tables, order) if tables and results.num_seeds == 1 else [],
+        "ended": [  # McNemar's test on ending by itself, every arm against the first
+            {"candidate": arm, "baseline": order[0]} | rounded(mcnemar(ended[arm], ended[order[0]]))
+            for arm in (order[1:] if tables and results.num_seeds == 1 else ())
+        ],
         "benchmarks": judged,
         "judge": results.judge,
         "recipe": results.recipe,
@@ -104,27 +173,31 @@ def verdict_rows(bench: Bench) -> list[dict[str, Any]]:
     except NoVerdict:
         return []
     known = {question.id: question for question in bench.questions}
-    raw = {_identity(row): row for row in bench.pairs}
+    texts = {}
+    for row in bench.pairs:
+        if "games" in row:  # the candidate is second in Arena-Hard's first game
+            key = (row["uid"], 1, row["model"], row["baseline"])
+            texts[key] = [game["judgment"]["answer"] for game in row["games"]][::-1]
+        else:
+            key = (row["question_id"], row["turn"], row["model_1"], row["model_2"])
+            texts[key] = [row["g1_judgment"], row["g2_judgment"]]
     rows = []
-    for comparison in comparisons:
-        question = known[comparison.question]
-        names = (comparison.candidate, comparison.baseline)
-        row = raw.get((comparison.question, comparison.turn, *names))
-        own, other = (bench.answers[name][question.id][: comparison.turn] for name in names)
+    for one in comparisons:
+        question, names = known[one.question], (one.candidate, one.baseline)
         rows.append(
             {
                 "bench": bench.name,
                 "question": str(question.id),
                 "category": question.category,
-                "turn": comparison.turn,
-                "candidate": names[0],
-                "baseline": names[1],
-                "outcome": comparison.outcome,
-                "games": list(comparison.games),
-                "asked": list(question.turns[: comparison.turn]),
-                "answers": [list(own), list(other)],
-                "judgments": _texts(row) if row else ["", ""],
-                "lengths": comparison.lengths,
+                "turn": one.turn,
+                "candidate": one.candidate,
+                "baseline": one.baseline,
+                "outcome": one.outcome,
+                "games": list(one.games),
+                "asked": list(question.turns[: one.turn]),
+                "answers": [list(bench.answers[m][question.id][: one.turn]) for m in names],
+                "judgments": texts.get((one.question, one.turn, *names), ["", ""]),
+                "lengths": one.lengths,
             }
         )
     return rows
@@ -145,12 +218,9 @@ def pairs_summary(bench: Bench, arms: Arms) -> PairsSummary:
 def pairs_of(
     score: str, tables: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
+    """Every pair of arms by the column `score` of `tables`, arm → column → values [seeds, prompts].
 
-    Args:
-        score: which column decides.
-        tables: arm → column → values [seeds, prompts].
-        arms: in every pair the earlier is the baseline.
+    The earlier arm is the baseline; p-values are also corrected by Holm for the number of pairs.
     """
     rows = []
     for baseline, candidate in combinations(arms, 2):
@@ -165,11 +235,14 @@ def pairs_of(
 
 
 def rounded(estimate: Any) -> dict[str, Any]:
-    """The fields of an estimate, shortened to what compares runs."""
-    return {
-        key: round_metric(value) if isinstance(value, float) else value
-        for key, value in asdict(estimate).items()
-    }
+    """The fields of an estimate, or of several, shortened to what compares runs; keys become text."""
+    return _shortened(asdict(estimate))
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _shortened(each) for key, each in value.items()}
+    return round_metric(value) if isinstance(value, float) else value
 
 
 def _table(results: Results, samples: Sequence[Checkpoint]) -> dict[str, np.ndarray]:
@@ -180,15 +253,9 @@ def _table(results: Results, samples: Sequence[Checkpoint]) -> dict[str, np.ndar
     return {c: np.array([[float(row[c]) for row in seed] for seed in rows]) for c in columns}
 
 
-def _baseline_first(results: Results) -> list[str]:
-    """The arms; what was not trained comes before the baseline, the others after it."""
-    untrained = [name for name, arm in results.arms.items() if arm.trained is False]
-    first = list(dict.fromkeys([*untrained, results.baseline]))
-    return first + [name for name in results.arms if name not in first]
-
-
 def _arm(arm: Arm, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     columns = {"eos_rate" if name == "ended" else name: values for name, values in table.items()}
+    each = enumerate(zip(arm.seeds, arm.labels, arm.policies, strict=True))
     return {
         "init": arm.init,
         "reference": arm.reference,
@@ -196,28 +263,33 @@ def _arm(arm: Arm, table: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "seeds": [
             {"seed": seed, "label": label, "policy": policy}
             | {name: round_metric(values[row].mean()) for name, values in columns.items()}
-            for row, (seed, label, policy) in enumerate(
-                zip(arm.seeds, arm.labels, arm.policies, strict=True)
-            )
+            for row, (seed, label, policy) in each
         ],
         "mean": {name: rounded(two_level_mean(values)) for name, values in columns.items()},
     }
 
 
-def _ended(
-    tables: Mapping[str, Mapping[str, np.ndarray]], order: Sequence[str]
-) -> list[dict[str, Any]]:
-    """McNemar's test on ending by itself, every arm against the first."""
-    ended = {name: table["ended"][0].tolist() for name, table in tables.items()}
-    return [
-        {"candidate": arm, "baseline": order[0]} | rounded(mcnemar(ended[arm], ended[order[0]]))
-        for arm in order[1:]
-    ]
-
-
 def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = [_seeds_note(results.num_seeds), *_arithmetic_note(results.stages)]
+    count = results.num_seeds
+    seeds = (
+        "One training seed per arm: the intervals cover prompts only and say nothing about another seed."
+        if count == 1
+        else f"{count} training seeds per arm: the intervals are Student's t over prompts or over seeds, whichever is "
+        "wider."
+    )
+    few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
+    notes = [seeds + (few if 1 < count < 4 else "")]
+    computed: dict[str, list[str]] = {}
+    for stage in results.stages:
+        if (precision := stage.record.get("precision")) is not None:
+            computed.setdefault(precision, []).append(stage.label)
+    if len(computed) > 1:
+        parts = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in computed.items())
+        notes.append(
+            f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
+            "comparison across that line."
+        )
     for name, bench in judged.items():
         notes += [f"{name}: {count} {what}." for what, count in bench["counts"].items()]
         for arm, one in (bench["singles"] or {"arms": {}})["arms"].items():
@@ -237,35 +309,11 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
     return notes
 
 
-def _seeds_note(count: int) -> str:
-    if count == 1:
-        return "One training seed per arm: the intervals cover prompts only and say nothing about another seed."
-    few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
-    return (
-        f"{count} training seeds per arm: the intervals are Student's t over prompts or over seeds, whichever is wider."
-        + (few if count < 4 else "")
-    )
-
-
-def _arithmetic_note(stages: Sequence[Stage]) -> list[str]:
-    """A note if stages were computed differently."""
-    computed: dict[str, list[str]] = {}
-    for stage in stages:
-        if (precision := stage.record.get("precision")) is not None:
-            computed.setdefault(precision, []).append(stage.label)
-    if len(computed) < 2:
-        return []
-    parts = "; ".join(f"{precision}: {', '.join(labels)}" for precision, labels in computed.items())
-    return [
-        f"Stages of this run were computed in different arithmetic ({parts}). Their difference is part of every "
-        "comparison across that line."
-    ]
-
-
 def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     """Rates and ratings of one benchmark; a judge that never gave a verdict is told, and the rest still stands."""
     pairs: list[PairSummary] = []
-    singles, counts = None, {}
+    counts: dict[str, int] = {}
+    singles: dict[str, Any] | None = None
     try:
         summary = pairs_summary(bench, arms)
         pairs, counts = list(summary.pairs.values()), dict(summary.counts)
@@ -275,7 +323,13 @@ def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
         categories = {question.id: question.category for question in bench.questions}
         try:
             ratings = mtbench.summarise_singles(bench.singles, categories=categories, arms=arms)
-            singles = _singles(ratings)
+            singles = {
+                "arms": {arm: rounded(one) for arm, one in ratings.models.items()},
+                "differences": [
+                    {"a": a, "b": b, **rounded(difference)}
+                    for (a, b), difference in ratings.differences.items()
+                ],
+            }
             counts |= {f"(ratings) {name}": count for name, count in ratings.counts.items()}
         except NoVerdict as error:
             counts[f"judgments and no rating at all ({error})"] = len(bench.singles)
@@ -297,47 +351,14 @@ def _rate(rate: Any) -> dict[str, Any]:
 
 
 def _pair(pair: PairSummary) -> dict[str, Any]:
-    position, length = pair.position, pair.length
+    short = rounded(pair)
     return {
         "candidate": pair.candidate,
         "baseline": pair.baseline,
         **_rate(pair.win_rate),
-        "sign_test": rounded(pair.sign),
-        "position": asdict(position)
-        | {"consistency": position.consistency, "first_rate": position.first_rate},
-        "length": asdict(length) | {"longer_rate": length.longer_rate} if length else None,
-        "by_category": {name: rounded(rate) for name, rate in pair.by_category.items()},
-        "by_turn": {str(turn): rounded(rate) for turn, rate in pair.by_turn.items()},
+        "sign_test": short["sign"],
+        "position": asdict(pair.position),
+        "length": asdict(pair.length) if pair.length else None,
+        "by_category": short["by_category"],
+        "by_turn": short["by_turn"],
     }
-
-
-def _singles(singles: SinglesSummary) -> dict[str, Any]:
-    return {
-        "arms": {
-            arm: {
-                "score": rounded(one.score),
-                "by_category": {name: rounded(e) for name, e in one.by_category.items()},
-                "by_turn": {str(turn): rounded(e) for turn, e in one.by_turn.items()},
-                "n": one.n,
-                "dropped": one.dropped,
-            }
-            for arm, one in singles.models.items()
-        },
-        "differences": [
-            {"a": a, "b": b, **rounded(difference)}
-            for (a, b), difference in singles.differences.items()
-        ],
-    }
-
-
-def _identity(row: Mapping[str, Any]) -> tuple[Any, int, str, str]:
-    if "games" in row:
-        return row["uid"], 1, row["model"], row["baseline"]
-    return row["question_id"], row["turn"], row["model_1"], row["model_2"]
-
-
-def _texts(row: Mapping[str, Any]) -> list[str]:
-    """Both games' judgments, the candidate first in the first of them."""
-    if "games" in row:
-        return [game["judgment"]["answer"] for game in row["games"]][::-1]
-    return [row["g1_judgment"], row["g2_judgment"]]

@@ -5,7 +5,7 @@ in nats per response, averaged over responses that the policy sampled.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import compress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,9 +26,18 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
     tokenizer = load_tokenizer(job.policy.path)
     policy = LanguageModel.load(job.policy.path, engine)
-    others = _measured(job, policy, engine)
+    measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
+    if job.references:
+        measured["reference"] = job.references
+    models = {job.policy.digest: policy}  # each is loaded once, and the policy may be one of them
+    for one in chain.from_iterable(measured.values()):
+        if one.digest not in models:
+            models[one.digest] = LanguageModel.load(one.path, engine)
     scorers = {name: sum_of(reward.load(engine)) for name, reward in job.rewards.items()}
-    prompts = _prompts(job, tokenizer)
+    limit = job.max_prompt_tokens if job.only is None else None
+    prompts = load_prompts(job.prompts, tokenizer, max_tokens=limit)
+    if job.only is not None:
+        prompts = [prompts[number] for number in job.only]
     sampler = LocalSampler(policy)
     sampling = sampling_for(
         job.policy.path,
@@ -44,7 +53,7 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
             rollout = sampler.generate([p.ids for p in batch], sampling, generator).rollout
-            kl = _kl(job, policy, others, rollout)
+            kl = _kl(job, measured, models, rollout)
             new = _rows(batch, rollout, kl, scorers, tokenizer, sampling.eos_ids)
             rows += new
             metrics = {name: sum(row[name] for row in new) / len(new) for name in shown}
@@ -52,49 +61,22 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
     write_jsonl(directory / "samples.jsonl", rows)
 
 
-def _prompts(job: EvalJob, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
-    """The job's prompts; of those that it names, all fit."""
-    if job.only is None:
-        return load_prompts(job.prompts, tokenizer, max_tokens=job.max_prompt_tokens)
-    every = load_prompts(job.prompts, tokenizer, max_tokens=None)
-    wanted = set(job.only)
-    return list(compress(every, [number in wanted for number in range(len(every))]))
-
-
-def _measured(
-    job: EvalJob, policy: LanguageModel, engine: Engine
-) -> dict[str, tuple[LanguageModel, ...]]:
-    """Name → models whose KL is measured; the policy itself where it is one of them. Each is loaded once."""
-    loaded = {job.policy.digest: policy}
-
-    def model(checkpoint: Checkpoint) -> LanguageModel:
-        if checkpoint.digest not in loaded:
-            loaded[checkpoint.digest] = LanguageModel.load(checkpoint.path, engine)
-        return loaded[checkpoint.digest]
-
-    named: dict[str, tuple[LanguageModel, ...]] = {}
-    for name, checkpoint in job.kl_to.items():
-        named[f"to_{name}"] = (model(checkpoint),)
-    if job.references:
-        named["reference"] = tuple(model(c) for c in job.references)
-    return named
-
-
 def _kl(
     job: EvalJob,
-    policy: LanguageModel,
-    others: Mapping[str, tuple[LanguageModel, ...]],
+    measured: Mapping[str, tuple[Checkpoint, ...]],
+    models: Mapping[str, LanguageModel],
     rollout: Rollout,
 ) -> dict[str, list[float]]:
     """Name → KL of each response; to a mixture the weighted sum of the KLs to its parts, which are named too."""
     columns: dict[str, list[float]] = {}
-    each: dict[int, list[float]] = {id(policy): [0.0] * len(rollout)}
-    for name, models in others.items():
-        for model in models:
-            if id(model) not in each:
-                per_token = policy.kl_to(model, rollout, job.temperature)
-                each[id(model)] = per_token.sum(dim=1).tolist()
-        parts = [each[id(model)] for model in models]
+    policy = models[job.policy.digest]
+    each = {
+        digest: policy.kl_to(model, rollout, job.temperature).sum(dim=1).tolist()
+        for digest, model in models.items()
+        if model is not policy
+    } | {job.policy.digest: [0.0] * len(rollout)}
+    for name, checkpoints in measured.items():
+        parts = [each[one.digest] for one in checkpoints]
         columns[name] = parts[0]
         if len(parts) > 1:
             columns |= {f"{name}[{i}]": part for i, part in enumerate(parts)}

@@ -1,10 +1,18 @@
-"""What `salsa eval` of checkpoints is asked to do: strict, frozen, torch-free, like a recipe."""
+"""What `salsa eval` of checkpoints is asked to do, and its words → an `EvalSpec`: strict, frozen, like a recipe.
 
+Torch-free: a slip of the pen is told before anything loads.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from salsa.config.recipe import apply_override
 from salsa.config.schema import (
     Count,
     DataSource,
@@ -15,6 +23,9 @@ from salsa.config.schema import (
     explain,
 )
 from salsa.errors import ConfigError
+
+MT_BENCH_SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
+ARENA_HARD_SOURCE = "github.com/lmarena/arena-hard-auto"
 
 
 class JudgeConfig(Strict):
@@ -61,7 +72,7 @@ class JudgeConfig(Strict):
 
 
 class MTBenchConfig(Strict):
-    """MT-Bench; the files are upstream's (github.com/lm-sys/FastChat, fastchat/llm_judge/data)."""
+    """MT-Bench; the files are upstream's (`MT_BENCH_SOURCE`)."""
 
     questions: str
     """`question.jsonl`."""
@@ -76,7 +87,7 @@ class MTBenchConfig(Strict):
 
 
 class ArenaHardConfig(Strict):
-    """Arena-Hard; the files are upstream's (github.com/lmarena/arena-hard-auto)."""
+    """Arena-Hard; the files are upstream's (`ARENA_HARD_SOURCE`)."""
 
     questions: str
     """`question.jsonl`."""
@@ -196,3 +207,142 @@ class EvalSpec(Strict):
     def num_seeds(self) -> int:
         """Checkpoints per arm."""
         return len(next(iter(self.models.values())))
+
+
+@dataclass(frozen=True)
+class EvalWords:
+    """Options of `salsa eval` as they were typed."""
+
+    models: Sequence[str]
+    spec: Path | None = None
+    prompts: str | None = None
+    mt_bench: Path | None = None
+    arena_hard: Path | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    rewards: Sequence[str] = ()
+    kl_to: str | None = None
+    baseline: str | None = None
+    settings: Sequence[str] = ()
+
+
+def spec_of(words: EvalWords) -> EvalSpec:
+    """The evaluation that the words ask for.
+
+    Raises:
+        ConfigError: something is missing or cannot be meant.
+    """
+    values = _read_spec(words.spec) if words.spec else {}
+    if words.models:
+        values["models"] = _models(words.models)
+    sections: dict[str, dict[str, Any]] = {
+        "prompts": {"source": words.prompts},
+        "mt_bench": _files(
+            words.mt_bench, "mt_bench", MT_BENCH_SOURCE, questions="question.jsonl",
+            references="reference_answer/gpt-4.jsonl", judge_prompts="judge_prompts.jsonl",
+        ),
+        "arena_hard": _files(
+            words.arena_hard, "arena_hard", ARENA_HARD_SOURCE, questions="question.jsonl",
+            judge_prompt="judge_config.yaml",
+        ),
+        "judge": _judge(words.judge) | {"model": words.judge_model},
+        "rewards": dict(map(_reward, words.rewards)),
+    }  # fmt: skip
+    for name, section in sections.items():
+        if given := {key: value for key, value in section.items() if value}:
+            known = values.setdefault(name, {})
+            if not isinstance(known, dict):
+                raise ConfigError(f"{name} is a value, not a section.")
+            known.update(given)
+    values |= {k: v for k in ("kl_to", "baseline") if (v := getattr(words, k))}
+    for setting in words.settings:
+        apply_override(values, setting)
+    return EvalSpec.read(values, str(words.spec or "salsa eval"))
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: an evaluation is a mapping, got {type(values).__name__}.")
+    return values
+
+
+def _models(words: Sequence[str]) -> dict[str, list[str]]:
+    """NAME=DIRECTORY, a bare directory (named after itself), or a run directory (its arms)."""
+    arms: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals:
+            name, path = Path(word).name, word
+        if not name or not path:
+            raise ConfigError(f"{word!r}: write NAME=DIRECTORY, a directory, or a run directory.")
+        is_run = not equals and (Path(word) / "stages").is_dir()
+        for arm, paths in (run_arms(Path(word)) if is_run else {name: [path]}).items():
+            arms.setdefault(arm, []).extend(paths)
+    return arms
+
+
+def run_arms(run: Path) -> dict[str, list[str]]:
+    """Arm → its policies' directories, a training seed each, of a finished run; `sft` is where it measures KL to.
+
+    Raises:
+        ConfigError: the run has no report yet, or a policy is no longer there.
+    """
+    file = run / "report.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{run}: no report.json, so the run is not finished. Finish it: salsa run."
+        )
+    report = json.loads(file.read_text(encoding="utf-8"))
+    by_output = {
+        json.loads(stage.read_text(encoding="utf-8"))["output"]: str(stage.parent)
+        for stage in (run / "stages").glob("*/stage.json")
+    }
+    policies = {}
+    for arm, record in report["arms"].items():
+        wanted = [seed["policy"] for seed in record["seeds"]]
+        if not record["trained"]:
+            wanted = [output for output in wanted if output in by_output]
+        missing = [output for output in wanted if output not in by_output]
+        if missing:
+            raise ConfigError(
+                f"{run}: the policy of {arm} ({missing[0][:12]}) is gone. Run its recipe again, or name directories."
+            )
+        if wanted:
+            policies[arm] = [by_output[output] for output in wanted]
+    return policies
+
+
+def _files(folder: Path | None, benchmark: str, source: str, **names: str) -> dict[str, str]:
+    """A benchmark's files in upstream's layout; judge_prompts.jsonl may lie beside FastChat's `folder`."""
+    files: dict[str, str] = {}
+    if folder is None:
+        return files
+    for name, file in names.items():
+        path = folder / file
+        if name == "judge_prompts" and not path.exists():
+            path = folder.parent / file
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: not there. Take it from {source}, or name the files one by one: --set {benchmark}.{name}=PATH"
+            )
+        files[name] = str(path)
+    return files
+
+
+def _judge(word: str | None) -> dict[str, str]:
+    if not word:
+        return {}
+    if word.startswith(("http://", "https://")):
+        return {"url": word}
+    return {"replay" if word.endswith(".jsonl") else "path": word}
+
+
+def _reward(word: str) -> tuple[str, dict[str, str]]:
+    name, equals, target = word.partition("=")
+    if not equals:
+        raise ConfigError(f"--reward {word!r}: write NAME=DIRECTORY or NAME=module:function.")
+    return name, {"path" if Path(target).is_dir() or ":" not in target else "call": target}

@@ -115,15 +115,10 @@ def rate_of(
     dropped: int = 0,
     confidence: float = 0.95,
 ) -> WinRate:
-    """Weighted win rate of outcomes in [0, 1].
+    """Weighted win rate of outcomes in [0, 1]: 1 = the candidate won, 0 = it lost, ½ = tie.
 
-    Args:
-        outcome: 1 = the candidate won, 0 = it lost, ½ = tie.
-        clusters: the prompt of each.
-        seeds: the training seed of each, if there are several (`nested_mean`).
-        weights: Arena-Hard's; 1 if not given.
-        dropped: comparisons without a verdict, for the bounds.
-        confidence: level of the interval.
+    `clusters`, `seeds` and `weights` are each outcome's prompt, training seed and Arena-Hard weight (`nested_mean`);
+    `dropped` comparisons without a verdict widen the bounds only.
     """
     w = np.ones(len(outcome)) if weights is None else weights
     estimate = nested_mean(outcome, clusters, seeds=seeds, weights=w, confidence=confidence)

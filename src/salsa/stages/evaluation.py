@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from salsa.artifacts import Checkpoint
 from salsa.config import DataSource, RewardFunction
 from salsa.data import fingerprint
-from salsa.evaluate.inputs import Question
+from salsa.evaluate.benchmarks import Question
 from salsa.rewards import RewardSource
 
 if TYPE_CHECKING:
