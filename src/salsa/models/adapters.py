@@ -6,6 +6,7 @@ module has its own. Adapters carry no dropout, as nothing in RL does here.
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +39,8 @@ def add_adapters(model: nn.Module, config: LoRAConfig, *, seed: int) -> None:
     try:
         peft.inject_adapter_in_model(lora, model, _ADAPTER)
     except ValueError as error:
-        raise ConfigError(
-            f"rl.lora.target_modules={targets}: {' '.join(str(error).split())}"
-        ) from error
+        words = " ".join(str(error).split())
+        raise ConfigError(f"rl.lora.target_modules={targets}: {words}") from error
 
 
 @torch.no_grad()
@@ -49,27 +49,18 @@ def merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """Each weight as the forward pass means it, W + (alpha / r)·B·A, under its name in a model without adapters.
 
-    Args:
-        model: the model with adapters.
-        master: gives a parameter's fp32 value.
+    `master` gives a parameter's fp32 value.
     """
-    adapted = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    adapted: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".base_layer.")
         weight = master(parameter)
-        if owner in adapted:
+        if layer := adapted.get(owner):
             if leaf == "weight":
-                weight = weight + _delta(adapted[owner], master)
-            yield f"{owner}.{leaf}".replace(WRAPPED, ""), weight
-        elif ".lora_" not in name:
-            yield name.replace(WRAPPED, ""), weight
-
-
-def _delta(layer: nn.Module, master: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    """(alpha / r)·B·A of one linear layer, in fp32."""
-    up, down = (
-        master(getattr(layer, name)[_ADAPTER].weight)  # type: ignore[index]
-        for name in ("lora_B", "lora_A")
-    )
-    delta = (up @ down) * layer.scaling[_ADAPTER]  # type: ignore[index]
-    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+                up, down = (master(m[_ADAPTER].weight) for m in (layer.lora_B, layer.lora_A))
+                delta = (up @ down) * layer.scaling[_ADAPTER]
+                weight = weight + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+            name = f"{owner}.{leaf}"
+        elif ".lora_" in name:
+            continue
+        yield name.replace(WRAPPED, ""), weight

@@ -58,8 +58,8 @@ def forward_flops(model: Any, tokens: int, logits: int) -> float:
     trunk = model.trunk
     embedding = trunk.get_input_embeddings().weight
     matrices = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embedding.numel()
-    head = model.output_head
-    return 2.0 * matrices * tokens + (2.0 * head.weight.numel() * logits if head is not None else 0)
+    head = model.backbone.get_output_embeddings().weight.numel() if logits else 0
+    return 2.0 * matrices * tokens + 2.0 * head * logits
 
 
 @lru_cache(maxsize=2)
