@@ -17,27 +17,19 @@ def all_figures(
     """Element id → figure; the ids of one benchmark begin with its `slug`."""
     arms, figures = list(summary["arms"]), {}
     arm_of = {m["label"]: name for name, arm in summary["arms"].items() for m in arm["seeds"]}
+    sides = lambda row: [arm_of.get(row[side], row[side]) for side in ("candidate", "baseline")]
     for name, bench in summary["benchmarks"].items():
         singles = bench["singles"]
         if singles and any(one["by_category"] for one in singles["arms"].values()):
             figures[f"{slug(name)}-bars"] = category_bars(singles, arms)
             figures[f"{slug(name)}-radar"] = category_radar(singles, arms)
-        shown = [
-            p
-            for p in bench["pairs"]
-            if p["baseline"] not in arms or p["baseline"] == summary["baseline"]
-        ]
+        others = set(arms) - {summary["baseline"]}
+        shown = [pair for pair in bench["pairs"] if pair["baseline"] not in others]
         if any(len(pair["by_category"]) > 1 for pair in shown):
             figures[f"{slug(name)}-rates"] = rates_by_category(shown, arms)
         for number, pair in enumerate(bench["pairs"]):
             names = [pair["candidate"], pair["baseline"]]
-            own = [
-                row
-                for row in verdicts
-                if row["bench"] == name
-                and [arm_of.get(row[side], row[side]) for side in ("candidate", "baseline")]
-                == names
-            ]
+            own = [row for row in verdicts if row["bench"] == name and sides(row) == names]
             if any(row["lengths"] and row["outcome"] is not None for row in own):
                 title = f"{names[0]} against {names[1]}: length"
                 figures[f"{slug(name)}-length-{number}"] = length_against_verdict(
@@ -53,20 +45,21 @@ def slug(name: str) -> str:
 
 def category_bars(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
     """Mean rating by category, an arm a colour, with 95 % intervals."""
-    data = []
-    for arm, one in singles["arms"].items():
-        groups = one["by_category"]
-        data.append(
-            {
-                "type": "bar",
-                "name": arm,
-                "x": list(groups),
-                "y": [e["mean"] for e in groups.values()],
-                "error_y": error_bar(list(groups.values())),
-                "marker": {"color": colour(arm, arms)},
-            }
-        )
+    ratings = {arm: one["by_category"] for arm, one in singles["arms"].items()}
+    data = [_bars(arm, groups, colour(arm, arms)) for arm, groups in ratings.items()]
     return {"data": data, "layout": layout("rating by category", "", "1 to 10")}
+
+
+def _bars(name: str, estimates: Mapping[str, Mapping[str, float]], slot: str) -> dict[str, Any]:
+    """A bar per category, with its interval."""
+    return {
+        "type": "bar",
+        "name": name,
+        "x": list(estimates),
+        "y": [e["mean"] for e in estimates.values()],
+        "error_y": error_bar(list(estimates.values())),
+        "marker": {"color": slot},
+    }
 
 
 def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
@@ -90,17 +83,11 @@ def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
 
 def rates_by_category(pairs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Figure:
     """Win rate by category of every pair against the baseline, with 95 % intervals."""
-    data = [
-        {
-            "type": "bar",
-            "name": f"{pair['candidate']} against {pair['baseline']}",
-            "x": list(pair["by_category"]),
-            "y": [rate["rate"] for rate in pair["by_category"].values()],
-            "error_y": error_bar([r | {"mean": r["rate"]} for r in pair["by_category"].values()]),
-            "marker": {"color": colour(pair["candidate"], arms)},
-        }
-        for pair in pairs
-    ]
+    data = []
+    for pair in pairs:
+        rates = {c: rate | {"mean": rate["rate"]} for c, rate in pair["by_category"].items()}
+        name = f"{pair['candidate']} against {pair['baseline']}"
+        data.append(_bars(name, rates, colour(pair["candidate"], arms)))
     return {"data": data, "layout": layout("win rate by category", "", "win rate")}
 
 
