@@ -20,7 +20,7 @@ from salsa.config import LoRAConfig
 from salsa.errors import CheckpointError
 from salsa.models.adapters import add_adapters, merged, shared_copy
 from salsa.models.loading import load_policy, save_checkpoint
-from salsa.models.trunk import enable_packing, recompute_activations, response_hidden, unflatten
+from salsa.models.trunk import enable_packing, packs, recompute_activations, response_hidden
 from salsa.models.weights import MixedPrecisionModule
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
@@ -40,12 +40,10 @@ class TokenStats(NamedTuple):
 class LanguageModel(MixedPrecisionModule):
     """A model of transformers with its precision, packing and adapters."""
 
-    def __init__(
-        self, backbone: PreTrainedModel, engine: Engine, *, packs: bool, **options: Any
-    ) -> None:
-        """Wrap `backbone`; `packs` says whether its attention takes packed rows. See `load`."""
+    def __init__(self, backbone: PreTrainedModel, engine: Engine, **options: Any) -> None:
+        """Wrap `backbone`, with options of `MixedPrecisionModule`. See `of`."""
         super().__init__(engine, **options)
-        self.backbone, self.packs = backbone, packs
+        self.backbone = backbone
         self.lower()
 
     @classmethod
@@ -63,29 +61,30 @@ class LanguageModel(MixedPrecisionModule):
         moves: bool = False,
         recompute: bool = False,
     ) -> "LanguageModel":
-        """Wrap an fp32 model that is in memory; it is changed.
+        """Wrap an fp32 model that is in memory, which is changed.
 
-        Args:
-            backbone: the model.
-            engine: device and precision.
-            learns: it gets gradients; fp32 masters are kept.
-            moves: `follow` will be called; fp32 masters are kept.
-            recompute: compute activations again in the backward pass.
+        One that `learns` gets gradients, one that `moves` can `follow` or be `put`; both keep fp32 masters. With
+        `recompute`, activations are computed again in the backward pass.
 
         Raises:
             CheckpointError: it does more to its logits than is known here.
         """
         _check_logits(backbone)
-        packs = enable_packing(backbone)
+        enable_packing(backbone)
         backbone.requires_grad_(learns)
         if recompute:
             recompute_activations(backbone)
-        return cls(backbone, engine, packs=packs, learns=learns, moves=moves)
+        return cls(backbone, engine, learns=learns, moves=moves)
 
     @property
     def trunk(self) -> Any:
         """The model without its output head."""
         return self.backbone.base_model
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed without padding."""
+        return packs(self.trunk)
 
     def logprobs(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B R"]:
         """Log π(y_t | x, y_<t) under `temperature`, in nats, to be differentiated; 0 outside the mask."""
@@ -102,14 +101,12 @@ class LanguageModel(MixedPrecisionModule):
     ) -> Float[Tensor, "B R"]:
         """Exact KL(this ‖ other) of each next-token distribution, in nats; 0 outside the mask."""
         models = self, other
-        hidden = [m(response_hidden, m.trunk, rollout, packs=m.packs) for m in models]
+        hidden = [m(response_hidden, m.trunk, rollout) for m in models]
         parts = []
-        for states in zip(*(states.split(LOGITS_CHUNK) for states in hidden), strict=True):
-            logits = [
-                m(_logits, m.backbone, h, temperature) for m, h in zip(models, states, strict=True)
-            ]
+        for chunks in zip(*(states.split(LOGITS_CHUNK) for states in hidden), strict=True):
+            logits = map(lambda m, h: m(_logits, m.backbone, h, temperature), models, chunks)
             parts.append(categorical_kl(*logits))
-        return unflatten(torch.cat(parts), rollout.response_mask)
+        return rollout.unflatten(torch.cat(parts))
 
     def next_logits(self, last: Int[Tensor, " rows"], **inputs: Any) -> Float[Tensor, "rows V"]:
         """fp32 logits after the tokens at `last`, of a pass with `inputs` as transformers takes them."""
@@ -130,7 +127,7 @@ class LanguageModel(MixedPrecisionModule):
 
     def shared(self) -> "LanguageModel":
         """The same modules anew on the very same weights; adapters that come later are its own."""
-        return LanguageModel(shared_copy(self.backbone), self.engine, packs=self.packs, shared=self)
+        return LanguageModel(shared_copy(self.backbone), self.engine, shared=self)
 
     def add_adapters(self, config: LoRAConfig, seed: int) -> None:
         """Freeze the weights and learn low-rank adapters instead; at first they change nothing."""
@@ -147,11 +144,9 @@ class LanguageModel(MixedPrecisionModule):
             return -cross_entropy(logits, tokens, reduction="none")
 
         chunks = self._chunks(rollout)
-        if len(chunks) == 1:
-            parts = [chunk(*chunks[0])]
-        else:
-            parts = [checkpoint(chunk, *inputs, use_reentrant=False) for inputs in chunks]
-        return unflatten(torch.cat(parts), rollout.response_mask)
+        again = len(chunks) > 1
+        parts = [checkpoint(chunk, *c, use_reentrant=False) if again else chunk(*c) for c in chunks]
+        return rollout.unflatten(torch.cat(parts))
 
     def _stats(self, rollout: Rollout, temperature: float) -> TokenStats:
         parts = []
@@ -160,15 +155,12 @@ class LanguageModel(MixedPrecisionModule):
             logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             parts.append((logprobs, -(distribution.exp() * distribution).sum(dim=-1)))
         return TokenStats(
-            *(
-                unflatten(torch.cat(part), rollout.response_mask)
-                for part in zip(*parts, strict=True)
-            )
+            *(rollout.unflatten(torch.cat(part)) for part in zip(*parts, strict=True))
         )
 
     def _chunks(self, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
         """The hidden states before the response tokens, and these, LOGITS_CHUNK at a time."""
-        hidden = response_hidden(self.trunk, rollout, packs=self.packs)
+        hidden = response_hidden(self.trunk, rollout)
         tokens = rollout.response[rollout.response_mask]
         return list(zip(hidden.split(LOGITS_CHUNK), tokens.split(LOGITS_CHUNK), strict=True))
 

@@ -23,10 +23,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer of a model directory. A missing padding token becomes EOS: masks come from lengths, so that is safe.
 
-    Args:
-        path: the model directory.
-        gguf_file: a GGUF file in it that holds the tokenizer.
-        chat_template: a Jinja file whose template replaces the tokenizer's.
+    `gguf_file` is one in the directory that holds the tokenizer; the Jinja file `chat_template` replaces its template.
 
     Raises:
         CheckpointError: there is no tokenizer, or it has no EOS token.
@@ -62,11 +59,7 @@ def sampling_for(
 
 
 def load_policy(path: Path | str) -> PreTrainedModel:
-    """A causal language model of transformers, fp32, without dropout.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """A causal language model of transformers, fp32, without dropout; CheckpointError if it cannot be loaded."""
     return _load(AutoModelForCausalLM, Path(path))
 
 

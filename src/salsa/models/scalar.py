@@ -14,13 +14,7 @@ from salsa.config import LoRAConfig
 from salsa.models.adapters import add_adapters, merged, shared_copy
 from salsa.models.language import LanguageModel
 from salsa.models.loading import load_classifier, load_tokenizer, save_checkpoint
-from salsa.models.trunk import (
-    enable_packing,
-    hidden_states,
-    recompute_activations,
-    response_hidden,
-    unflatten,
-)
+from salsa.models.trunk import enable_packing, hidden_states, recompute_activations, response_hidden
 from salsa.models.weights import MixedPrecisionModule
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
@@ -43,7 +37,6 @@ class ValueModel(MixedPrecisionModule):
         trunk: Any,
         engine: Engine,
         *,
-        packs: bool,
         score: nn.Linear | None = None,
         owns_trunk: bool = True,
         shared: LanguageModel | None = None,
@@ -58,7 +51,7 @@ class ValueModel(MixedPrecisionModule):
             size = trunk.config.get_text_config().hidden_size
             score = nn.Linear(size, 1, bias=False, device=engine.device)
             nn.init.zeros_(score.weight)
-        self.score, self.packs, self.owns_trunk = score, packs, owns_trunk
+        self.score, self.owns_trunk = score, owns_trunk
         self.lower()
 
     @classmethod
@@ -71,29 +64,29 @@ class ValueModel(MixedPrecisionModule):
             CheckpointError: it cannot be loaded, or has several labels.
         """
         model: Any = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
-        packs = enable_packing(model.to(engine.device))
+        enable_packing(model.to(engine.device))
         if recompute:
             recompute_activations(model)
-        return cls(model.base_model, engine, packs=packs, score=model.score)
+        return cls(model.base_model, engine, score=model.score)
 
     @classmethod
     def head_on(cls, policy: LanguageModel) -> "ValueModel":
         """A new head on the policy's trunk."""
-        return cls(policy.trunk, policy.engine, packs=policy.packs, owns_trunk=False, shared=policy)
+        return cls(policy.trunk, policy.engine, owns_trunk=False, shared=policy)
 
     @classmethod
     def adapters_on(cls, policy: LanguageModel, config: LoRAConfig, seed: int) -> "ValueModel":
         """Adapters of its own and a new head, on the policy's frozen weights."""
         trunk = shared_copy(policy.backbone).base_model
         add_adapters(trunk, config, seed=seed)
-        return cls(trunk, policy.engine, packs=policy.packs, shared=policy)
+        return cls(trunk, policy.engine, shared=policy)
 
     def values(self, rollout: Rollout) -> Float[Tensor, "B R"]:
         """V(x, y_<t): the head, in fp32, on the hidden state before each response token; 0 outside the mask."""
 
         def work() -> Tensor:
-            hidden = response_hidden(self.trunk, rollout, packs=self.packs)
-            return unflatten(scalar(self.score, hidden), rollout.response_mask)
+            hidden = response_hidden(self.trunk, rollout)
+            return rollout.unflatten(scalar(self.score, hidden))
 
         return self(work)
 
@@ -117,17 +110,14 @@ class RewardModel:
     ) -> None:
         """Freeze the fp32 `model` in the engine's arithmetic."""
         self.model: Any = model
-        self.tokenizer, self.packs = tokenizer, enable_packing(model)
+        self.tokenizer: Any = tokenizer
+        enable_packing(model)
         for parameter in model.requires_grad_(False).parameters():
             parameter.data = parameter.data.to(engine.dtype)
 
     @classmethod
     def load(cls, path: Path, engine: Engine) -> "RewardModel":
-        """Load a checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be loaded, has no head or several labels.
-        """
+        """Load a checkpoint; CheckpointError if it cannot be, has no head or several labels."""
         tokenizer = load_tokenizer(path)
         model: Any = load_classifier(path, pad_id=int(tokenizer.pad_token_id))
         return cls(model.to(engine.device), tokenizer, engine)
@@ -147,7 +137,7 @@ class RewardModel:
         scores = [0.0] * len(sequences)
         for pack in packs_of(sequences, max_tokens):
             rows = [sequences[row] for row in pack]
-            hidden, paths = hidden_states(self.model.base_model, rows, packs=self.packs)
+            hidden, paths = hidden_states(self.model.base_model, rows)
             last = [max((i for i, t in enumerate(row) if t != pad_id), default=0) for row in rows]
             values = scalar(self.model.score, hidden[paths[range(len(pack)), last]])
             for row, score in zip(pack, values.tolist(), strict=True):
@@ -158,7 +148,7 @@ class RewardModel:
         """Prompt and response as the model was trained to see them."""
         from salsa.data import render
 
-        tokenizer: Any = self.tokenizer
+        tokenizer = self.tokenizer
         if prompt.messages is None:
             return tokenizer(prompt.text + response + tokenizer.eos_token)["input_ids"]
         messages = [*prompt.messages, {"role": "assistant", "content": response}]

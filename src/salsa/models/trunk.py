@@ -32,15 +32,16 @@ def enable_packing(model: PreTrainedModel) -> bool:
     trunk, usual = model.base_model, model.config.get_text_config()._attn_implementation
     windows: list[int | None] = []
     real = pad_sequence([torch.ones(len(row)).bool() for row in _TRIAL], batch_first=True)
-    plain, where = hidden_states(trunk, _TRIAL, packs=False)
+    plain, where = hidden_states(trunk, _TRIAL)
     try:
         model.set_attn_implementation(ATTENTION)
-        packed, paths = hidden_states(trunk, _TRIAL, packs=True, windows=windows)
+        packed, paths = hidden_states(trunk, _TRIAL, windows=windows)
         found = packed[paths[real]]
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
         found = None
     if (
         found is not None
+        and packs(trunk)  # some families go on with their own
         and _tells_windows(trunk.config, windows)
         and torch.allclose(plain[where[real]], found, rtol=1e-3, atol=1e-3)
     ):
@@ -49,12 +50,17 @@ def enable_packing(model: PreTrainedModel) -> bool:
     return False
 
 
+def packs(trunk: Any) -> bool:
+    """Whether the model has the attention of packed rows."""
+    return trunk.config.get_text_config()._attn_implementation == ATTENTION
+
+
 def hidden_states(
-    trunk: nn.Module, rows: Sequence[Sequence[int]], *, packs: bool, **others: Any
+    trunk: nn.Module, rows: Sequence[Sequence[int]], **others: Any
 ) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
     """The last hidden states of all tokens, and where each row's are among them; read them by `packing.take`."""
     here = next(trunk.parameters()).device
-    if packs:
+    if packs(trunk):
         packing = pack(rows, here)
         inputs, paths = arguments(packing), packing.paths
     else:
@@ -65,9 +71,9 @@ def hidden_states(
     return hidden.flatten(0, 1), paths
 
 
-def response_hidden(trunk: nn.Module, rollout: Rollout, *, packs: bool) -> Float[Tensor, "N d"]:
+def response_hidden(trunk: nn.Module, rollout: Rollout) -> Float[Tensor, "N d"]:
     """The last hidden state before each of the N real response tokens, row after row."""
-    hidden, paths = hidden_states(trunk, rollout.rows, packs=packs)
+    hidden, paths = hidden_states(trunk, rollout.rows)
     rows, steps = rollout.response_mask.nonzero(as_tuple=True)
     return take(hidden, paths[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1])
 
@@ -89,11 +95,6 @@ def recompute_activations(model: nn.Module) -> None:
         checkpoint_wrapper_fn=lambda layer: checkpoint_wrapper(layer, preserve_rng_state=False),
         check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
     )
-
-
-def unflatten(flat: Float[Tensor, " N"], mask: Tensor) -> Float[Tensor, "B R"]:
-    """Put one number per real response token where it belongs, 0 elsewhere."""
-    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
 
 
 def _tells_windows(config: Any, windows: Sequence[int | None]) -> bool:
