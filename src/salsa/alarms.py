@@ -13,25 +13,18 @@ Row = Mapping[str, float]
 
 WINDOW = 5
 """Updates that are averaged, at the start and at the end."""
-
 _STEADY = 3
 """Updates over which the length is averaged before it counts as collapsed."""
-
 SHORT = 0.5
 """Length collapse: mean length below this share of the first update's."""
-
 DEAD = 0.2
 """Entropy collapse: entropy below this share of the first update's."""
-
 CLIPPED = 0.4
 """Share of clipped tokens that is too much."""
-
 ERRORS = 3.0
 """Standard errors by which the mean KL must lie below 0: k1 is noisy, the KL itself is never negative."""
-
 NOISE = 0.01
 """Nats by which it must lie below 0 besides: rounding alone makes differences between equal models."""
-
 DRIFT = 2.0
 """Standard errors by which proxy must rise and gold fall between the first and the last window."""
 

@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa.config import LoRAConfig
 from salsa.errors import CheckpointError
-from salsa.models.adapters import add_adapters, merged, shared_copy
 from salsa.models.loading import load_policy, save_checkpoint
 from salsa.models.trunk import enable_packing, packs, recompute_activations, response_hidden
-from salsa.models.weights import MixedPrecisionModule
+from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
 from salsa.types import Rollout

@@ -11,11 +11,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa.config import LoRAConfig
-from salsa.models.adapters import add_adapters, merged, shared_copy
 from salsa.models.language import LanguageModel
 from salsa.models.loading import load_classifier, load_tokenizer, save_checkpoint
 from salsa.models.trunk import enable_packing, hidden_states, recompute_activations, response_hidden
-from salsa.models.weights import MixedPrecisionModule
+from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
 from salsa.types import Rollout
@@ -148,12 +147,11 @@ class RewardModel:
         """Prompt and response as the model was trained to see them."""
         from salsa.data import render
 
-        tokenizer = self.tokenizer
         if prompt.messages is None:
-            return tokenizer(prompt.text + response + tokenizer.eos_token)["input_ids"]
+            return self.tokenizer(prompt.text + response + self.tokenizer.eos_token)["input_ids"]
         messages = [*prompt.messages, {"role": "assistant", "content": response}]
-        text = render(messages, tokenizer, "reward")
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = render(messages, self.tokenizer, "reward")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def scalar(head: nn.Linear, hidden: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:

@@ -1,6 +1,7 @@
 """A model's trunk: hidden states of many rows of tokens, without padding where its attention can be replaced."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,18 +34,14 @@ def enable_packing(model: PreTrainedModel) -> bool:
     windows: list[int | None] = []
     real = pad_sequence([torch.ones(len(row)).bool() for row in _TRIAL], batch_first=True)
     plain, where = hidden_states(trunk, _TRIAL)
+    same = False
     try:
         model.set_attn_implementation(ATTENTION)
         packed, paths = hidden_states(trunk, _TRIAL, windows=windows)
-        found = packed[paths[real]]
+        same = torch.allclose(plain[where[real]], packed[paths[real]], rtol=1e-3, atol=1e-3)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
-        found = None
-    if (
-        found is not None
-        and packs(trunk)  # some families go on with their own
-        and _tells_windows(trunk.config, windows)
-        and torch.allclose(plain[where[real]], found, rtol=1e-3, atol=1e-3)
-    ):
+        pass  # a family that goes on with an attention of its own, or not at all
+    if same and packs(trunk) and _tells_windows(trunk.config, windows):
         return True
     model.set_attn_implementation(usual)
     return False
@@ -86,15 +83,13 @@ def recompute_activations(model: nn.Module) -> None:
     Raises:
         CheckpointError: the model has no layers that transformers marks for this.
     """
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+    is_layer = lambda module: isinstance(module, GradientCheckpointingLayer)
+    if not any(map(is_layer, model.modules())):
         raise CheckpointError(
             f"{type(model).__name__} has no layers that can be recomputed. Remove rl.gradient_checkpointing."
         )
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=lambda layer: checkpoint_wrapper(layer, preserve_rng_state=False),
-        check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
-    )
+    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=is_layer)
 
 
 def _tells_windows(config: Any, windows: Sequence[int | None]) -> bool:

@@ -1,4 +1,4 @@
-"""A module's weights in the engine's arithmetic, with fp32 masters where they may change.
+"""A module's weights in the engine's arithmetic, with fp32 masters where they may change, and with LoRA.
 
     fp32   the parameters are their own masters
     bf16   the parameters are bf16 roundings of fp32 masters; what each backward pass gives is added up in fp32
@@ -6,8 +6,13 @@
 
 A model that is frozen in bf16 computes the same bits as one with masters, so a policy that starts at its reference has
 a KL of exactly 0.
+
+LoRA: policy and critic are low-rank adapters on one frozen base. peft puts them in; the base is shared by sharing its
+tensors, so no adapter has to be switched on and off: each module has its own. They carry no dropout, as nothing in RL
+does here.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -15,11 +20,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from salsa.config import LoRAConfig
+from salsa.errors import ConfigError
 from salsa.runtime.engine import Engine
 
 WRAPPED = "_checkpoint_wrapped_module."
 """What torch's checkpoint_wrapper puts into the names of parameters."""
+_ADAPTER = "default"
 
 T = TypeVar("T")
 
@@ -119,7 +128,51 @@ def _add_up(master: Tensor, parameter: Tensor) -> None:
     """Move a gradient that has just been written onto the master, in fp32."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    if master.grad is None:
-        master.grad = gradient.float()
-    else:
-        master.grad += gradient
+    master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules anew, with the very tensors of `model`: memory for the modules only."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+
+
+def add_adapters(model: nn.Module, config: LoRAConfig, *, seed: int) -> None:
+    """Freeze `model` and put adapters into its linear layers; at first they change nothing (B = 0).
+
+    Raises:
+        ConfigError: no layer is called what `target_modules` says.
+    """
+    import peft
+
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    targets = list(config.target_modules) or "all-linear"
+    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    try:
+        peft.inject_adapter_in_model(lora, model, _ADAPTER)
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"rl.lora.target_modules={targets}: {words}") from error
+
+
+@torch.no_grad()
+def merged(
+    model: nn.Module, master: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each weight as the forward pass means it, W + (alpha / r)·B·A, under its name in a model without adapters.
+
+    `master` gives a parameter's fp32 value.
+    """
+    adapted: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        weight = master(parameter)
+        if layer := adapted.get(owner):
+            if leaf == "weight":
+                up, down = (master(m[_ADAPTER].weight) for m in (layer.lora_B, layer.lora_A))
+                delta = (up @ down) * layer.scaling[_ADAPTER]
+                weight = weight + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+            name = f"{owner}.{leaf}"
+        elif ".lora_" in name:
+            continue
+        yield name.replace(WRAPPED, ""), weight

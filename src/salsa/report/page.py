@@ -30,11 +30,7 @@ def write_report(
 ) -> None:
     """Write `report.json` and `report.html` into the run directory.
 
-    Args:
-        results: what was measured.
-        run: where.
-        key: as of `stages.directory.report_key`.
-        forecast: `analysis.forecast.forecast` of the recipe's candidates, if it asks for one.
+    `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
     """
     summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
     rows = {

@@ -36,9 +36,7 @@ class Engine:
     def create(cls, precision: str = "auto", *, threads: int | None = None) -> "Engine":
         """Prepare this process and resolve `precision`: `fp32`, `bf16`, or `auto` for what is faster here.
 
-        Args:
-            precision: `auto` times a few matrix products of each kind, once per process.
-            threads: of the CPU; PyTorch's choice if not given.
+        `auto` times a few matrix products of each kind, once per process. CPU `threads` are else PyTorch's choice.
         """
         if threads is not None:
             torch.set_num_threads(threads)

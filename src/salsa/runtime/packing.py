@@ -7,7 +7,7 @@
 
 A chat template's opening, a prompt that several responses share, a response that is another's beginning: each is one
 path in the trie, read once, and its gradient is the sum over the rows that go through it. Every layer but attention
-works on the N tokens as they are; attention alone goes back to rows (`packed_attention`), through the interface that
+works on the N tokens as they are; attention alone goes back to rows (`_attention`), through the interface that
 transformers offers for that. A model that cannot be run so is run on padded rows, to the same result. While sequences
 are generated, their keys and values are kept in a `KVCache`, and attention goes to that instead.
 """
@@ -29,10 +29,8 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "salsa"
 """Name under which transformers finds this attention."""
-
 SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: faster on a CPU than torch's masked kernel."""
-
 SPARE_COLUMNS = 64
 """Tokens for which a slot of the cache has room beyond what it needs, when it is made."""
 

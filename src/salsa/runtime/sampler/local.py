@@ -13,7 +13,7 @@ differ in the last bit).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,8 +33,23 @@ REFILL_SHARE = 4
 """Waiting prompts are prefilled when a quarter of the slots are free: one prefill costs as much as a step of all."""
 
 
+class Sampler(Protocol):
+    """Samples one response per prompt and stamps which weights it sampled from."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator
+    ) -> Generation:
+        """Sample from softmax(logits / temperature) until an EOS or `max_new_tokens`.
+
+        Args:
+            prompts: token ids, none empty; several samples of one prompt are equal rows.
+            sampling: temperature, limits and special tokens.
+            generator: the only source of randomness.
+        """
+
+
 class LocalSampler:
-    """A sampler (`salsa.runtime.sampler.Sampler`) that reads the weights of a model in this process."""
+    """A sampler that reads the weights of a model in this process."""
 
     def __init__(self, model: "LanguageModel", max_sequences: int = MAX_SEQUENCES) -> None:
         self.model, self.max_sequences = model, max_sequences
