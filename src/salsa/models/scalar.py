@@ -133,15 +133,14 @@ class RewardModel:
         Read off where the model was trained to be read off: at the last token that is not its padding token.
         """
         pad_id = int(self.model.config.pad_token_id)
-        scores = [0.0] * len(sequences)
+        scores: dict[int, float] = {}
         for pack in packs_of(sequences, max_tokens):
             rows = [sequences[row] for row in pack]
             hidden, paths = hidden_states(self.model.base_model, rows)
             last = [max((i for i, t in enumerate(row) if t != pad_id), default=0) for row in rows]
             values = scalar(self.model.score, hidden[paths[range(len(pack)), last]])
-            for row, score in zip(pack, values.tolist(), strict=True):
-                scores[row] = score
-        return scores
+            scores |= zip(pack, values.tolist(), strict=True)
+        return [scores[row] for row in range(len(sequences))]
 
     def _ids(self, prompt: "Prompt", response: str) -> list[int]:
         """Prompt and response as the model was trained to see them."""

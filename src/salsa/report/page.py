@@ -173,10 +173,7 @@ def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> li
 def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Rows whose texts are numbers into one list: an answer is shown in many comparisons and stored once."""
     numbers: dict[str, int] = {}
-
-    def number(text: str) -> int:
-        return numbers.setdefault(text, len(numbers))
-
+    number = lambda text: numbers.setdefault(text, len(numbers))
     rows = [
         {key: value for key, value in row.items() if key != "lengths"}
         | {

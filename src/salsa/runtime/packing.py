@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -138,8 +138,8 @@ class KVCache:
         """Tokens of each sequence that are in its slot."""
         self.longest = 0
         """Columns in use."""
-        self.stores: tuple[dict[int, Tensor], ...] = {}, {}
-        """Layer → keys, and layer → values, each (slots, heads, columns, size).
+        self.stores: dict[tuple[int, str], Tensor] = {}
+        """Keys and values of each layer, (slots, heads, columns, size).
 
         They are fp32 on a CPU: its bf16 products copy what is not contiguous.
         """
@@ -162,13 +162,9 @@ class KVCache:
         self.longest = int(self.lengths.max()) + 1
         every = torch.arange(len(token), device=token.device)
         visible = torch.arange(self.longest, device=token.device) <= self.lengths[:, None]
-        logits = self.model.next_logits(
-            every,
-            input_ids=token[None],
-            position_ids=self.lengths[None],
-            attention_mask=visible[:, None, None],  # (sequences, 1, 1, columns)
-            cache=self,
-        )
+        mask = visible[:, None, None]  # (sequences, 1, 1, columns)
+        inputs = {"input_ids": token[None], "position_ids": self.lengths[None]}
+        logits = self.model.next_logits(every, **inputs, attention_mask=mask, cache=self)
         self.lengths = self.lengths + 1
         return logits
 
@@ -181,42 +177,43 @@ class KVCache:
         movers = which[count:].nonzero().squeeze(1) + count
         order = torch.arange(count, device=which.device)
         order[holes] = movers
-        for store in self.stores:
-            for slots in store.values():
-                slots[holes, :, : self.longest] = slots[movers, :, : self.longest]
+        for slots in self.stores.values():
+            slots[holes, :, : self.longest] = slots[movers, :, : self.longest]
         self.rows, self.lengths = self.rows[order], self.lengths[order]
         return order
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Prefill of one layer: keys and values of the new sequences, each (new, heads, columns, size)."""
         slots = slice(len(self.rows), len(self.rows) + len(keys))
-        for store, new in zip(self.stores, (keys, values), strict=True):
-            self._with_room(store, layer, new)[slots, :, : new.shape[2]] = new
+        for name, new in (("keys", keys), ("values", values)):
+            self._with_room((layer, name), new)[slots, :, : new.shape[2]] = new
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Tensor:
         """Decode of one layer: a new token attends to its sequence, (1, heads, rows, size) → (1, rows, heads, size)."""
         rows = torch.arange(len(self.rows), device=query.device)
         used: list[Any] = []
-        for store, new in zip(self.stores, (key, value), strict=True):
-            slots = self._with_room(store, layer, new)
+        for name, new in (("keys", key), ("values", value)):
+            slots = self._with_room((layer, name), new)
             slots[rows, :, self.lengths] = new[0].transpose(0, 1).to(slots.dtype)
             used.append(slots[: len(rows), :, : self.longest])
         attended = attend(query.transpose(0, 2).to(used[0].dtype), *used, *given)
         return attended[:, :, 0][None].to(query.dtype)
 
-    def _with_room(self, store: dict[int, Tensor], layer: int, like: Tensor) -> Tensor:
-        """A layer's slots, with room for `longest` columns; what is not written yet is 0."""
-        if layer not in store:
+    def _with_room(self, place: tuple[int, str], like: Tensor) -> Tensor:
+        """A layer's keys or values, with room for `longest` columns; what is not written yet is 0."""
+        store = self.stores.get(place)
+        if store is None:
             shape = (self.slots, like.shape[1], self.longest + SPARE_COLUMNS, like.shape[3])
             dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-            store[layer] = torch.zeros(shape, dtype=dtype, device=like.device)
-        elif (columns := store[layer].shape[2]) < self.longest:
-            store[layer] = pad(store[layer], (0, 0, 0, max(columns, self.longest - columns)))
-        return store[layer]
+            store = self.stores[place] = torch.zeros(shape, dtype=dtype, device=like.device)
+        elif (columns := store.shape[2]) < self.longest:
+            more = max(columns, self.longest - columns)
+            store = self.stores[place] = pad(store, (0, 0, 0, more))
+        return store
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Float[Tensor, "A H N D"],
     key: Float[Tensor, "A K N D"],
     value: Float[Tensor, "A K N D"],
@@ -247,13 +244,13 @@ def _attention(
     if packing is None:
         assert cache is not None and attention_mask is not None
         visible = within(sliding_window, attention_mask, cache.lengths[:, None])
-        layer: Any = module.layer_idx
-        return cache.attend(layer, query, key, value, visible, scaling, softcap), None
+        given = key, value, visible, scaling, softcap
+        return cache.attend(module.layer_idx, query, *given), None
     keys, values = (_rows(x, packing.paths) for x in (key, value))  # (B, K, T, D)
     if windows is not None:
         windows.append(sliding_window)
     if cache is not None:
-        cache.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
+        cache.write(module.layer_idx, keys, values)
     queries = _rows(query, packing.added)  # (B, H, Q, D)
     visible = within(sliding_window, packing.visible, packing.positions[0][packing.added])
     attended = attend(queries, keys, values, visible, scaling, softcap)  # (B, H, Q, D)
