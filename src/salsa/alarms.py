@@ -7,29 +7,24 @@ ours; docs/metrics.md lists them. NaN and Inf are no alarm: they stop the run (`
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 Row = Mapping[str, float]
 
 WINDOW = 5
 """Updates that are averaged, at the start and at the end."""
-
 _STEADY = 3
 """Updates over which the length is averaged before it counts as collapsed."""
-
 SHORT = 0.5
 """Length collapse: mean length below this share of the first update's."""
-
 DEAD = 0.2
 """Entropy collapse: entropy below this share of the first update's."""
-
 CLIPPED = 0.4
 """Share of clipped tokens that is too much."""
-
 ERRORS = 3.0
 """Standard errors by which the mean KL must lie below 0: k1 is noisy, the KL itself is never negative."""
-
 NOISE = 0.01
 """Nats by which it must lie below 0 besides: rounding alone makes differences between equal models."""
-
 DRIFT = 2.0
 """Standard errors by which proxy must rise and gold fall between the first and the last window."""
 
@@ -59,7 +54,7 @@ class Alarms:
     def _calls(self) -> Iterator[tuple[str, str]]:
         """(name, message) of every alarm that holds now."""
         first, last, num = self._rows[0], self._rows[-1], len(self._rows)
-        length = _mean([row["length"] for row in self._rows[-_STEADY:]])
+        length = np.mean([row["length"] for row in self._rows[-_STEADY:]])
         if num >= _STEADY and length < SHORT * first["length"]:
             yield (
                 "KL-Hack",
@@ -85,9 +80,6 @@ class Alarms:
                 f"{last['clip_fraction']:.0%} of the tokens are clipped: the steps are too large. Lower "
                 "rl.learning_rate or rl.num_epochs",
             )
-        yield from self._hacked()
-
-    def _hacked(self) -> Iterator[tuple[str, str]]:
         for name in self.held_out:
             proxy, gold = _drift(self._rows, "score"), _drift(self._rows, name)
             if proxy > DRIFT and gold < -DRIFT:
@@ -102,19 +94,9 @@ def _drift(rows: Sequence[Row], name: str) -> float:
     """Last window minus first, in standard errors of that difference; 0 before there are two windows."""
     if len(rows) < 2 * WINDOW:
         return 0.0
-    first = [row[name] for row in rows[:WINDOW]]
-    last = [row[name] for row in rows[-WINDOW:]]
-    error = math.sqrt((_variance(first) + _variance(last)) / WINDOW)
-    difference = _mean(last) - _mean(first)
+    first, last = ([row[name] for row in part] for part in (rows[:WINDOW], rows[-WINDOW:]))
+    error = math.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / WINDOW)
+    difference = float(np.mean(last) - np.mean(first))
     if error > 0:
         return difference / error
     return math.copysign(math.inf, difference) if difference else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)

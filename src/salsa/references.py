@@ -36,13 +36,11 @@ class Reference:
             CheckpointError: a checkpoint is not what its digest says.
         """
         self.rule = rule
-        ready = loaded or {}
+        self.models = []
         for checkpoint in rule.models:
             checkpoint.verify()
-        self.models = [
-            ready.get(c.digest) or LanguageModel.load(c.path, engine, moves=rule.moves)
-            for c in rule.models
-        ]
+            own = (loaded or {}).get(checkpoint.digest)
+            self.models.append(own or LanguageModel.load(checkpoint.path, engine, moves=rule.moves))
 
     @property
     def by_digest(self) -> dict[str, LanguageModel]:
@@ -64,18 +62,17 @@ class Reference:
     def after_update(self, policy: LanguageModel, num_updates: int) -> bool:
         """Reset: θ ← θ_policy after every `reset_every` updates (TR-DPO, Gorbatovski et al. 2024); whether it did."""
         period = self.rule.reset_every
-        due = period is not None and num_updates % period == 0
-        if due:
+        if due := period is not None and num_updates % period == 0:
             self.models[0].follow(policy, 1.0)
         return due
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: the digests of where it started and, if it moves, where it is."""
-        state: dict[str, Any] = {"identity": identity_of(self.rule)}
-        if self.rule.moves:
-            weights = dict(self.models[0].weights())
-            state |= {"weights": weights, "sha256": sha256_of(weights.items())}
-        return state
+        identity = {"identity": identity_of(self.rule)}
+        if not self.rule.moves:
+            return identity
+        weights = dict(self.models[0].weights())
+        return identity | {"weights": weights, "sha256": sha256_of(weights.items())}
 
     def load_state(self, state: Mapping[str, Any], where: Path) -> None:
         """Take back `state()`.

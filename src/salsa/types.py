@@ -70,6 +70,11 @@ class Rollout:
         last = self.response.gather(1, (self.lengths - 1)[:, None]).squeeze(1)
         return torch.isin(last, torch.tensor(list(eos_ids), device=last.device))
 
+    def unflatten(self, flat: Float[Tensor, " N"]) -> Float[Tensor, "B R"]:
+        """Put one number per real response token where it belongs, 0 elsewhere."""
+        mask = self.response_mask
+        return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
+
     def texts(self, tokenizer: Any) -> list[str]:
         """Response texts without special tokens."""
         ids = [r[m].tolist() for r, m in zip(self.response, self.response_mask, strict=True)]

@@ -10,7 +10,7 @@ from salsa.config import LoRAConfig, Recipe
 from salsa.config.expressions import RecipeSoup, ReferenceRule
 from salsa.errors import ConfigError
 from salsa.models import LanguageModel
-from salsa.models.adapters import add_adapters, merged, shared_copy
+from salsa.models.weights import add_adapters, merged, shared_copy
 from salsa.resolve import Models
 from salsa.rl_models import load_models
 from salsa.runtime.engine import Engine

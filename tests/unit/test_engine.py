@@ -113,9 +113,7 @@ def test_following_moves_by_its_share_in_fp32(engine):
     model.follow(LanguageModel.of(target, FP32), 1.0)
     for (name, weight), parameter in zip(model.weights(), target.parameters(), strict=True):
         torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-7, msg=name)
-        assert torch.equal(
-            dict(model.state._module.named_parameters())[name], weight.to(engine.dtype)
-        )
+        assert torch.equal(dict(model.backbone.named_parameters())[name], weight.to(engine.dtype))
 
 
 def test_the_version_covers_every_tensor_and_every_name():

@@ -60,7 +60,7 @@ def test_packed_rows_are_padded_rows(family, scores, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trunk.named_parameters() if p.grad is not None}
     trunk.zero_grad()
     assert enable_packing(model)
-    hidden, paths = hidden_states(trunk, ROWS, packs=True)
+    hidden, paths = hidden_states(trunk, ROWS)
     assert hidden.shape[0] == 13  # of 24 tokens
     found = [take(hidden, paths[i, : len(row)]) for i, row in enumerate(ROWS)]
     sum((h @ weights).square().sum() for h in found).backward()
@@ -76,7 +76,7 @@ def test_families_with_an_attention_of_their_own_are_run_on_padded_rows(family):
     model = model_of(family)
     before = model.config._attn_implementation
     assert not enable_packing(model) and model.config._attn_implementation == before
-    hidden, paths = hidden_states(model.base_model, ROWS, packs=False)
+    hidden, paths = hidden_states(model.base_model, ROWS)
     assert hidden.shape[0] == 36
     for i, row in enumerate(ROWS):
         own = model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0]
@@ -93,7 +93,7 @@ def test_recomputed_activations_give_the_same_bits(family, packs):
         names = [name for name, _ in model.named_parameters()]
         if recompute:
             recompute_activations(model)
-        hidden, _ = hidden_states(model.base_model, ROWS, packs=packs)
+        hidden, _ = hidden_states(model.base_model, ROWS)
         hidden.square().sum().backward()
         wrapped = [name for name, _ in model.named_parameters()]
         assert (wrapped != names) is recompute

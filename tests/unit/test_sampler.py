@@ -5,9 +5,8 @@ import torch
 
 from salsa.data import Prompt
 from salsa.models import LanguageModel
-from salsa.runtime.packing import num_distinct
+from salsa.runtime.packing import SPARE_COLUMNS, num_distinct
 from salsa.runtime.sampler import LocalSampler
-from salsa.runtime.sampler.local import SPARE_COLUMNS
 from salsa.types import Generation, Sampling
 from tests.conftest import FAMILIES, tiny_model, wrap
 from tests.families import PACKED, model_of

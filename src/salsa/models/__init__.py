@@ -1,6 +1,6 @@
 """Model objects: loading, precision, forward passes, heads and adapters in one place."""
 
-from salsa.models.language import LanguageModel, TokenStats
+from salsa.models.language import LanguageModel
 from salsa.models.loading import (
     load_classifier,
     load_policy,
@@ -15,7 +15,6 @@ from salsa.models.scalar import RewardModel, ValueModel
 __all__ = [
     "LanguageModel",
     "RewardModel",
-    "TokenStats",
     "ValueModel",
     "load_classifier",
     "load_policy",

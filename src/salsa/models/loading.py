@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,21 +23,13 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Tokenizer of a model directory. A missing padding token becomes EOS: masks come from lengths, so that is safe.
 
-    Args:
-        path: the model directory.
-        gguf_file: a GGUF file in it that holds the tokenizer.
-        chat_template: a Jinja file whose template replaces the tokenizer's.
+    `gguf_file` is one in the directory that holds the tokenizer; the Jinja file `chat_template` replaces its template.
 
     Raises:
         CheckpointError: there is no tokenizer, or it has no EOS token.
     """
     options = {"gguf_file": gguf_file} if gguf_file is not None else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{path}: no tokenizer can be loaded ({str(error).splitlines()[0]})."
-        ) from error
+    tokenizer = _from_pretrained(AutoTokenizer, path, "tokenizer", **options)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"{path}: the tokenizer has no EOS token, so no reply could end. Set eos_token."
@@ -68,11 +59,7 @@ def sampling_for(
 
 
 def load_policy(path: Path | str) -> PreTrainedModel:
-    """A causal language model of transformers, fp32, without dropout.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """A causal language model of transformers, fp32, without dropout; CheckpointError if it cannot be loaded."""
     return _load(AutoModelForCausalLM, Path(path))
 
 
@@ -85,14 +72,13 @@ def load_classifier(
         CheckpointError: the model has no head and no seed to draw one is given, or it has several labels.
     """
     config = json.loads((path / "config.json").read_text())
-    has_head = any("SequenceClassification" in name for name in config.get("architectures") or [])
-    if not has_head and new_head_seed is None:
-        raise CheckpointError(
-            f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
-        )
     options = {}
-    if not has_head:
-        torch.manual_seed(new_head_seed or 0)
+    if not any("SequenceClassification" in name for name in config.get("architectures") or []):
+        if new_head_seed is None:
+            raise CheckpointError(
+                f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
+            )
+        torch.manual_seed(new_head_seed)
         options["num_labels"] = 1
     model = _load(AutoModelForSequenceClassification, path, **options)
     if model.config.num_labels != 1:
@@ -124,28 +110,30 @@ def save_checkpoint(
     out: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write an ordinary Hugging Face checkpoint (safetensors), with other `weights` than the model's if given.
+    """Write an ordinary Hugging Face checkpoint (safetensors), with the fp32 `weights` in place of parameters if given.
 
-    The same model gives the same files whatever the environment: `local_files_only`, which a tokenizer remembers if
-    HF_HUB_OFFLINE was set when it was loaded, is left out.
+    Tied weights are written once, as transformers does. The same model gives the same files whatever the environment:
+    `local_files_only`, which a tokenizer remembers if HF_HUB_OFFLINE was set when it was loaded, is left out.
     """
+    if weights is not None:
+        kept = model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+        weights = {n: w.detach().contiguous() for n, w in (buffers | weights).items()}
     model.save_pretrained(out, state_dict=weights)
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(out)
 
 
-def trunk_of(model: nn.Module) -> Any:
-    """A model of transformers without its head."""
-    return getattr(model, str(model.base_model_prefix))
+def _from_pretrained(factory: Any, path: Path, what: str, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: no {what} can be loaded ({reason}).") from error
 
 
 def _load(factory: Any, path: Path, **options: Any) -> PreTrainedModel:
-    try:
-        model = factory.from_pretrained(path, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{path}: no model can be loaded ({str(error).splitlines()[0]})."
-        ) from error
+    model = _from_pretrained(factory, path, "model", dtype=torch.float32, **options).eval()
     # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
     model.get_input_embeddings().padding_idx = None
     return model

@@ -1,8 +1,8 @@
 """Models with a scalar head: the critic's values of response tokens, the reward model's score of a conversation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -11,17 +11,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salsa.config import LoRAConfig
-from salsa.models.adapters import add_adapters, merged, shared_copy
-from salsa.models.language import LanguageModel, save_weights
-from salsa.models.loading import load_classifier, load_tokenizer, trunk_of
-from salsa.models.trunk import (
-    enable_packing,
-    hidden_states,
-    recompute_activations,
-    response_hidden,
-    unflatten,
-)
-from salsa.models.weights import Weights
+from salsa.models.language import LanguageModel
+from salsa.models.loading import load_classifier, load_tokenizer, save_checkpoint
+from salsa.models.trunk import enable_packing, hidden_states, recompute_activations, response_hidden
+from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
 from salsa.types import Rollout
@@ -32,36 +25,33 @@ if TYPE_CHECKING:
 SCORING_TOKENS = 4096
 """Distinct tokens per forward pass of a reward model."""
 
-T = TypeVar("T")
 
-
-class ValueModel(nn.Module):
+class ValueModel(MixedPrecisionModule):
     """The critic: a trunk of its own or the policy's, and a scalar head in fp32."""
 
     trunk: nn.Module
-    score: nn.Linear
-    output_head = None
-    """It makes no logits."""
 
     def __init__(
         self,
-        trunk: nn.Module,
-        score: nn.Linear,
+        trunk: Any,
         engine: Engine,
         *,
-        packs: bool,
-        owns_trunk: bool,
-        shared: Weights | None = None,
+        score: nn.Linear | None = None,
+        owns_trunk: bool = True,
+        shared: LanguageModel | None = None,
     ) -> None:
-        """Put `score` on `trunk`; the parameters of a trunk that it does not own are not this module's.
+        """Put `score` on `trunk`, a new head if not given; it starts at 0, so that every value does.
 
-        Parameters that are another model's have their masters in `shared`.
+        The parameters of a trunk that it does not own are not this module's.
         """
-        super().__init__()
+        super().__init__(engine, learns=True, shared=shared)
         (setattr if owns_trunk else object.__setattr__)(self, "trunk", trunk)
-        self.score, self.packs, self.owns_trunk = score, packs, owns_trunk
-        self.state = Weights(self, engine, learns=True, shared=shared if owns_trunk else None)
-        self._trunk_state = shared or self.state
+        if score is None:
+            size = trunk.config.get_text_config().hidden_size
+            score = nn.Linear(size, 1, bias=False, device=engine.device)
+            nn.init.zeros_(score.weight)
+        self.score, self.owns_trunk = score, owns_trunk
+        self.lower()
 
     @classmethod
     def load(
@@ -72,66 +62,40 @@ class ValueModel(nn.Module):
         Raises:
             CheckpointError: it cannot be loaded, or has several labels.
         """
-        model = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
-        nn.Module.to(model, engine.device)
-        packs = enable_packing(model)
+        model: Any = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
+        enable_packing(model.to(engine.device))
         if recompute:
             recompute_activations(model)
-        return cls(
-            trunk_of(model),
-            cast(nn.Linear, model.get_submodule("score")),
-            engine,
-            packs=packs,
-            owns_trunk=True,
-        )
+        return cls(model.base_model, engine, score=model.score)
 
     @classmethod
     def head_on(cls, policy: LanguageModel) -> "ValueModel":
-        """A head on the policy's trunk; it starts at 0, so that every value does."""
-        trunk = trunk_of(policy.backbone)
-        return cls(
-            trunk, _new_head(trunk), policy.engine, packs=policy.packs, owns_trunk=False,
-            shared=policy.state,
-        )  # fmt: skip
+        """A new head on the policy's trunk."""
+        return cls(policy.trunk, policy.engine, owns_trunk=False, shared=policy)
 
     @classmethod
     def adapters_on(cls, policy: LanguageModel, config: LoRAConfig, seed: int) -> "ValueModel":
-        """Adapters of its own and a head that starts at 0, on the policy's frozen weights."""
-        trunk = trunk_of(shared_copy(policy.backbone))
+        """Adapters of its own and a new head, on the policy's frozen weights."""
+        trunk = shared_copy(policy.backbone).base_model
         add_adapters(trunk, config, seed=seed)
-        return cls(
-            trunk, _new_head(trunk), policy.engine, packs=policy.packs, owns_trunk=True,
-            shared=policy.state,
-        )  # fmt: skip
-
-    def forward(self, work: Callable[..., T], *args: Any) -> T:
-        """Do `work` as a pass of this module."""
-        return work(*args)
+        return cls(trunk, policy.engine, shared=policy)
 
     def values(self, rollout: Rollout) -> Float[Tensor, "B R"]:
         """V(x, y_<t): the head, in fp32, on the hidden state before each response token; 0 outside the mask."""
 
         def work() -> Tensor:
-            hidden = response_hidden(self.trunk, rollout, packs=self.packs)
-            return unflatten(scalar(self.score, hidden), rollout.response_mask)
+            hidden = response_hidden(self.trunk, rollout)
+            return rollout.unflatten(scalar(self.score, hidden))
 
         return self(work)
-
-    def trained(self) -> dict[str, Tensor]:
-        """The fp32 weights that learn, for an optimizer."""
-        return self.state.trained()
-
-    def sync(self) -> None:
-        """Compute with what an optimizer made of `trained()`."""
-        self.state.sync()
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, like: Path) -> None:
         """Write a sequence classifier in fp32, adapters merged, configured as the model at `like`."""
         model = load_classifier(like, pad_id=int(tokenizer.pad_token_id), new_head_seed=0)
-        prefix, master = model.base_model_prefix, self._trunk_state.master
-        weights = {f"{prefix}.{name}": weight for name, weight in merged(self.trunk, master)}
-        weights["score.weight"] = self.state.master(cast(nn.Parameter, self.score.weight))
-        save_weights(model, tokenizer, directory, weights)
+        trunk = merged(self.trunk, self.master)
+        weights = {f"{model.base_model_prefix}.{name}": weight for name, weight in trunk}
+        weights["score.weight"] = self.master(self.score.weight)
+        save_checkpoint(model, tokenizer, directory, weights)
 
 
 class RewardModel:
@@ -144,27 +108,23 @@ class RewardModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine
     ) -> None:
         """Freeze the fp32 `model` in the engine's arithmetic."""
-        self.packs = enable_packing(model)
-        self.model, self.tokenizer = model.requires_grad_(False), tokenizer
-        Weights(model, engine)
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        enable_packing(model)
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.data = parameter.data.to(engine.dtype)
 
     @classmethod
     def load(cls, path: Path, engine: Engine) -> "RewardModel":
-        """Load a checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be loaded, has no head or several labels.
-        """
+        """Load a checkpoint; CheckpointError if it cannot be, has no head or several labels."""
         tokenizer = load_tokenizer(path)
-        model = load_classifier(path, pad_id=int(tokenizer.pad_token_id))
-        nn.Module.to(model, engine.device)
-        return cls(model, tokenizer, engine)
+        model: Any = load_classifier(path, pad_id=int(tokenizer.pad_token_id))
+        return cls(model.to(engine.device), tokenizer, engine)
 
     def __call__(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
         """One score each."""
-        return self.scores(
-            [self._ids(p, r) for p, r in zip(prompts, responses, strict=True)], SCORING_TOKENS
-        )
+        rows = [self._ids(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return self.scores(rows, SCORING_TOKENS)
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[Sequence[int]], max_tokens: int) -> list[float]:
@@ -173,38 +133,26 @@ class RewardModel:
         Read off where the model was trained to be read off: at the last token that is not its padding token.
         """
         pad_id = int(self.model.config.pad_token_id)
-        trunk, head = trunk_of(self.model), self.model.get_submodule("score")
-        scores = [0.0] * len(sequences)
+        scores: dict[int, float] = {}
         for pack in packs_of(sequences, max_tokens):
             rows = [sequences[row] for row in pack]
-            hidden, paths = hidden_states(trunk, rows, packs=self.packs)
+            hidden, paths = hidden_states(self.model.base_model, rows)
             last = [max((i for i, t in enumerate(row) if t != pad_id), default=0) for row in rows]
-            values = scalar(head, hidden[paths[range(len(pack)), last]])
-            for row, score in zip(pack, values.tolist(), strict=True):
-                scores[row] = score
-        return scores
+            values = scalar(self.model.score, hidden[paths[range(len(pack)), last]])
+            scores |= zip(pack, values.tolist(), strict=True)
+        return [scores[row] for row in range(len(sequences))]
 
     def _ids(self, prompt: "Prompt", response: str) -> list[int]:
         """Prompt and response as the model was trained to see them."""
         from salsa.data import render
 
-        tokenizer: Any = self.tokenizer
         if prompt.messages is None:
-            return tokenizer(prompt.text + response + tokenizer.eos_token)["input_ids"]
+            return self.tokenizer(prompt.text + response + self.tokenizer.eos_token)["input_ids"]
         messages = [*prompt.messages, {"role": "assistant", "content": response}]
-        text = render(messages, tokenizer, "reward")
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = render(messages, self.tokenizer, "reward")
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def scalar(head: nn.Module, hidden: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
+def scalar(head: nn.Linear, hidden: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
     """A scalar head in fp32: bf16 would leave a score three digits."""
-    weight = head.get_parameter("weight")
-    return linear(hidden.float(), weight.float()).squeeze(-1)
-
-
-def _new_head(trunk: Any) -> nn.Linear:
-    """A head that gives 0."""
-    size = trunk.config.get_text_config().hidden_size
-    head = nn.Linear(size, 1, bias=False, device=next(trunk.parameters()).device)
-    nn.init.zeros_(head.weight)
-    return head
+    return linear(hidden.float(), head.weight.float()).squeeze(-1)

@@ -1,6 +1,7 @@
 """A model's trunk: hidden states of many rows of tokens, without padding where its attention can be replaced."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salsa.errors import CheckpointError
-from salsa.models.loading import trunk_of
 from salsa.runtime.packing import ATTENTION, arguments, pack, take
 from salsa.types import Rollout
 
@@ -23,50 +23,54 @@ _TRIAL = ([0, 1, 2, 3, 4], [0, 1, 2, 5], [0, 1], [6, 7, 8, 9, 10, 11])
 """Rows that try the packing: some begin alike, one does not."""
 
 
+@torch.no_grad()
 def enable_packing(model: PreTrainedModel) -> bool:
     """Give the model the attention of packed rows if it computes the same with it; whether it does.
 
     Tried on four short rows, which would not show a limit that reaches further back, e.g. attention in chunks; the
     layers must also tell their windows.
     """
-    trunk, usual = trunk_of(model), model.config.get_text_config()._attn_implementation
-    packing, windows = pack(_TRIAL, next(trunk.parameters()).device), []  # type: ignore[var-annotated]
-    with torch.no_grad():
-        plain, where = _padded_hidden(trunk, _TRIAL)
-        try:
-            model.set_attn_implementation(ATTENTION)
-            packed = trunk(**arguments(packing), windows=windows, use_cache=False)
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
-            packed = None
-    if packed is not None and _tells_windows(trunk.config, windows):
-        states = packed.last_hidden_state[0]
-        if all(
-            torch.allclose(
-                plain[where[i, : len(row)]],
-                states[packing.paths[i, : len(row)]],
-                rtol=1e-3,
-                atol=1e-3,
-            )
-            for i, row in enumerate(_TRIAL)
-        ):
-            return True
+    trunk, usual = model.base_model, model.config.get_text_config()._attn_implementation
+    windows: list[int | None] = []
+    real = pad_sequence([torch.ones(len(row)).bool() for row in _TRIAL], batch_first=True)
+    plain, where = hidden_states(trunk, _TRIAL)
+    same = False
+    try:
+        model.set_attn_implementation(ATTENTION)
+        packed, paths = hidden_states(trunk, _TRIAL, windows=windows)
+        same = torch.allclose(plain[where[real]], packed[paths[real]], rtol=1e-3, atol=1e-3)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+        pass  # a family that goes on with an attention of its own, or not at all
+    if same and packs(trunk) and _tells_windows(trunk.config, windows):
+        return True
     model.set_attn_implementation(usual)
     return False
 
 
+def packs(trunk: Any) -> bool:
+    """Whether the model has the attention of packed rows."""
+    return trunk.config.get_text_config()._attn_implementation == ATTENTION
+
+
 def hidden_states(
-    trunk: nn.Module, rows: Sequence[Sequence[int]], *, packs: bool
+    trunk: nn.Module, rows: Sequence[Sequence[int]], **others: Any
 ) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
     """The last hidden states of all tokens, and where each row's are among them; read them by `packing.take`."""
-    if not packs:
-        return _padded_hidden(trunk, rows)
-    packing = pack(rows, next(trunk.parameters()).device)
-    return trunk(**arguments(packing), use_cache=False).last_hidden_state[0], packing.paths
+    here = next(trunk.parameters()).device
+    if packs(trunk):
+        packing = pack(rows, here)
+        inputs, paths = arguments(packing), packing.paths
+    else:
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(here)
+        paths = torch.arange(tokens.numel(), device=here).view(tokens.shape)
+        inputs = {"input_ids": tokens}
+    hidden = trunk(**inputs, **others, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1), paths
 
 
-def response_hidden(trunk: nn.Module, rollout: Rollout, *, packs: bool) -> Float[Tensor, "N d"]:
+def response_hidden(trunk: nn.Module, rollout: Rollout) -> Float[Tensor, "N d"]:
     """The last hidden state before each of the N real response tokens, row after row."""
-    hidden, paths = hidden_states(trunk, rollout.rows, packs=packs)
+    hidden, paths = hidden_states(trunk, rollout.rows)
     rows, steps = rollout.response_mask.nonzero(as_tuple=True)
     return take(hidden, paths[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1])
 
@@ -79,36 +83,18 @@ def recompute_activations(model: nn.Module) -> None:
     Raises:
         CheckpointError: the model has no layers that transformers marks for this.
     """
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+    is_layer = lambda module: isinstance(module, GradientCheckpointingLayer)
+    if not any(map(is_layer, model.modules())):
         raise CheckpointError(
             f"{type(model).__name__} has no layers that can be recomputed. Remove rl.gradient_checkpointing."
         )
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=lambda layer: checkpoint_wrapper(layer, preserve_rng_state=False),
-        check_fn=lambda module: isinstance(module, GradientCheckpointingLayer),
-    )
-
-
-def unflatten(flat: Float[Tensor, " N"], mask: Tensor) -> Float[Tensor, "B R"]:
-    """Put one number per real response token where it belongs, 0 elsewhere."""
-    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat.float())
-
-
-def _padded_hidden(
-    trunk: nn.Module, rows: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
-    here = next(trunk.parameters()).device
-    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(here)
-    hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1), torch.arange(tokens.numel(), device=here).view(tokens.shape)
+    wrap = partial(checkpoint_wrapper, preserve_rng_state=False)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=is_layer)
 
 
 def _tells_windows(config: Any, windows: Sequence[int | None]) -> bool:
     """Whether the windows that the layers passed on are those of the configuration."""
-    by_default = (
-        "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    )
-    kinds = getattr(config, "layer_types", None) or [by_default] * len(windows)
+    usual = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [usual] * len(windows)
     told = ["full_attention" if window is None else "sliding_attention" for window in windows]
     return told == list(kinds)

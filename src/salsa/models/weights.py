@@ -1,4 +1,4 @@
-"""A module's weights in the engine's arithmetic, with fp32 masters where they may change.
+"""A module's weights in the engine's arithmetic, with fp32 masters where they may change, and with LoRA.
 
     fp32   the parameters are their own masters
     bf16   the parameters are bf16 roundings of fp32 masters; what each backward pass gives is added up in fp32
@@ -6,49 +6,66 @@
 
 A model that is frozen in bf16 computes the same bits as one with masters, so a policy that starts at its reference has
 a KL of exactly 0.
+
+LoRA: policy and critic are low-rank adapters on one frozen base. peft puts them in; the base is shared by sharing its
+tensors, so no adapter has to be switched on and off: each module has its own. They carry no dropout, as nothing in RL
+does here.
 """
 
+import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from salsa.config import LoRAConfig
+from salsa.errors import ConfigError
 from salsa.runtime.engine import Engine
 
 WRAPPED = "_checkpoint_wrapped_module."
 """What torch's checkpoint_wrapper puts into the names of parameters."""
+_ADAPTER = "default"
+
+T = TypeVar("T")
 
 
-class Weights:
-    """The weights of one module."""
+class MixedPrecisionModule(nn.Module):
+    """A module that computes in the engine's arithmetic.
+
+    Every pass is a call of this module, so that what is hooked to the root of a model (sharding, adapters) takes part.
+    """
 
     def __init__(
         self,
-        module: nn.Module,
         engine: Engine,
         *,
         learns: bool = False,
         moves: bool = False,
-        shared: "Weights | None" = None,
+        shared: "MixedPrecisionModule | None" = None,
     ) -> None:
-        """Lower the parameters to the engine's arithmetic; keep fp32 masters of what learns or moves.
+        """Parameters that the module has in common with `shared` have their masters there."""
+        super().__init__()
+        self.engine, self._learns, self._moves = engine, learns, moves
+        self._masters: dict[Tensor, Tensor] = shared._masters if shared else {}
+        self._digest: str | None = None
 
-        Parameters that the module shares with another have their masters in `shared`.
+    def forward(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Do `work` as a pass of this module."""
+        return work(*args, **kwargs)
+
+    def lower(self) -> None:
+        """Lower parameters that are new here to the engine's arithmetic; keep masters of what learns or moves.
+
+        Buffers (rotary frequencies) stay fp32.
         """
-        self._module, self._engine = module, engine
-        self._learns, self._moves = learns, moves
-        self._masters: dict[nn.Parameter, Tensor] = shared._masters if shared else {}
-        self._version: str | None = None
-        self.add(module)
-
-    def add(self, module: nn.Module) -> None:
-        """Lower those parameters of `module` that are new here; buffers (rotary frequencies) stay fp32."""
-        self._version = None
-        if self._engine.dtype == torch.float32:
+        self._digest = None
+        if self.engine.dtype == torch.float32:
             return
-        for parameter in module.parameters():
+        for parameter in self.parameters():
             if parameter in self._masters:
                 continue
             if self._learns or self._moves:
@@ -56,32 +73,29 @@ class Weights:
                 self._masters[parameter] = master
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(partial(_add_up, master))
-            parameter.data = parameter.data.to(self._engine.dtype)
+            parameter.data = parameter.data.to(self.engine.dtype)
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 value of a parameter."""
+    def master(self, parameter: Tensor) -> Tensor:
+        """The fp32 value of a parameter; the lowered one itself where there is no master."""
         return self._masters.get(parameter, parameter)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as in a checkpoint, and fp32 masters; the lowered weights themselves where there are none."""
-        for name, parameter in self._module.named_parameters():
-            yield name.replace(WRAPPED, ""), self.master(parameter)
+        """Names as in a checkpoint, and masters."""
+        for name, parameter in self.named_parameters():
+            yield name.removeprefix("backbone.").replace(WRAPPED, ""), self.master(parameter)
 
     def trained(self) -> dict[str, Tensor]:
-        """The masters of the parameters that learn."""
-        return {
-            name.replace(WRAPPED, ""): self.master(parameter)
-            for name, parameter in self._module.named_parameters()
-            if parameter.requires_grad
-        }
+        """The fp32 weights that learn, for an optimizer."""
+        pairs = zip(self.named(), self.parameters(), strict=True)
+        return {name: master for (name, master), parameter in pairs if parameter.requires_grad}
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Round the parameters anew from their masters, which have changed."""
-        self._version = None
-        for parameter, master in self._masters.items():
-            if parameter.requires_grad or self._moves:
-                parameter.copy_(master)
+        """Round the parameters anew from their masters, which an optimizer has changed."""
+        self._digest = None
+        for parameter in self.parameters():
+            if parameter in self._masters and (parameter.requires_grad or self._moves):
+                parameter.copy_(self._masters[parameter])
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
@@ -92,9 +106,9 @@ class Weights:
 
     def version(self) -> str:
         """Digest over the names and the content of all weights; computed once after each change."""
-        if self._version is None:
-            self._version = digest_of_weights(self.named())
-        return self._version
+        if self._digest is None:
+            self._digest = digest_of_weights(self.named())
+        return self._digest
 
 
 @torch.no_grad()
@@ -105,9 +119,7 @@ def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in weights:
-        bits = (
-            weight.detach().contiguous().view(torch.int32 if weight.itemsize == 4 else torch.int16)
-        )
+        bits = weight.detach().contiguous().view({4: torch.int32, 2: torch.int16}[weight.itemsize])
         digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()
 
@@ -116,7 +128,51 @@ def _add_up(master: Tensor, parameter: Tensor) -> None:
     """Move a gradient that has just been written onto the master, in fp32."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    if master.grad is None:
-        master.grad = gradient.float()
-    else:
-        master.grad += gradient
+    master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules anew, with the very tensors of `model`: memory for the modules only."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+
+
+def add_adapters(model: nn.Module, config: LoRAConfig, *, seed: int) -> None:
+    """Freeze `model` and put adapters into its linear layers; at first they change nothing (B = 0).
+
+    Raises:
+        ConfigError: no layer is called what `target_modules` says.
+    """
+    import peft
+
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    targets = list(config.target_modules) or "all-linear"
+    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    try:
+        peft.inject_adapter_in_model(lora, model, _ADAPTER)
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise ConfigError(f"rl.lora.target_modules={targets}: {words}") from error
+
+
+@torch.no_grad()
+def merged(
+    model: nn.Module, master: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each weight as the forward pass means it, W + (alpha / r)·B·A, under its name in a model without adapters.
+
+    `master` gives a parameter's fp32 value.
+    """
+    adapted: dict[str, Any] = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".base_layer.")
+        weight = master(parameter)
+        if layer := adapted.get(owner):
+            if leaf == "weight":
+                up, down = (master(m[_ADAPTER].weight) for m in (layer.lora_B, layer.lora_A))
+                delta = (up @ down) * layer.scaling[_ADAPTER]
+                weight = weight + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+            name = f"{owner}.{leaf}"
+        elif ".lora_" in name:
+            continue
+        yield name.replace(WRAPPED, ""), weight

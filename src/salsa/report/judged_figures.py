@@ -7,6 +7,8 @@ import numpy as np
 
 from salsa.report.figures import Figure, colour, error_bar, layout
 
+Ratings = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Arm → category → mean rating and its interval."""
 BINS = 8
 """Length differences are shown in so many groups of equal size."""
 
@@ -17,28 +19,22 @@ def all_figures(
     """Element id → figure; the ids of one benchmark begin with its `slug`."""
     arms, figures = list(summary["arms"]), {}
     arm_of = {m["label"]: name for name, arm in summary["arms"].items() for m in arm["seeds"]}
+    sides = lambda row: [arm_of.get(row[side], row[side]) for side in ("candidate", "baseline")]
+    judged = [row for row in verdicts if row["lengths"] and row["outcome"] is not None]
     for name, bench in summary["benchmarks"].items():
-        singles = bench["singles"]
-        if singles and any(one["by_category"] for one in singles["arms"].values()):
-            figures[f"{slug(name)}-bars"] = category_bars(singles, arms)
-            figures[f"{slug(name)}-radar"] = category_radar(singles, arms)
-        shown = [
-            p
-            for p in bench["pairs"]
-            if p["baseline"] not in arms or p["baseline"] == summary["baseline"]
-        ]
+        rated = bench["singles"]["arms"] if bench["singles"] else {}
+        ratings = {arm: one["by_category"] for arm, one in rated.items()}
+        if any(ratings.values()):
+            figures[f"{slug(name)}-bars"] = category_bars(ratings, arms)
+            figures[f"{slug(name)}-radar"] = category_radar(ratings, arms)
+        others = set(arms) - {summary["baseline"]}
+        shown = [pair for pair in bench["pairs"] if pair["baseline"] not in others]
         if any(len(pair["by_category"]) > 1 for pair in shown):
             figures[f"{slug(name)}-rates"] = rates_by_category(shown, arms)
         for number, pair in enumerate(bench["pairs"]):
             names = [pair["candidate"], pair["baseline"]]
-            own = [
-                row
-                for row in verdicts
-                if row["bench"] == name
-                and [arm_of.get(row[side], row[side]) for side in ("candidate", "baseline")]
-                == names
-            ]
-            if any(row["lengths"] and row["outcome"] is not None for row in own):
+            own = [row for row in judged if row["bench"] == name and sides(row) == names]
+            if own:
                 title = f"{names[0]} against {names[1]}: length"
                 figures[f"{slug(name)}-length-{number}"] = length_against_verdict(
                     own, title, colour(names[0], arms)
@@ -51,36 +47,35 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def category_bars(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
+def category_bars(ratings: Ratings, arms: Sequence[str]) -> Figure:
     """Mean rating by category, an arm a colour, with 95 % intervals."""
-    data = []
-    for arm, one in singles["arms"].items():
-        groups = one["by_category"]
-        data.append(
-            {
-                "type": "bar",
-                "name": arm,
-                "x": list(groups),
-                "y": [e["mean"] for e in groups.values()],
-                "error_y": error_bar(list(groups.values())),
-                "marker": {"color": colour(arm, arms)},
-            }
-        )
+    data = [_bars(arm, groups, colour(arm, arms)) for arm, groups in ratings.items()]
     return {"data": data, "layout": layout("rating by category", "", "1 to 10")}
 
 
-def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
+def _bars(name: str, estimates: Mapping[str, Mapping[str, float]], slot: str) -> dict[str, Any]:
+    """A bar per category, with its interval."""
+    return {
+        "type": "bar",
+        "name": name,
+        "x": list(estimates),
+        "y": [e["mean"] for e in estimates.values()],
+        "error_y": error_bar(list(estimates.values())),
+        "marker": {"color": slot},
+    }
+
+
+def category_radar(ratings: Ratings, arms: Sequence[str]) -> Figure:
     """The same means as a radar, closed."""
     data = []
-    for arm, one in singles["arms"].items():
-        names = list(one["by_category"])
-        values = [one["by_category"][name]["mean"] for name in names]
+    for arm, groups in ratings.items():
+        names = [*groups, next(iter(groups))]
         data.append(
             {
                 "type": "scatterpolar",
                 "name": arm,
-                "theta": [*names, names[0]],
-                "r": [*values, values[0]],
+                "theta": names,
+                "r": [groups[name]["mean"] for name in names],
                 "line": {"color": colour(arm, arms), "width": 2},
             }
         )
@@ -90,25 +85,18 @@ def category_radar(singles: Mapping[str, Any], arms: Sequence[str]) -> Figure:
 
 def rates_by_category(pairs: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> Figure:
     """Win rate by category of every pair against the baseline, with 95 % intervals."""
-    data = [
-        {
-            "type": "bar",
-            "name": f"{pair['candidate']} against {pair['baseline']}",
-            "x": list(pair["by_category"]),
-            "y": [rate["rate"] for rate in pair["by_category"].values()],
-            "error_y": error_bar([r | {"mean": r["rate"]} for r in pair["by_category"].values()]),
-            "marker": {"color": colour(pair["candidate"], arms)},
-        }
-        for pair in pairs
-    ]
+    data = []
+    for pair in pairs:
+        rates = {c: rate | {"mean": rate["rate"]} for c, rate in pair["by_category"].items()}
+        name = f"{pair['candidate']} against {pair['baseline']}"
+        data.append(_bars(name, rates, colour(pair["candidate"], arms)))
     return {"data": data, "layout": layout("win rate by category", "", "win rate")}
 
 
 def length_against_verdict(rows: Sequence[Mapping[str, Any]], title: str, slot: str) -> Figure:
     """The candidate's rate where its answer is shorter … longer; flat at any height is a judge without that taste."""
-    judged = [row for row in rows if row["outcome"] is not None and row["lengths"]]
-    difference = np.array([row["lengths"][0] - row["lengths"][1] for row in judged], dtype=float)
-    outcome = np.array([row["outcome"] for row in judged])
+    difference = np.array([row["lengths"][0] - row["lengths"][1] for row in rows], dtype=float)
+    outcome = np.array([row["outcome"] for row in rows])
     order = np.argsort(difference, kind="stable")
     groups = [group for group in np.array_split(order, min(BINS, len(order))) if len(group)]
     rate = [outcome[group] for group in groups]

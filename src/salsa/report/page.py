@@ -30,11 +30,7 @@ def write_report(
 ) -> None:
     """Write `report.json` and `report.html` into the run directory.
 
-    Args:
-        results: what was measured.
-        run: where.
-        key: as of `stages.directory.report_key`.
-        forecast: `analysis.forecast.forecast` of the recipe's candidates, if it asks for one.
+    `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
     """
     summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
     rows = {
@@ -44,36 +40,27 @@ def write_report(
     verdicts = [row for bench in results.benches for row in verdict_rows(bench)]
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
     html = render(summary, rows, results.curves, recipe, verdicts)
-    write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(run.path / "report.html", html)
+    _write(run, "report", summary, html)
 
 
 def write_forecast(name: str, forecast: Mapping[str, Any], run: RunDirectory) -> None:
     """Write `forecast.json` and `forecast.html` into the run directory."""
-    html = render_template(
-        "forecast_page.html",
-        forecast_view.all_figures(forecast),
-        report={"name": name},
-        **_forecast_parts(forecast),
-    )
-    write_atomic(
-        run.path / "forecast.json", json.dumps(forecast, indent=1, ensure_ascii=False) + "\n"
-    )
-    write_atomic(run.path / "forecast.html", html)
+    plots, parts = forecast_view.all_figures(forecast), _forecast_parts(forecast)
+    html = render_template("forecast_page.html", plots, report={"name": name}, **parts)
+    _write(run, "forecast", forecast, html)
 
 
 def write_landscape(name: str, landscape: Mapping[str, Any], run: RunDirectory) -> None:
     """Write `landscape.json` and `landscape.html` into the run directory."""
-    html = render_template(
-        "landscape.html",
-        landscape_view.all_figures(landscape),
-        report={"name": name},
-        landscape=landscape,
-    )
-    write_atomic(
-        run.path / "landscape.json", json.dumps(landscape, indent=1, ensure_ascii=False) + "\n"
-    )
-    write_atomic(run.path / "landscape.html", html)
+    plots, parts = landscape_view.all_figures(landscape), {"landscape": landscape}
+    html = render_template("landscape.html", plots, report={"name": name}, **parts)
+    _write(run, "landscape", landscape, html)
+
+
+def _write(run: RunDirectory, name: str, record: Mapping[str, Any], html: str) -> None:
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(run.path / f"{name}.json", text)
+    write_atomic(run.path / f"{name}.html", html)
 
 
 def render(
@@ -186,10 +173,7 @@ def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> li
 def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Rows whose texts are numbers into one list: an answer is shown in many comparisons and stored once."""
     numbers: dict[str, int] = {}
-
-    def number(text: str) -> int:
-        return numbers.setdefault(text, len(numbers))
-
+    number = lambda text: numbers.setdefault(text, len(numbers))
     rows = [
         {key: value for key, value in row.items() if key != "lengths"}
         | {

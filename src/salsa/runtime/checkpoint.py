@@ -33,9 +33,9 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many unrelated types
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
-            "Delete that file to go on from the checkpoint before it."
+            f"{path}: cannot be read ({reason}). Delete that file to go on from the checkpoint before it."
         ) from error
 
 

@@ -2,12 +2,11 @@
 
 import ctypes
 import random
-import sys
 import time
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,9 +36,7 @@ class Engine:
     def create(cls, precision: str = "auto", *, threads: int | None = None) -> "Engine":
         """Prepare this process and resolve `precision`: `fp32`, `bf16`, or `auto` for what is faster here.
 
-        Args:
-            precision: `auto` times a few matrix products of each kind, once per process.
-            threads: of the CPU; PyTorch's choice if not given.
+        `auto` times a few matrix products of each kind, once per process. CPU `threads` are else PyTorch's choice.
         """
         if threads is not None:
             torch.set_num_threads(threads)
@@ -98,29 +95,23 @@ def _faster_precision(device: torch.device) -> tuple[Precision, str]:
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported()
         return ("bf16", "a GPU with bf16") if supported else ("fp32", "a GPU without bf16")
-    speeds = {dtype: _flops_per_second(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
-    fp32, bf16 = speeds.values()
+    fp32, bf16 = (_flops_per_second(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
     words = f"measured here: matrix products at {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16"
     return ("bf16" if bf16 > CLEARLY_FASTER * fp32 else "fp32"), words
 
 
 def _flops_per_second(dtype: torch.dtype) -> float:
     """The products of `_SHAPES`, forward only: the best of a few rounds within a tenth of a second."""
-    operands = [
-        (torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)) for m, k, n in _SHAPES
-    ]
-    flops = sum(2.0 * m * k * n for m, k, n in _SHAPES)
-    best, deadline = float("inf"), time.perf_counter() + 0.1
-    for number in range(20):
+    sides = [[torch.ones(size, k, dtype=dtype) for size in (m, n)] for m, k, n in _SHAPES]
+    times: list[float] = []
+    deadline = time.perf_counter() + 0.1
+    while not times or (len(times) < 20 and time.perf_counter() < deadline):
         start = time.perf_counter()
-        for a, b in operands:
+        for a, b in sides:
             torch.nn.functional.linear(a, b)
-        now = time.perf_counter()
-        if number or now > deadline:  # the first round warms up, unless it is all there is time for
-            best = min(best, now - start)
-        if now > deadline:
-            break
-    return flops / best
+        times.append(time.perf_counter() - start)
+    best = min(times[1:] or times)  # the first round warms up, unless it is all there was time for
+    return sum(2.0 * m * k * n for m, k, n in _SHAPES) / best
 
 
 def reuse_freed_memory() -> None:
@@ -129,18 +120,10 @@ def reuse_freed_memory() -> None:
     Seen on 2 cores: 1.1 to 1.6 x faster training steps of a 3 M-parameter model (docs/log.md). No effect
     on other C libraries.
     """
-    if (libc := _glibc()) is not None:
-        mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3)
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-@lru_cache(maxsize=1)
-def _glibc() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        return libc if libc.mallopt else None
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
-        return None
+        return
+    mmap_threshold, trim_threshold = -3, -1  # names of mallopt(3)
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)

@@ -12,8 +12,6 @@ import torch
 
 from salsa.runtime.engine import Engine
 
-_GEMM_SIZE = 2048
-
 
 @dataclass(frozen=True)
 class Work:
@@ -29,24 +27,23 @@ class Meter:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._last = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-        self._peaks: dict[str, float] = {}
+        self._phases: dict[str, tuple[float, float]] = {}
 
     def phase_done(self, name: str) -> None:
         """What has passed since the last call belongs to the phase `name`."""
         now = time.perf_counter()
-        self._seconds[name], self._last = now - self._last, now
-        self._peaks[name] = peak_memory_gb(self._engine)
+        self._phases[name] = now - self._last, peak_memory_gb(self._engine)
+        self._last = now
 
     def metrics(self, work: Mapping[str, Work]) -> dict[str, float]:
         """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end."""
         peak = gemm_peak(self._engine.device, self._engine.dtype)
         metrics = {}
-        for name, seconds in self._seconds.items():
+        for name, (seconds, memory) in self._phases.items():
             metrics[f"seconds_{name}"] = seconds
             metrics[f"tokens_per_second_{name}"] = work[name].tokens / seconds
             metrics[f"mfu_{name}"] = work[name].flops / seconds / peak
-            metrics[f"peak_memory_gb_{name}"] = self._peaks[name]
+            metrics[f"peak_memory_gb_{name}"] = memory
         return metrics
 
 
@@ -58,27 +55,25 @@ def forward_flops(model: Any, tokens: int, logits: int) -> float:
     trunk = model.trunk
     embedding = trunk.get_input_embeddings().weight
     matrices = sum(p.numel() for p in trunk.parameters() if p.ndim > 1) - embedding.numel()
-    head = model.output_head
-    return 2.0 * matrices * tokens + (2.0 * head.weight.numel() * logits if head is not None else 0)
+    head = model.backbone.get_output_embeddings().weight.numel() if logits else 0
+    return 2.0 * matrices * tokens + 2.0 * head * logits
 
 
 @lru_cache(maxsize=2)
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product here, measured once a process: the best of five."""
-    a = torch.ones(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype, device=device)
+    a = torch.ones(2048, 2048, dtype=dtype, device=device)
     seconds = []
     for _ in range(6):  # the first one warms up
         start = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return 2.0 * _GEMM_SIZE**3 / min(seconds[1:])
+    return 2.0 * 2048**3 / min(seconds[1:])
 
 
 def peak_memory_gb(engine: Engine) -> float:
     """Most memory so far: the process's resident set on a CPU, what torch allocated on a GPU."""
     if engine.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = (
-        1 if sys.platform == "darwin" else 1024
-    )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

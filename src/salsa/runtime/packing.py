@@ -7,20 +7,21 @@
 
 A chat template's opening, a prompt that several responses share, a response that is another's beginning: each is one
 path in the trie, read once, and its gradient is the sum over the rows that go through it. Every layer but attention
-works on the N tokens as they are; attention alone goes back to rows (`packed_attention`), through the interface that
-transformers offers for that. A model that cannot be run so is run on padded rows, to the same result.
+works on the N tokens as they are; attention alone goes back to rows (`_attention`), through the interface that
+transformers offers for that. A model that cannot be run so is run on padded rows, to the same result. While sequences
+are generated, their keys and values are kept in a `KVCache`, and attention goes to that instead.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,32 +29,10 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "salsa"
 """Name under which transformers finds this attention."""
-
 SHORT = 2**22
 """Attention scores of a layer up to which they are made at once: faster on a CPU than torch's masked kernel."""
-
-
-@runtime_checkable
-class KeyValueCache(Protocol):
-    """Keeps the keys and values of sequences that are being generated, and attends to them."""
-
-    lengths: Int[Tensor, " sequences"]
-    """Tokens of each sequence that are in the cache."""
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Prefill: a layer's keys and values of all rows, each [B, K, T, D]; anything finite behind a row's end."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        visible: Tensor,
-        scaling: float | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Decode: attention of one new token of each sequence, [1, H, sequences, D] → [1, sequences, H, D]."""
+SPARE_COLUMNS = 64
+"""Tokens for which a slot of the cache has room beyond what it needs, when it is made."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +55,24 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device) -> Packing:
     """The trie of `rows`, none empty."""
     tokens: list[int] = []
     positions: list[int] = []
-    paths: list[Tensor] = [torch.empty(0)] * len(rows)
-    added: list[Tensor] = [torch.empty(0)] * len(rows)
     owners: list[int] = []
+    steps: list[int] = []
+    paths, added = ([torch.empty(0)] * len(rows) for _ in range(2))
     path: list[int] = []
     for number, new in zip(*_in_order(rows), strict=True):
-        row, start = rows[number], len(tokens)
-        shared = len(row) - new
-        tokens += row[shared:]
-        positions += range(shared, len(row))
+        start, shared = len(tokens), len(rows[number]) - new
+        tokens += rows[number][shared:]
+        positions += range(shared, shared + new)
         owners += [number] * new
-        path = path[:shared] + list(range(start, len(tokens)))
-        paths[number], added[number] = torch.tensor(path), torch.arange(start, len(tokens))
-    position, owner = torch.tensor(positions), torch.tensor(owners)
-    first = torch.tensor([int(own[0]) if len(own) else 0 for own in added])
-    padded = pad_sequence(added, batch_first=True)
-    place = owner * padded.shape[1] + torch.arange(len(tokens)) - first[owner]
+        steps += range(new)
+        path = path[:shared] + list(range(start, start + new))
+        paths[number], added[number] = torch.tensor(path), torch.arange(start, start + new)
+    position, padded = torch.tensor(positions), pad_sequence(added, batch_first=True)
+    place = torch.tensor(owners) * padded.shape[1] + torch.tensor(steps)
     path_of = pad_sequence(paths, batch_first=True)
     visible = position[padded][:, None, :, None] >= torch.arange(path_of.shape[1])
-    return Packing(
-        torch.tensor([tokens]).to(device),
-        position[None].to(device),
-        path_of.to(device),
-        padded.to(device),
-        place.to(device),
-        visible.to(device),
-    )
+    fields = torch.tensor([tokens]), position[None], path_of, padded, place, visible
+    return Packing(*(field.to(device) for field in fields))
 
 
 def packs_of(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -112,10 +83,9 @@ def packs_of(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """
     order, new = _in_order(rows)
     lengths = [len(rows[row]) for row in order]
-    fewest = len(_cut(lengths, new, max_tokens))
-    enough = bisect_left(
-        range(max_tokens), True, key=lambda size: len(_cut(lengths, new, size)) <= fewest
-    )
+    num_packs = lambda size: len(_cut(lengths, new, size))
+    fewest = num_packs(max_tokens)
+    enough = bisect_left(range(max_tokens), True, key=lambda size: num_packs(size) <= fewest)
     return [[order[place] for place in pack] for pack in _cut(lengths, new, enough)]
 
 
@@ -155,15 +125,102 @@ class _Take(torch.autograd.Function):
         return summed.to(gradient.dtype), None
 
 
+class KVCache:
+    """The sequences being decoded: row numbers, lengths, and in every layer a slot each for keys and values."""
+
+    def __init__(self, model: Any, slots: int) -> None:
+        """Room for `slots` sequences of a `LanguageModel` that packs."""
+        self.model, self.slots = model, slots
+        here = model.engine.device
+        self.rows = torch.empty(0, dtype=torch.long, device=here)
+        """Which response each sequence is."""
+        self.lengths = torch.empty(0, dtype=torch.long, device=here)
+        """Tokens of each sequence that are in its slot."""
+        self.longest = 0
+        """Columns in use."""
+        self.stores: dict[tuple[int, str], Tensor] = {}
+        """Keys and values of each layer, (slots, heads, columns, size).
+
+        They are fp32 on a CPU: its bf16 products copy what is not contiguous.
+        """
+
+    def prefill(
+        self, rows: Int[Tensor, " new"], prompts: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "new V"]:
+        """Give prompts a slot each; the logits of their first response tokens."""
+        packing = pack(prompts, rows.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=rows.device)
+        last = packing.paths.gather(1, lengths[:, None] - 1).squeeze(1)
+        self.longest = max(self.longest, packing.paths.shape[1])
+        logits = self.model.next_logits(last, cache=self, **arguments(packing))
+        self.rows = torch.cat([self.rows, rows])
+        self.lengths = torch.cat([self.lengths, lengths])
+        return logits
+
+    def decode(self, token: Int[Tensor, " sequences"]) -> Float[Tensor, "sequences V"]:
+        """Append a token to each sequence; the logits of the next."""
+        self.longest = int(self.lengths.max()) + 1
+        every = torch.arange(len(token), device=token.device)
+        visible = torch.arange(self.longest, device=token.device) <= self.lengths[:, None]
+        mask = visible[:, None, None]  # (sequences, 1, 1, columns)
+        inputs = {"input_ids": token[None], "position_ids": self.lengths[None]}
+        logits = self.model.next_logits(every, **inputs, attention_mask=mask, cache=self)
+        self.lengths = self.lengths + 1
+        return logits
+
+    def keep(self, which: Bool[Tensor, " sequences"]) -> Int[Tensor, " kept"]:
+        """Drop the other sequences and fill their slots from the end; where each of the kept ones was before."""
+        count = int(which.sum())
+        if count == len(which):
+            return torch.arange(count, device=which.device)
+        holes = (~which[:count]).nonzero().squeeze(1)
+        movers = which[count:].nonzero().squeeze(1) + count
+        order = torch.arange(count, device=which.device)
+        order[holes] = movers
+        for slots in self.stores.values():
+            slots[holes, :, : self.longest] = slots[movers, :, : self.longest]
+        self.rows, self.lengths = self.rows[order], self.lengths[order]
+        return order
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Prefill of one layer: keys and values of the new sequences, each (new, heads, columns, size)."""
+        slots = slice(len(self.rows), len(self.rows) + len(keys))
+        for name, new in (("keys", keys), ("values", values)):
+            self._with_room((layer, name), new)[slots, :, : new.shape[2]] = new
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Tensor:
+        """Decode of one layer: a new token attends to its sequence, (1, heads, rows, size) → (1, rows, heads, size)."""
+        rows = torch.arange(len(self.rows), device=query.device)
+        used: list[Any] = []
+        for name, new in (("keys", key), ("values", value)):
+            slots = self._with_room((layer, name), new)
+            slots[rows, :, self.lengths] = new[0].transpose(0, 1).to(slots.dtype)
+            used.append(slots[: len(rows), :, : self.longest])
+        attended = attend(query.transpose(0, 2).to(used[0].dtype), *used, *given)
+        return attended[:, :, 0][None].to(query.dtype)
+
+    def _with_room(self, place: tuple[int, str], like: Tensor) -> Tensor:
+        """A layer's keys or values, with room for `longest` columns; what is not written yet is 0."""
+        store = self.stores.get(place)
+        if store is None:
+            shape = (self.slots, like.shape[1], self.longest + SPARE_COLUMNS, like.shape[3])
+            dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+            store = self.stores[place] = torch.zeros(shape, dtype=dtype, device=like.device)
+        elif (columns := store.shape[2]) < self.longest:
+            more = max(columns, self.longest - columns)
+            store = self.stores[place] = pad(store, (0, 0, 0, more))
+        return store
+
+
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Float[Tensor, "A H N D"],
     key: Float[Tensor, "A K N D"],
     value: Float[Tensor, "A K N D"],
     attention_mask: Tensor | None,
     *,
     packing: Packing | None = None,
-    cache: KeyValueCache | None = None,
+    cache: KVCache | None = None,
     windows: list[int | None] | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -187,13 +244,13 @@ def _attention(
     if packing is None:
         assert cache is not None and attention_mask is not None
         visible = within(sliding_window, attention_mask, cache.lengths[:, None])
-        layer: Any = module.layer_idx
-        return cache.attend(layer, query, key, value, visible, scaling, softcap), None
+        given = key, value, visible, scaling, softcap
+        return cache.attend(module.layer_idx, query, *given), None
     keys, values = (_rows(x, packing.paths) for x in (key, value))  # (B, K, T, D)
     if windows is not None:
         windows.append(sliding_window)
     if cache is not None:
-        cache.write(module.layer_idx, keys, values)  # type: ignore[arg-type]
+        cache.write(module.layer_idx, keys, values)
     queries = _rows(query, packing.added)  # (B, H, Q, D)
     visible = within(sliding_window, packing.visible, packing.positions[0][packing.added])
     attended = attend(queries, keys, values, visible, scaling, softcap)  # (B, H, Q, D)
@@ -248,19 +305,12 @@ def attend(
 def _in_order(rows: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
     """(Row numbers such that rows that begin alike are neighbours, how many tokens each adds to those before it)."""
     order = sorted(range(len(rows)), key=lambda row: tuple(rows[row]))
-    ordered: list[Sequence[int]] = [rows[row] for row in order]
-    new = [len(row) - _shared(before, row) for before, row in pairwise([(), *ordered])]
+    new = []
+    for before, row in pairwise([(), *(rows[number] for number in order)]):
+        pairs = enumerate(zip(before, row, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(before), len(row)))
+        new.append(len(row) - shared)
     return order, new
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows have in common at their start."""
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def _cut(lengths: Sequence[int], new: Sequence[int], max_tokens: int) -> list[list[int]]:
