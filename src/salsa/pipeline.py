@@ -15,7 +15,6 @@ from typing import Literal
 from salsa.analysis.written import forecast_of, write_forecast, write_landscape
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import parse_model
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
@@ -49,14 +48,14 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
     sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
     models = Models(recipe, base, sft, hashes)
     preferences = nodes.preferences(recipe, sft)
-    reward = nodes.reward(recipe, models, preferences, hashes)
+    reward = nodes.reward(recipe, models, preferences)
     policies = {
         arm: [
             nodes.policy(recipe, arm, seed, models, reward, preferences) for seed in recipe.rl.seeds
         ]
         for arm in recipe.rl.arms
     }
-    compared = {"sft": [models[parse_model(recipe.eval.shown)]] * len(recipe.rl.seeds)} | policies
+    compared = {"sft": [models[recipe.eval.shown]] * len(recipe.rl.seeds)} | policies
     samples = {
         arm: [
             nodes.samples(recipe, arm, k, policy, models, reward) for k, policy in enumerate(of_arm)

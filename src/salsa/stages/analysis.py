@@ -5,12 +5,13 @@ Each is a stage of its own, so that a further candidate, score or yardstick comp
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
 from salsa.config import DataSource
-from salsa.data import fingerprint
 from salsa.rewards import RewardSource
+from salsa.stages.directory import Job
+from salsa.stages.jobs import identity_from
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -36,24 +37,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class RepliesJob:
+class RepliesJob(Job):
     """Many replies of one model to each prompt."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     model: Checkpoint
     asked: Asked
 
     def identity(self) -> dict[str, Any]:
         """The model, the prompts and how it is sampled."""
-        return {
-            "config": self.asked.identity(),
-            "inputs": {"model": self.model.digest, "prompts": fingerprint(self.asked.prompts)},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        return identity_from(self.asked.identity(), model=self.model, prompts=self.asked.prompts)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `replies.jsonl`, a row a prompt; resumable."""
@@ -63,11 +55,9 @@ class RepliesJob:
 
 
 @dataclass(frozen=True)
-class ScoresJob:
+class ScoresJob(Job):
     """The replies of one model, scored."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     model: Checkpoint
     """Who replied: prompts are shown as it saw them."""
     replies: Checkpoint
@@ -76,15 +66,10 @@ class ScoresJob:
 
     def identity(self) -> dict[str, Any]:
         """The replies, their prompts and what scores them."""
-        return {
-            "config": {"max_prompt_tokens": self.asked.max_prompt_tokens},
-            "inputs": {"replies": self.replies.digest, "prompts": fingerprint(self.asked.prompts)}
-            | {f"score {name}": reward.digest for name, reward in self.rewards.items()},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        settings = {"max_prompt_tokens": self.asked.max_prompt_tokens}
+        return identity_from(
+            settings, replies=self.replies, prompts=self.asked.prompts, score=self.rewards
+        )
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `scores.jsonl`, a row a prompt; resumable."""
@@ -94,11 +79,9 @@ class ScoresJob:
 
 
 @dataclass(frozen=True)
-class LogprobsJob:
+class LogprobsJob(Job):
     """The log-probability of one model's replies under another."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     model: Checkpoint
     """Under which."""
     author: Checkpoint
@@ -108,14 +91,8 @@ class LogprobsJob:
 
     def identity(self) -> dict[str, Any]:
         """The replies, the model and the temperature."""
-        return {
-            "config": {"temperature": self.temperature},
-            "inputs": {"replies": self.replies.digest, "model": self.model.digest},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        settings = {"temperature": self.temperature}
+        return identity_from(settings, replies=self.replies, model=self.model)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `logprobs.jsonl`, a row a prompt; resumable."""
@@ -125,11 +102,9 @@ class LogprobsJob:
 
 
 @dataclass(frozen=True)
-class LandscapeJob:
+class LandscapeJob(Job):
     """Scores, KL and loss at places on the line or the plane through models."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     models: tuple[Checkpoint, ...]
     """Two for a line, three for a plane."""
     alphas: tuple[float, ...]
@@ -140,19 +115,14 @@ class LandscapeJob:
 
     def identity(self) -> dict[str, Any]:
         """The models, the places, and everything that is measured there."""
-        loss = {"validation": fingerprint(self.validation)} if self.validation else {}
-        return {
-            "config": self.asked.identity() | {"alphas": list(self.alphas)},
-            "inputs": {"prompts": fingerprint(self.asked.prompts)}
-            | {f"model {i}": c.digest for i, c in enumerate(self.models)}
-            | {f"kl_to {name}": c.digest for name, c in self.kl_to.items()}
-            | {f"score {name}": reward.digest for name, reward in self.rewards.items()}
-            | loss,
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        return identity_from(
+            self.asked.identity() | {"alphas": list(self.alphas)},
+            prompts=self.asked.prompts,
+            model=dict(enumerate(self.models)),
+            kl_to=self.kl_to,
+            score=self.rewards,
+            validation=self.validation,
+        )
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `places.jsonl`, a row a place; resumable."""

@@ -2,24 +2,23 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
-from salsa.config import DataSource, RewardFunction
-from salsa.data import fingerprint
+from salsa.config import DataSource
 from salsa.evaluate.inputs import Question
 from salsa.rewards import RewardSource
+from salsa.stages.directory import Job
+from salsa.stages.jobs import identity_from
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
 
 @dataclass(frozen=True)
-class EvalJob:
+class EvalJob(Job):
     """One policy on the held-out prompts: responses, scores, KL, lengths."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     policy: Checkpoint
     prompts: DataSource
     max_prompt_tokens: int
@@ -41,15 +40,15 @@ class EvalJob:
     def identity(self) -> dict[str, Any]:
         """Settings, policy, measured models, rewards and prompts."""
         names = ("max_prompt_tokens", "max_new_tokens", "temperature", "seed", "only")
-        references = {f"reference[{i}]": c.digest for i, c in enumerate(self.references)}
-        return {
-            "config": {name: getattr(self, name) for name in names}
-            | {"reference_weights": list(self.reference_weights)},
-            "inputs": {"policy": self.policy.digest, "prompts": fingerprint(self.prompts)}
-            | {f"kl_to {name}": c.digest for name, c in self.kl_to.items()}
-            | {f"score {name}": reward.digest for name, reward in self.rewards.items()}
-            | references,
-        }
+        settings = {name: getattr(self, name) for name in names}
+        return identity_from(
+            settings | {"reference_weights": list(self.reference_weights)},
+            policy=self.policy,
+            prompts=self.prompts,
+            kl_to=self.kl_to,
+            score=self.rewards,
+            reference=self.references,
+        )
 
     def execution(self) -> dict[str, Any]:
         """Responses per call."""
@@ -62,20 +61,10 @@ class EvalJob:
         evaluate_policy(self, directory, engine)
 
 
-def rewards_of(
-    proxy: RewardSource | None, scores: dict[str, RewardFunction]
-) -> dict[str, RewardSource]:
-    """The training reward as `proxy`, and further scores by their names."""
-    others = {name: RewardSource((function,)) for name, function in scores.items()}
-    return ({"proxy": proxy} if proxy is not None else {}) | others
-
-
 @dataclass(frozen=True)
-class AnswersJob:
+class AnswersJob(Job):
     """One policy and the questions of one or two turns that it answers."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     benchmark: str
     """Whose format `answers.jsonl` has: `mt_bench` or `arena_hard`."""
     name: str
@@ -90,22 +79,16 @@ class AnswersJob:
 
     def identity(self) -> dict[str, Any]:
         """Settings, questions and the policy."""
-        return {
-            "config": {
-                "seed": self.seed,
-                "name": self.name,
-                "benchmark": self.benchmark,
-                "max_new_tokens": self.max_new_tokens,
-                "batch_size": self.batch_size,  # answers of one batch share their random numbers
-                "temperatures": list(self.temperatures),
-                "questions": [[q.id, *q.turns] for q in self.questions],
-            },
-            "inputs": {"policy": self.policy.digest},
+        settings = {
+            "seed": self.seed,
+            "name": self.name,
+            "benchmark": self.benchmark,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,  # answers of one batch share their random numbers
+            "temperatures": list(self.temperatures),
+            "questions": [[q.id, *q.turns] for q in self.questions],
         }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing that does not decide the answers."""
-        return {}
+        return identity_from(settings, policy=self.policy)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `answers.jsonl`; resumable by the batch."""

@@ -4,12 +4,14 @@ A finished stage is found by its job's identity and skipped. Others run one afte
 executor, elsewhere and at once as soon as what they need is there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
+from salsa.config.expressions import ReferenceRule
 from salsa.errors import ConfigError
+from salsa.rewards import RewardSource
 from salsa.runtime.executors import Executor
 from salsa.runtime.tracking import say
 from salsa.stages.directory import Job, Place, RunDirectory, Stage, filling
@@ -28,6 +30,33 @@ class Node:
     needs: tuple["Node", ...]
     make: Callable[..., Job | Checkpoint]
     """Called with the checkpoint of each of `needs`; a checkpoint that is there already needs no job."""
+
+    @classmethod
+    def of(cls, kind: Callable[..., Job], label: str, *fields: Any, **named: Any) -> "Node":
+        """The node of the job `kind(label, …)`: the fields have nodes wherever the job has checkpoints."""
+        needs: dict[Node, None] = {}
+        _replaced((fields, named), needs.setdefault)
+
+        def make(*made: Checkpoint) -> Job:
+            outputs = dict(zip(needs, made, strict=True))
+            own, others = _replaced((fields, named), outputs.__getitem__)
+            return kind(label, *own, **others)
+
+        return cls(label, tuple(needs), make)
+
+
+def _replaced(value: Any, of: Callable[[Node], Any]) -> Any:
+    """`value` with what `of` gives for each node in it, in tuples, dictionaries and dataclasses too."""
+    match value:
+        case Node():
+            return of(value)
+        case tuple():
+            return tuple(_replaced(one, of) for one in value)
+        case dict():
+            return {key: _replaced(one, of) for key, one in value.items()}
+        case ReferenceRule() | RewardSource():
+            return replace(value, **_replaced(vars(value), of))
+    return value
 
 
 class Graph:
@@ -65,11 +94,9 @@ class Graph:
             self._finish_elsewhere(waiting, self.executor)
             return
         for node in waiting:
-            job = self._skip(node)
-            if job is not None:
+            if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
-                with filling(place, job, engine) as directory:
-                    job.run(directory, engine)
+                perform(place, job, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
@@ -147,7 +174,7 @@ class Graph:
 
 
 def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """The work of a stage in the process that an executor chose."""
+    """The work of a stage, in this process or the one that an executor chose."""
     with filling(place, job, engine) as directory:
         job.run(directory, engine)
 
@@ -155,12 +182,6 @@ def perform(place: Place, job: Job, engine: "Engine | None") -> None:
 def _closure(wanted: Iterable[Node]) -> list[Node]:
     """The wanted nodes and all that they need, what is needed first."""
     order: dict[Node, None] = {}
-
-    def visit(nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            if node not in order:
-                visit(node.needs)
-                order[node] = None
-
-    visit(list(wanted))
+    for node in wanted:
+        order |= dict.fromkeys([*_closure(node.needs), node])
     return list(order)

@@ -16,51 +16,45 @@ from salsa.config import (
     SFTConfig,
 )
 from salsa.config.expressions import ReferenceRule
-from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_rows
+from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
 from salsa.rewards import FunctionScorer, RewardSource, function_digest
+from salsa.stages.directory import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
 Reference = ReferenceRule[Checkpoint]
+Source = Checkpoint | DataSource | RewardFunction | RewardSource | Reference
 
 
 @dataclass(frozen=True)
-class BaseJob:
+class BaseJob(Job):
     """The base as an ordinary checkpoint: de-quantized, with a chat template."""
 
     needs_engine: ClassVar[bool] = False
-    label: str
     source: Checkpoint
-    config: ModelConfig
+    model: ModelConfig
 
     def identity(self) -> dict[str, Any]:
         """The source's digest, the GGUF file and the template's text."""
-        template = self.config.chat_template
+        template = self.model.chat_template
         text = Path(template).read_text(encoding="utf-8") if template else None
-        return {
-            "config": {"gguf_file": self.config.gguf_file, "chat_template": text},
-            "inputs": {"source": self.source.digest},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        settings = {"gguf_file": self.model.gguf_file, "chat_template": text}
+        return identity_from(settings, source=self.source)
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
         """Write the checkpoint."""
         from salsa.models import prepare_base
 
-        prepare_base(self.config, self.source.path, directory)
+        prepare_base(self.model, self.source.path, directory)
 
 
 @dataclass(frozen=True)
-class SoupJob:
+class SoupJob(Job):
     """A weight average of checkpoints, or a model shrunk towards the base."""
 
     needs_engine: ClassVar[bool] = False
-    label: str
     ingredients: tuple[Checkpoint, ...]
     base: Checkpoint | None
     as_near_as: Checkpoint | None = None
@@ -70,48 +64,36 @@ class SoupJob:
 
     def identity(self) -> dict[str, Any]:
         """The options and every model's digest."""
-        inputs = {f"ingredient {i}": c.digest for i, c in enumerate(self.ingredients)}
-        if self.base is not None:
-            inputs["base"] = self.base.digest
-        if self.as_near_as is not None:
-            inputs["as near as"] = self.as_near_as.digest
-        if "score" in self.options:
-            inputs["score"] = fingerprint(DataSource(call=self.options["score"]))
-        return {"config": self.options, "inputs": inputs}
-
-    def execution(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
+        score = self.options.get("score")
+        return identity_from(
+            self.options,
+            ingredient=dict(enumerate(self.ingredients)),
+            base=self.base,
+            **{"as near as": self.as_near_as},
+            score=DataSource(call=score) if score else None,
+        )
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
         """Write the soup."""
-        from salsa.soup import write_soup
+        from salsa.soup import measure_soup, write_soup
 
         options = dict(self.options)
         if self.base is not None:
             options["base"] = self.base
         if "score" in options:
             options["score"] = import_callable(options["score"])
-        if self.as_near_as is not None:
-            options |= {"method": "wise", "alpha": self._norm_ratio(self.as_near_as)}
+        if self.as_near_as is not None:  # alpha = ‖other − base‖ / ‖model − base‖
+            assert self.base is not None  # the resolver gives it
+            pair = [self.as_near_as.path, self.ingredients[0].path]
+            norms = measure_soup(pair, base=self.base.path)["diagnostics"]["norms"]
+            options |= {"method": "wise", "alpha": norms[0] / norms[1]}
         write_soup(list(self.ingredients), directory, **options)
-
-    def _norm_ratio(self, other: Checkpoint) -> float:
-        """‖other − base‖ / ‖model − base‖."""
-        from salsa.soup import measure_soup
-
-        assert self.base is not None  # the resolver gives it
-        record = measure_soup([other.path, self.ingredients[0].path], base=self.base.path)
-        of_other, of_model = record["diagnostics"]["norms"]
-        return of_other / of_model
 
 
 @dataclass(frozen=True)
-class SFTJob:
+class SFTJob(Job):
     """Supervised fine-tuning with one seed."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     base: Checkpoint
     config: SFTConfig
     dataset: DataSource
@@ -119,14 +101,8 @@ class SFTJob:
 
     def identity(self) -> dict[str, Any]:
         """Settings, seed, base and data."""
-        return {
-            "config": self.config.identity() | {"seed": self.seed},
-            "inputs": {"base": self.base.digest, "data": fingerprint(self.dataset)},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Micro-batches and checkpoints."""
-        return self.config.execution()
+        settings = self.config.identity() | {"seed": self.seed}
+        return identity_from(settings, base=self.base, data=self.dataset)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -136,11 +112,9 @@ class SFTJob:
 
 
 @dataclass(frozen=True)
-class PreferencesJob:
+class PreferencesJob(Job):
     """Preference pairs: rows of a data set, or replies of the SFT models labelled by a noisy scorer."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     models: tuple[Checkpoint, ...]
     """The SFT models that reply; none where the pairs are rows of a data set."""
     config: PreferencesConfig
@@ -148,42 +122,30 @@ class PreferencesJob:
 
     def identity(self) -> dict[str, Any]:
         """The data set; or settings, models, prompts and labeller."""
-        if self.config.dataset is not None:
-            return {"config": {}, "inputs": {"data": fingerprint(self.config.dataset)}}
-        assert self.config.prompts is not None and self.config.labeller is not None  # the schema
-        return {
-            "config": self.config.identity() | {"max_prompt_tokens": self.max_prompt_tokens},
-            "inputs": {f"sft[{i}]": c.digest for i, c in enumerate(self.models)}
-            | {
-                "prompts": fingerprint(self.config.prompts),
-                "labeller": function_digest(self.config.labeller),
-            },
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """How the labeller is called."""
-        return self.config.execution()
+        config = self.config
+        if config.dataset is not None:
+            return identity_from({}, data=config.dataset)
+        settings = config.identity() | {"max_prompt_tokens": self.max_prompt_tokens}
+        return identity_from(
+            settings, sft=self.models, prompts=config.prompts, labeller=config.labeller
+        )
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `pairs.jsonl`."""
         if self.config.dataset is not None:
             rows = load_rows(self.config.dataset, PREFERENCE_COLUMNS)
             wanted = ("prompt", "chosen", "rejected")
-            write_jsonl(
-                directory / "pairs.jsonl", [{k: r[k] for k in wanted if k in r} for r in rows]
-            )
-            return
+            pairs = [{k: row[k] for k in wanted if k in row} for row in rows]
+            return write_jsonl(directory / "pairs.jsonl", pairs)
         from salsa.preferences import sample_pairs
 
         sample_pairs(self, directory, engine)
 
 
 @dataclass(frozen=True)
-class RewardJob:
+class RewardJob(Job):
     """A reward model trained on preference pairs with one seed."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     init: Checkpoint
     pairs: Checkpoint
     """The directory of `pairs.jsonl`."""
@@ -192,14 +154,8 @@ class RewardJob:
 
     def identity(self) -> dict[str, Any]:
         """Settings, seed, start and data."""
-        return {
-            "config": self.config.identity() | {"seed": self.seed},
-            "inputs": {"init": self.init.digest, "pairs": self.pairs.digest},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Checkpoints."""
-        return self.config.execution()
+        settings = self.config.identity() | {"seed": self.seed}
+        return identity_from(settings, init=self.init, pairs=self.pairs)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -209,11 +165,9 @@ class RewardJob:
 
 
 @dataclass(frozen=True)
-class DPOJob:
+class DPOJob(Job):
     """Direct preference optimisation of one arm with one seed."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     init: Checkpoint
     reference: Checkpoint
     pairs: Checkpoint
@@ -222,18 +176,8 @@ class DPOJob:
 
     def identity(self) -> dict[str, Any]:
         """Settings, seed, models and data."""
-        return {
-            "config": self.config.identity() | {"seed": self.seed},
-            "inputs": {
-                "init": self.init.digest,
-                "reference": self.reference.digest,
-                "pairs": self.pairs.digest,
-            },
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Micro-batches and checkpoints."""
-        return self.config.execution()
+        settings = self.config.identity() | {"seed": self.seed}
+        return identity_from(settings, init=self.init, reference=self.reference, pairs=self.pairs)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -243,11 +187,9 @@ class DPOJob:
 
 
 @dataclass(frozen=True)
-class RLJob:
+class RLJob(Job):
     """RL of one arm with one seed."""
 
-    needs_engine: ClassVar[bool] = True
-    label: str
     init: Checkpoint
     reference: Reference
     reward: RewardSource
@@ -261,49 +203,58 @@ class RLJob:
 
     def identity(self) -> dict[str, Any]:
         """Settings, seed, models, reward and prompts; what is only logged counts too, for it is part of the output."""
-        return {
-            "config": self.config.identity() | {"seed": self.seed},
-            "inputs": {
-                "init": self.init.digest,
-                "reference": identity_of(self.reference),
-                "reward": self.reward.digest,
-                "prompts": fingerprint(self.prompts),
-            }
-            | {f"kl_to {name}": c.digest for name, c in self.kl_to.items()}
-            | {f"score {name}": function_digest(f) for name, f in self.monitors.items()},
-        }
-
-    def execution(self) -> dict[str, Any]:
-        """Micro-batches, recomputed activations and checkpoints."""
-        return self.config.execution()
+        return identity_from(
+            self.config.identity() | {"seed": self.seed},
+            init=self.init,
+            reference=self.reference,
+            reward=self.reward,
+            prompts=self.prompts,
+            kl_to=self.kl_to,
+            score=self.monitors,
+        )
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
-        from salsa.data import load_prompts
         from salsa.models import load_tokenizer, same_vocabulary
         from salsa.rl import RLSetup, train_rl
 
-        rewards = self.reward.load(engine)
-        critic_init, reward_model = self.init, self.reward.checkpoint
-        if reward_model is not None and same_vocabulary(reward_model.path, self.init.path):
-            critic_init = reward_model
-        setup = RLSetup(
-            label=self.label,
-            init=self.init,
-            reference=self.reference,
-            critic_init=critic_init,
-            config=self.config,
-            prompts=load_prompts(
-                self.prompts,
-                load_tokenizer(self.init.path),
-                max_tokens=self.config.max_prompt_tokens,
-            ),
-            reward=rewards,
-            seed=self.seed,
-            monitors={name: FunctionScorer([f]) for name, f in self.monitors.items()},
-            kl_to=self.kl_to,
-        )
-        train_rl(setup, directory, engine)
+        tokenizer, longest = load_tokenizer(self.init.path), self.config.max_prompt_tokens
+        loaded = {
+            "reward": self.reward.load(engine),
+            "critic_init": self.init,
+            "prompts": load_prompts(self.prompts, tokenizer, max_tokens=longest),
+            "monitors": {name: FunctionScorer([f]) for name, f in self.monitors.items()},
+        }
+        trained = self.reward.checkpoint
+        if trained is not None and same_vocabulary(trained.path, self.init.path):
+            loaded["critic_init"] = trained
+        train_rl(RLSetup(**vars(self) | loaded), directory, engine)
+
+
+def identity_from(
+    settings: dict[str, Any], **inputs: Source | dict[Any, Any] | tuple[Source, ...] | None
+) -> dict[str, Any]:
+    """A job's identity: its settings, and its inputs' digests by name; of several `name key` or `name[number]`."""
+    digests: dict[str, str] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            digests |= {f"{name} {key}": _digest(one) for key, one in value.items()}
+        elif isinstance(value, tuple):
+            digests |= {f"{name}[{i}]": _digest(one) for i, one in enumerate(value)}
+        elif value is not None:
+            digests[name] = _digest(value)
+    return {"config": settings, "inputs": digests}
+
+
+def _digest(source: Source) -> str:
+    match source:
+        case DataSource():
+            return fingerprint(source)
+        case RewardFunction():
+            return function_digest(source)
+        case ReferenceRule():
+            return identity_of(source)
+    return source.digest
 
 
 def identity_of(reference: Reference) -> str:

@@ -1,10 +1,16 @@
 """A recipe's sections as nodes of the stage graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import SFT, Base, Model, parse_model, sft_indices, text_of
+from salsa.config.expressions import (
+    Model,
+    ReferenceRule,
+    parse_model,
+    sft_indices,
+)
 from salsa.data import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
@@ -15,11 +21,11 @@ from salsa.data import (
     preference_rows,
     sft_rows,
 )
-from salsa.resolve import Models, checkpoints_of
+from salsa.resolve import Models
 from salsa.rewards import RewardSource
 from salsa.stages.analysis import Asked, LandscapeJob, LogprobsJob, RepliesJob, ScoresJob
 from salsa.stages.directory import policy_label
-from salsa.stages.evaluation import EvalJob, rewards_of
+from salsa.stages.evaluation import EvalJob
 from salsa.stages.graph import Node
 from salsa.stages.jobs import (
     BaseJob,
@@ -48,9 +54,8 @@ def base(recipe: Recipe, hashes: FileHashes) -> Node:
 def sft(recipe: Recipe, base: Node, index: int, hashes: FileHashes) -> Node:
     """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
     config, label = recipe.sft, f"sft[{index}]"
-    if config.dataset is not None:
-        dataset, seed = config.dataset, config.seeds[index]
-        return Node(label, (base,), lambda made: SFTJob(label, made, config, dataset, seed))
+    if (dataset := config.dataset) is not None:
+        return Node.of(SFTJob, label, base, config, dataset, config.seeds[index])
     name = config.checkpoints[index]
 
     def given(made: Checkpoint) -> SoupJob | Checkpoint:
@@ -65,47 +70,29 @@ def sft(recipe: Recipe, base: Node, index: int, hashes: FileHashes) -> Node:
 
 def preferences(recipe: Recipe, sft: list[Node]) -> Node | None:
     """The preference pairs, where the recipe has any."""
-    config = recipe.preferences
-    if config is None:
+    if (config := recipe.preferences) is None:
         return None
-    needs = () if config.dataset is not None else tuple(sft)
-    return Node(
-        "preferences",
-        needs,
-        lambda *made: PreferencesJob("preferences", made, config, recipe.rl.max_prompt_tokens),
-    )
+    replying = () if config.dataset is not None else tuple(sft)
+    longest = recipe.rl.max_prompt_tokens
+    return Node.of(PreferencesJob, "preferences", replying, config, longest)
 
 
-def reward(
-    recipe: Recipe, models: Models, preferences: Node | None, hashes: FileHashes
-) -> Node | None:
+def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | None:
     """The reward model: given, or trained once per seed; of several the weight average. None for functions."""
     config = recipe.reward
     if config.functions:
         return None
-    if config.paths:
-        parts = [models[parse_model(path)] for path in config.paths]
-    else:
-        assert preferences is not None  # the schema
-        several = len(config.seeds) > 1
+    parts = [models[path] for path in config.paths]
+    if not parts:
+        init = models[config.init]
+        labels = {
+            s: f"reward seed {s}" if len(config.seeds) > 1 else "reward" for s in config.seeds
+        }
         parts = [
-            _trained_reward(
-                recipe, f"reward seed {s}" if several else "reward", s, models, preferences
-            )
-            for s in config.seeds
+            Node.of(RewardJob, label, init, preferences, config, seed)
+            for seed, label in labels.items()
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
-
-
-def _trained_reward(
-    recipe: Recipe, label: str, seed: int, models: Models, preferences: Node
-) -> Node:
-    config = recipe.reward
-    return Node(
-        label,
-        (models[parse_model(config.init)], preferences),
-        lambda init, pairs: RewardJob(label, init, pairs, config, seed),
-    )
 
 
 def policy(
@@ -118,34 +105,23 @@ def policy(
 ) -> Node:
     """The policy of one arm and seed."""
     section, arm = recipe.rl, recipe.rl.arms[arm_name]
-    label, config, rule = policy_label(arm_name, seed), section.config_of(arm_name), arm.rule
-    init = models[parse_model(arm.init)]
-    references = tuple(models[model] for model in rule.models)
+    label, config = policy_label(arm_name, seed), section.config_of(arm_name)
+    init = models[arm.init]
+    reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
-        assert preferences is not None  # the schema
-        return Node(
-            label,
-            (init, *references, preferences),
-            lambda init, reference, pairs: DPOJob(label, init, reference, pairs, config, seed),
-        )
-    monitored = _monitored(recipe, models)
-    needs = (init, *references, *monitored.values(), *([reward] if reward else []))
-
-    def job(init: Checkpoint, *made: Checkpoint) -> RLJob:
-        own, others = made[: len(references)], made[len(references) :]
-        return RLJob(
-            label=label,
-            init=init,
-            reference=checkpoints_of(rule, own),
-            reward=_source(recipe, others[len(monitored)] if reward else None),
-            config=config,
-            prompts=section.prompts,
-            seed=seed,
-            monitors=dict(recipe.eval.scores),
-            kl_to=dict(zip(monitored, others, strict=False)),
-        )
-
-    return Node(label, needs, job)
+        return Node.of(DPOJob, label, init, *reference.models, preferences, config, seed)
+    return Node.of(
+        RLJob,
+        label,
+        init=init,
+        reference=reference,
+        kl_to=_monitored(recipe, models),
+        reward=_source(recipe, reward),
+        config=config,
+        prompts=section.prompts,
+        seed=seed,
+        monitors=recipe.eval.scores,
+    )
 
 
 def samples(
@@ -153,33 +129,27 @@ def samples(
 ) -> Node:
     """What the `number`-th seed of an arm replies to the held-out prompts, scored."""
     config, section = recipe.eval, recipe.rl
-    measured = {name: models[parse_model(name)] for name in config.kl_to}
-    rule = section.arms[arm].rule if arm in section.arms else None
-    moves = rule is not None and rule.moves
-    owned = (
-        [] if moves else [models[m] for m in (rule.models if rule else [parse_model(config.shown)])]
+    shown = ReferenceRule((parse_model(config.shown),))
+    rule = section.arms[arm].rule if arm in section.arms else shown
+    reference = _nodes_of(rule, models)
+    if rule.moves:
+        moved = Node(f"reference of {policy.label}", (policy,), moved_reference)
+        reference = ReferenceRule((moved,))
+    return Node.of(
+        EvalJob,
+        f"eval {arm} seed {section.seeds[number]}",
+        policy=policy,
+        kl_to={name: models[name] for name in config.kl_to},
+        references=reference.models,
+        reference_weights=reference.weights,
+        rewards=_rewards(recipe, reward),
+        prompts=config.prompts,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens or section.max_new_tokens,
+        temperature=section.temperature,
+        batch_size=config.batch_size,
+        seed=config.seed + number,
     )
-    label = f"eval {arm} seed {section.seeds[number]}"
-
-    def job(policy: Checkpoint, *made: Checkpoint) -> EvalJob:
-        rest = made[len(measured) :]
-        references = (moved_reference(policy),) if moves else rest[: len(owned)]
-        return EvalJob(
-            label=label,
-            policy=policy,
-            kl_to=dict(zip(measured, made, strict=False)),
-            references=references,
-            reference_weights=rule.weights if rule and not moves else (1.0,),
-            prompts=config.prompts,
-            max_prompt_tokens=section.max_prompt_tokens,
-            rewards=rewards_of(_source(recipe, rest[-1] if reward else None), config.scores),
-            max_new_tokens=config.max_new_tokens or section.max_new_tokens,
-            temperature=section.temperature,
-            batch_size=config.batch_size,
-            seed=config.seed + number,
-        )
-
-    return Node(label, (policy, *measured.values(), *owned, *([reward] if reward else [])), job)
 
 
 @dataclass(frozen=True)
@@ -201,53 +171,38 @@ def sampled(
     recipe: Recipe, candidate: str, models: Models, reward: Node | None, own: ForecastConfig
 ) -> Sampled:
     """What a forecast needs of one candidate."""
-    model = models[parse_model(candidate)]
+    model = models[candidate]
     asked = _asked(recipe, own, own.batch_prompts)
-    replies = Node(
-        f"replies {candidate}",
-        (model,),
-        lambda made: RepliesJob(f"replies {candidate}", made, asked),
-    )
-
-    def scored(made: Checkpoint, rows: Checkpoint, *trained: Checkpoint) -> ScoresJob:
-        rewards = rewards_of(_source(recipe, trained[0] if trained else None), recipe.eval.scores)
-        return ScoresJob(f"scores {candidate}", made, rows, asked, rewards)
-
-    def under(name: str) -> Node:
-        label, other = f"logprobs {candidate} under {name}", models[parse_model(name)]
-        return Node(
-            label,
-            (model, other, replies),
-            lambda author, made, rows: LogprobsJob(label, made, author, rows, asked.temperature),
+    replies = Node.of(RepliesJob, f"replies {candidate}", model, asked)
+    rewards = _rewards(recipe, reward)
+    scores = Node.of(ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
+    logprobs = {
+        name: Node.of(
+            LogprobsJob,
+            f"logprobs {candidate} under {name}",
+            models[name],
+            model,
+            replies,
+            asked.temperature,
         )
-
-    needs = (model, replies, *([reward] if reward else []))
-    return Sampled(
-        replies,
-        Node(f"scores {candidate}", needs, scored),
-        {name: under(name) for name in recipe.eval.kl_to if name != candidate},
-    )
+        for name in recipe.eval.kl_to
+        if name != candidate
+    }
+    return Sampled(replies, scores, logprobs)
 
 
 def landscape(recipe: Recipe, models: Models, reward: Node | None, own: LandscapeConfig) -> Node:
     """The places on the line or the plane through the section's models."""
-    corners = [models[parse_model(text)] for text in own.models]
-    measured = [models[parse_model(text)] for text in recipe.eval.kl_to]
-
-    def job(*made: Checkpoint) -> LandscapeJob:
-        yardsticks = made[len(corners) : len(corners) + len(measured)]
-        trained = made[-1] if reward else None
-        return LandscapeJob(
-            label="landscape",
-            models=made[: len(corners)],
-            alphas=own.alphas,
-            asked=_asked(recipe, own, 1),
-            rewards=rewards_of(_source(recipe, trained), recipe.eval.scores),
-            kl_to=dict(zip(recipe.eval.kl_to, yardsticks, strict=True)),
-            validation=own.validation,
-        )
-
-    return Node("landscape", (*corners, *measured, *([reward] if reward else [])), job)
+    return Node.of(
+        LandscapeJob,
+        "landscape",
+        models=tuple(models[text] for text in own.models),
+        alphas=own.alphas,
+        asked=_asked(recipe, own, 1),
+        kl_to={text: models[text] for text in recipe.eval.kl_to},
+        rewards=_rewards(recipe, reward),
+        validation=own.validation,
+    )
 
 
 def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> Asked:
@@ -292,16 +247,24 @@ def check_inputs(recipe: Recipe) -> None:
         load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
 
 
-def _source(recipe: Recipe, checkpoint: Checkpoint | None) -> RewardSource:
-    return RewardSource(recipe.reward.functions, checkpoint)
+def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
+    """The rule with the nodes of its models in place of their names."""
+    return replace(cast(Any, rule), models=tuple(models[model] for model in rule.models))
+
+
+def _source(recipe: Recipe, reward: Any) -> RewardSource:
+    """The training reward; its checkpoint is a node yet."""
+    return RewardSource(recipe.reward.functions, reward)
+
+
+def _rewards(recipe: Recipe, reward: Node | None) -> dict[str, RewardSource]:
+    """The training reward as `proxy`, and further scores by their names."""
+    others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
+    return {"proxy": _source(recipe, reward)} | others
 
 
 def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:
     """The base and every SFT model that goes into any arm: the models whose KL is logged."""
-    used = {
-        index
-        for _, model in recipe.expressions()
-        for index in sft_indices(model, recipe.soup.ingredients)
-    }
-    named: list[Model] = [Base(), *(SFT(index) for index in sorted(used))]
-    return {text_of(model): models[model] for model in named}
+    soup = recipe.soup.ingredients
+    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
+    return {name: models[name] for name in ("base", *(f"sft[{i}]" for i in sorted(used)))}
