@@ -8,7 +8,9 @@
 of what decides its result: a finished one is reused, an interrupted one goes on from its last checkpoint.
 """
 
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -50,23 +52,17 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
     preferences = nodes.preferences(recipe, sft)
     reward = nodes.reward(recipe, models, preferences)
     policies = {
-        arm: [
-            nodes.policy(recipe, arm, seed, models, reward, preferences) for seed in recipe.rl.seeds
-        ]
+        arm: [nodes.policy(recipe, arm, s, models, reward, preferences) for s in recipe.rl.seeds]
         for arm in recipe.rl.arms
     }
     compared = {"sft": [models[recipe.eval.shown]] * len(recipe.rl.seeds)} | policies
     samples = {
-        arm: [
-            nodes.samples(recipe, arm, k, policy, models, reward) for k, policy in enumerate(of_arm)
-        ]
+        arm: [nodes.samples(recipe, arm, k, one, models, reward) for k, one in enumerate(of_arm)]
         for arm, of_arm in compared.items()
     }
+    asked = recipe.forecast or ForecastConfig()
     forecast = {
-        candidate: nodes.sampled(
-            recipe, candidate, models, reward, recipe.forecast or ForecastConfig()
-        )
-        for candidate in recipe.candidates()
+        name: nodes.sampled(recipe, name, models, reward, asked) for name in recipe.candidates()
     }
     between = recipe.landscape or (LandscapeConfig() if recipe.sft.count > 1 else None)
     landscape = nodes.landscape(recipe, models, reward, between) if between else None
@@ -102,18 +98,15 @@ def run_recipe(
             run.check_precision(recipe.model.precision)
         stages = stages_of(recipe, run.hashes)
         pool = ProcessPool(jobs, threads) if jobs > 1 else None
-        graph = Graph(
-            run,
-            precision=recipe.model.precision,
-            threads=threads,
-            executor=pool,
-            before_work=lambda: nodes.check_inputs(recipe),
-        )
-        try:
+        with closing(pool) if pool else nullcontext():
+            graph = Graph(
+                run,
+                precision=recipe.model.precision,
+                threads=threads,
+                executor=pool,
+                before_work=lambda: nodes.check_inputs(recipe),
+            )
             _finish(recipe, graph, stages, until)
-        finally:
-            if pool is not None:
-                pool.close()
     return directory.path
 
 
@@ -127,15 +120,13 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     if recipe.forecast is not None or until == "forecast":
         graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
     if until == "forecast":
-        write_forecast(recipe, graph, stages.forecast)
-        return
+        return write_forecast(recipe, graph, stages.forecast)
     if until == "landscape":
-        write_landscape(recipe, graph, stages.landscape)
-        return
-    graph.finish(node for of_arm in stages.policies.values() for node in of_arm)
+        return write_landscape(recipe, graph, stages.landscape)
+    graph.finish(chain(*stages.policies.values()))
     if until == "rl":
         return
-    graph.finish(node for of_arm in stages.samples.values() for node in of_arm)
+    graph.finish(chain(*stages.samples.values()))
     if until == "eval":
         return
     key = report_key(graph.run)

@@ -12,12 +12,12 @@ from salsa.artifacts import Checkpoint
 from salsa.config.expressions import ReferenceRule
 from salsa.errors import ConfigError
 from salsa.rewards import RewardSource
-from salsa.runtime.executors import Executor
 from salsa.runtime.tracking import say
 from salsa.stages.directory import Job, Place, RunDirectory, Stage, filling
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
+    from salsa.runtime.executors.local import ProcessPool
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -68,7 +68,7 @@ class Graph:
         *,
         precision: str = "auto",
         threads: int | None = None,
-        executor: Executor | None = None,
+        executor: "ProcessPool | None" = None,
         before_work: Callable[[], None] = lambda: None,
     ) -> None:
         """Without an executor jobs run here. `before_work` is called once, before the first job that runs."""
@@ -99,7 +99,7 @@ class Graph:
                 perform(place, job, engine)
                 self._end(node, place)
 
-    def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
+    def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:
         """As `finish`, as many jobs at once as the executor has slots."""
         jobs: dict[Node, Job] = {}
         running: dict[Any, tuple[Node, Place]] = {}
