@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from salsa.artifacts import Checkpoint
 from salsa.config import DataSource
 from salsa.rewards import RewardSource
-from salsa.stages.directory import Job
-from salsa.stages.jobs import identity_from
+from salsa.stages.jobs import Job, Undecisive, identity_from
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -31,10 +30,6 @@ class Asked:
     batch_prompts: int
     """Prompts sampled together."""
 
-    def identity(self) -> dict[str, Any]:
-        """All but the prompts, which are an input."""
-        return {name: value for name, value in vars(self).items() if name != "prompts"}
-
 
 @dataclass(frozen=True)
 class RepliesJob(Job):
@@ -45,7 +40,7 @@ class RepliesJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The model, the prompts and how it is sampled."""
-        return identity_from(self.asked.identity(), model=self.model, prompts=self.asked.prompts)
+        return identity_from(model=self.model, **vars(self.asked))
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `replies.jsonl`, a row a prompt; resumable."""
@@ -66,10 +61,8 @@ class ScoresJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The replies, their prompts and what scores them."""
-        settings = {"max_prompt_tokens": self.asked.max_prompt_tokens}
-        return identity_from(
-            settings, replies=self.replies, prompts=self.asked.prompts, score=self.rewards
-        )
+        asked = {name: vars(self.asked)[name] for name in ("prompts", "max_prompt_tokens")}
+        return identity_from(replies=self.replies, **asked, score=self.rewards)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `scores.jsonl`, a row a prompt; resumable."""
@@ -82,17 +75,12 @@ class ScoresJob(Job):
 class LogprobsJob(Job):
     """The log-probability of one model's replies under another."""
 
-    model: Checkpoint
-    """Under which."""
-    author: Checkpoint
+    author: Undecisive[Checkpoint]
     """Who replied."""
     replies: Checkpoint
+    model: Checkpoint
+    """Under which."""
     temperature: float
-
-    def identity(self) -> dict[str, Any]:
-        """The replies, the model and the temperature."""
-        settings = {"temperature": self.temperature}
-        return identity_from(settings, replies=self.replies, model=self.model)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `logprobs.jsonl`, a row a prompt; resumable."""
@@ -115,13 +103,14 @@ class LandscapeJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The models, the places, and everything that is measured there."""
+        loss = {} if self.validation is None else {"validation": self.validation}
         return identity_from(
-            self.asked.identity() | {"alphas": list(self.alphas)},
-            prompts=self.asked.prompts,
+            **vars(self.asked),
+            alphas=self.alphas,
             model=dict(enumerate(self.models)),
             kl_to=self.kl_to,
             score=self.rewards,
-            validation=self.validation,
+            **loss,
         )
 
     def run(self, directory: Path, engine: "Engine") -> None:

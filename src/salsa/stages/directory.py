@@ -15,12 +15,11 @@ import os
 import platform
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import (
     Checkpoint,
@@ -34,38 +33,13 @@ from salsa.artifacts import (
     write_atomic,
 )
 from salsa.errors import CheckpointError, ConfigError, accessing
+from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
 LAYOUT_VERSION = 2
 """Part of every stage's digest: raise it when the same settings and inputs come to mean another result."""
-
-
-@dataclass(frozen=True)
-class Job(ABC):
-    """The work of one stage as plain data: frozen, picklable, made without loading a model."""
-
-    needs_engine: ClassVar[bool] = True
-    """Whether the work computes with torch, so that its arithmetic is part of its identity."""
-    label: str
-    """Names the directory and the report's row, e.g. `sft[0]`."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """`{"config": …, "inputs": {name: digest}}`: all that decides the result, as JSON values."""
-
-    def execution(self) -> dict[str, Any]:
-        """How it is computed, which does not decide the result; recorded beside the identity."""
-        config = getattr(self, "config", None)
-        return {} if config is None else config.execution()
-
-    @abstractmethod
-    def run(self, directory: Path, engine: Any) -> None:
-        """Fill `directory`, by an `Engine` if the job needs one.
-
-        What is kept in `directory/resume` survives a kill and is dropped at the end.
-        """
 
 
 @dataclass(frozen=True)

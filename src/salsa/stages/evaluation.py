@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from salsa.artifacts import Checkpoint
 from salsa.config import DataSource
 from salsa.evaluate.inputs import Question
 from salsa.rewards import RewardSource
-from salsa.stages.directory import Job
-from salsa.stages.jobs import identity_from
+from salsa.stages.jobs import Job, Undecisive, identity_from
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -24,31 +23,18 @@ class EvalJob(Job):
     max_prompt_tokens: int
     max_new_tokens: int
     temperature: float
-    batch_size: int
+    batch_size: Undecisive[int]
     """Responses sampled per call; it decides no response but for rounding."""
     seed: int
-    rewards: dict[str, RewardSource] = field(default_factory=dict)
-    """Name → what scores; of several functions the sum. A run's training reward is `proxy`."""
     kl_to: dict[str, Checkpoint] = field(default_factory=dict)
     """Name → model to measure the KL to."""
-    references: tuple[Checkpoint, ...] = ()
+    rewards: Annotated[dict[str, RewardSource], "score"] = field(default_factory=dict)
+    """Name → what scores; of several functions the sum. A run's training reward is `proxy`."""
+    references: Annotated[tuple[Checkpoint, ...], "reference"] = ()
     """The policy's own reference; several are the parts of a mixture."""
-    reference_weights: tuple[float, ...] = (1.0,)
     only: tuple[int, ...] | None = None
     """Which of the prompts, by number, where not all fit; all that fit if not given."""
-
-    def identity(self) -> dict[str, Any]:
-        """Settings, policy, measured models, rewards and prompts."""
-        names = ("max_prompt_tokens", "max_new_tokens", "temperature", "seed", "only")
-        settings = {name: getattr(self, name) for name in names}
-        return identity_from(
-            settings | {"reference_weights": list(self.reference_weights)},
-            policy=self.policy,
-            prompts=self.prompts,
-            kl_to=self.kl_to,
-            score=self.rewards,
-            reference=self.references,
-        )
+    reference_weights: tuple[float, ...] = (1.0,)
 
     def execution(self) -> dict[str, Any]:
         """Responses per call."""
@@ -79,16 +65,16 @@ class AnswersJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """Settings, questions and the policy."""
-        settings = {
-            "seed": self.seed,
-            "name": self.name,
-            "benchmark": self.benchmark,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,  # answers of one batch share their random numbers
-            "temperatures": list(self.temperatures),
-            "questions": [[q.id, *q.turns] for q in self.questions],
-        }
-        return identity_from(settings, policy=self.policy)
+        return identity_from(
+            seed=self.seed,
+            name=self.name,
+            benchmark=self.benchmark,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,  # answers of one batch share their random numbers
+            temperatures=self.temperatures,
+            questions=[[q.id, *q.turns] for q in self.questions],
+            policy=self.policy,
+        )
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `answers.jsonl`; resumable by the batch."""

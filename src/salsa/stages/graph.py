@@ -13,7 +13,8 @@ from salsa.config.expressions import ReferenceRule
 from salsa.errors import ConfigError
 from salsa.rewards import RewardSource
 from salsa.runtime.tracking import say
-from salsa.stages.directory import Job, Place, RunDirectory, Stage, filling
+from salsa.stages.directory import Place, RunDirectory, Stage, filling
+from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -75,7 +76,6 @@ class Graph:
         self.run, self.precision, self.executor = run, precision, executor
         self._threads = executor.threads if executor else threads
         self._before_work = before_work
-        self._started = False
         self._the_engine: Engine | None = None
         self._outputs: dict[Node, Checkpoint] = {}
 
@@ -96,7 +96,8 @@ class Graph:
         for node in waiting:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
-                perform(place, job, engine)
+                with filling(place, job, engine) as directory:
+                    job.run(directory, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:
@@ -116,28 +117,23 @@ class Graph:
                 self._end(*running.pop(executor.wait(list(running))))
 
     def _skip(self, node: Node) -> Job | None:
-        """The node's job, if there is anything left to do."""
+        """The node's job, if there is anything left to do; `auto` takes a stage that is finished in any arithmetic."""
         job = node.make(*(self._outputs[need] for need in node.needs))
         if isinstance(job, Checkpoint):
             self._outputs[node] = job
             return None
-        if (stage := self._finished(job)) is None:
-            return job
-        self._record(node, stage)
-        return None
-
-    def _finished(self, job: Job) -> Stage | None:
-        """The job's finished stage; with precision `auto`, in whichever arithmetic it was computed."""
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
         places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
         finished = [stage for p in places.values() if (stage := self.run.find(p)) is not None]
-        return max(finished, key=lambda stage: stage.record["started"], default=None)
+        if not finished:
+            return job
+        self._record(node, max(finished, key=lambda stage: stage.record["started"]))
+        return None
 
     def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
         """Where the job will be computed and by what; what was begun in one arithmetic stays in it."""
-        if not self._started:
-            self._before_work()
-            self._started = True
+        self._before_work()
+        self._before_work = lambda: None
         if not job.needs_engine:
             return self.run.place(job, ""), None
         engine = self.engine()
@@ -164,7 +160,7 @@ class Graph:
     def _end(self, node: Node, place: Place) -> None:
         stage = self.run.find(place)
         assert stage is not None  # the work raised nothing
-        self._record(node, Stage(stage.label, stage.path, stage.record, reused=False))
+        self._record(node, replace(stage, reused=False))
 
     def _record(self, node: Node, stage: Stage) -> None:
         self.run.finished.append(stage)
@@ -174,7 +170,7 @@ class Graph:
 
 
 def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """The work of a stage, in this process or the one that an executor chose."""
+    """The work of a stage in the process that an executor chose."""
     with filling(place, job, engine) as directory:
         job.run(directory, engine)
 

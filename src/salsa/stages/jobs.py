@@ -1,8 +1,9 @@
 """The jobs of a run: what each stage is made of, and so its identity. Plain data; torch is imported only to run one."""
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.config import (
@@ -14,18 +15,86 @@ from salsa.config import (
     RewardFunction,
     RLConfig,
     SFTConfig,
+    Strict,
 )
 from salsa.config.expressions import ReferenceRule
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
 from salsa.rewards import FunctionScorer, RewardSource, function_digest
-from salsa.stages.directory import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
 Reference = ReferenceRule[Checkpoint]
-Source = Checkpoint | DataSource | RewardFunction | RewardSource | Reference
+
+
+T = TypeVar("T")
+Undecisive = Annotated[T, None]
+"""A job's field that does not decide its result."""
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """The work of one stage as plain data: frozen, picklable, made without loading a model.
+
+    A field decides the result under its own name; `Annotated[type, name]` gives it another one in the identity.
+    """
+
+    needs_engine: ClassVar[bool] = True
+    """Whether the work computes with torch, so that its arithmetic is part of its identity."""
+    label: Undecisive[str]
+    """Names the directory and the report's row, e.g. `sft[0]`."""
+
+    def identity(self) -> dict[str, Any]:
+        """`{"config": …, "inputs": {name: digest}}`: all that decides the result, as JSON values."""
+        names = {f.name: getattr(f.type, "__metadata__", (f.name,))[0] for f in fields(self)}
+        return identity_from(**{name: getattr(self, own) for own, name in names.items() if name})
+
+    def execution(self) -> dict[str, Any]:
+        """How it is computed, which does not decide the result; recorded beside the identity."""
+        config = getattr(self, "config", None)
+        return {} if config is None else config.execution()
+
+    @abstractmethod
+    def run(self, directory: Path, engine: Any) -> None:
+        """Fill `directory`, by an `Engine` if the job needs one.
+
+        What is kept in `directory/resume` survives a kill and is dropped at the end.
+        """
+
+
+def identity_from(**parts: Any) -> dict[str, Any]:
+    """A job's identity from what it is made of.
+
+    A recipe's section gives its settings. Models, data, functions and rewards are inputs, known by their digests; of
+    several in a dictionary as `name key`, in a tuple as `name[number]`. Anything else counts as it is.
+    """
+    settings: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    for name, part in parts.items():
+        if isinstance(part, dict):
+            inputs |= {f"{name} {key}": _digest(one) for key, one in part.items()}
+        elif isinstance(part, tuple) and all(isinstance(one, _SOURCES) for one in part):
+            inputs |= {f"{name}[{number}]": _digest(one) for number, one in enumerate(part)}
+        elif isinstance(part, _SOURCES):
+            inputs[name] = _digest(part)
+        else:
+            settings |= part.identity() if isinstance(part, Strict) else {name: part}
+    return {"config": settings, "inputs": inputs}
+
+
+def _digest(source: Any) -> str:
+    match source:
+        case DataSource():
+            return fingerprint(source)
+        case RewardFunction():
+            return function_digest(source)
+        case ReferenceRule():
+            return identity_of(source)
+    return source.digest
+
+
+_SOURCES = (Checkpoint, DataSource, RewardFunction, RewardSource, ReferenceRule)
 
 
 @dataclass(frozen=True)
@@ -40,8 +109,7 @@ class BaseJob(Job):
         """The source's digest, the GGUF file and the template's text."""
         template = self.model.chat_template
         text = Path(template).read_text(encoding="utf-8") if template else None
-        settings = {"gguf_file": self.model.gguf_file, "chat_template": text}
-        return identity_from(settings, source=self.source)
+        return identity_from(gguf_file=self.model.gguf_file, chat_template=text, source=self.source)
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
         """Write the checkpoint."""
@@ -64,14 +132,13 @@ class SoupJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The options and every model's digest."""
-        score = self.options.get("score")
-        return identity_from(
-            self.options,
-            ingredient=dict(enumerate(self.ingredients)),
-            base=self.base,
-            **{"as near as": self.as_near_as},
-            score=DataSource(call=score) if score else None,
-        )
+        inputs = {f"ingredient {i}": c.digest for i, c in enumerate(self.ingredients)}
+        for name, model in (("base", self.base), ("as near as", self.as_near_as)):
+            if model is not None:
+                inputs[name] = model.digest
+        if "score" in self.options:
+            inputs["score"] = fingerprint(DataSource(call=self.options["score"]))
+        return {"config": self.options, "inputs": inputs}
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
         """Write the soup."""
@@ -96,13 +163,8 @@ class SFTJob(Job):
 
     base: Checkpoint
     config: SFTConfig
-    dataset: DataSource
+    dataset: Annotated[DataSource, "data"]
     seed: int
-
-    def identity(self) -> dict[str, Any]:
-        """Settings, seed, base and data."""
-        settings = self.config.identity() | {"seed": self.seed}
-        return identity_from(settings, base=self.base, data=self.dataset)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -122,13 +184,11 @@ class PreferencesJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The data set; or settings, models, prompts and labeller."""
-        config = self.config
+        config, longest = self.config, self.max_prompt_tokens
         if config.dataset is not None:
-            return identity_from({}, data=config.dataset)
-        settings = config.identity() | {"max_prompt_tokens": self.max_prompt_tokens}
-        return identity_from(
-            settings, sft=self.models, prompts=config.prompts, labeller=config.labeller
-        )
+            return identity_from(data=config.dataset)
+        given = {"prompts": config.prompts, "labeller": config.labeller}
+        return identity_from(config=config, max_prompt_tokens=longest, sft=self.models, **given)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `pairs.jsonl`."""
@@ -152,11 +212,6 @@ class RewardJob(Job):
     config: RewardConfig
     seed: int
 
-    def identity(self) -> dict[str, Any]:
-        """Settings, seed, start and data."""
-        settings = self.config.identity() | {"seed": self.seed}
-        return identity_from(settings, init=self.init, pairs=self.pairs)
-
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
         from salsa.reward import train_reward
@@ -173,11 +228,6 @@ class DPOJob(Job):
     pairs: Checkpoint
     config: DPOConfig
     seed: int
-
-    def identity(self) -> dict[str, Any]:
-        """Settings, seed, models and data."""
-        settings = self.config.identity() | {"seed": self.seed}
-        return identity_from(settings, init=self.init, reference=self.reference, pairs=self.pairs)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -196,22 +246,10 @@ class RLJob(Job):
     config: RLConfig
     prompts: DataSource
     seed: int
-    monitors: dict[str, RewardFunction] = field(default_factory=dict)
-    """Further scores to log, e.g. `gold`; they train nothing."""
     kl_to: dict[str, Checkpoint] = field(default_factory=dict)
-    """Name → model whose KL is logged: the base and the SFT models."""
-
-    def identity(self) -> dict[str, Any]:
-        """Settings, seed, models, reward and prompts; what is only logged counts too, for it is part of the output."""
-        return identity_from(
-            self.config.identity() | {"seed": self.seed},
-            init=self.init,
-            reference=self.reference,
-            reward=self.reward,
-            prompts=self.prompts,
-            kl_to=self.kl_to,
-            score=self.monitors,
-        )
+    """Name → model whose KL is logged: the base and the SFT models. What is only logged is part of the output too."""
+    monitors: Annotated[dict[str, RewardFunction], "score"] = field(default_factory=dict)
+    """Further scores to log, e.g. `gold`; they train nothing."""
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -229,32 +267,6 @@ class RLJob(Job):
         if trained is not None and same_vocabulary(trained.path, self.init.path):
             loaded["critic_init"] = trained
         train_rl(RLSetup(**vars(self) | loaded), directory, engine)
-
-
-def identity_from(
-    settings: dict[str, Any], **inputs: Source | dict[Any, Any] | tuple[Source, ...] | None
-) -> dict[str, Any]:
-    """A job's identity: its settings, and its inputs' digests by name; of several `name key` or `name[number]`."""
-    digests: dict[str, str] = {}
-    for name, value in inputs.items():
-        if isinstance(value, dict):
-            digests |= {f"{name} {key}": _digest(one) for key, one in value.items()}
-        elif isinstance(value, tuple):
-            digests |= {f"{name}[{i}]": _digest(one) for i, one in enumerate(value)}
-        elif value is not None:
-            digests[name] = _digest(value)
-    return {"config": settings, "inputs": digests}
-
-
-def _digest(source: Source) -> str:
-    match source:
-        case DataSource():
-            return fingerprint(source)
-        case RewardFunction():
-            return function_digest(source)
-        case ReferenceRule():
-            return identity_of(source)
-    return source.digest
 
 
 def identity_of(reference: Reference) -> str:

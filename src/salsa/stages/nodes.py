@@ -180,9 +180,9 @@ def sampled(
         name: Node.of(
             LogprobsJob,
             f"logprobs {candidate} under {name}",
-            models[name],
             model,
             replies,
+            models[name],
             asked.temperature,
         )
         for name in recipe.eval.kl_to
