@@ -199,8 +199,7 @@ def soup(
         str, Option(help="linear, greedy, wise, slerp, model_stock or interpolate")
     ] = "linear",
     base: Annotated[
-        str | None,
-        Option(help="what they were tuned from; wise, slerp and model_stock need it"),
+        str | None, Option(help="what they were tuned from; wise, slerp and model_stock need it")
     ] = None,
     alpha: Annotated[
         float | None, Option(help="wise: share of the soup, the rest is the base")

@@ -4,15 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from salsa.config.schema import (
-    Count,
-    DataSource,
-    Execution,
-    Input,
-    Models,
-    RewardFunction,
-    Strict,
-)
+from salsa.config.schema import Count, DataSource, Execution, Input, Models, RewardFunction, Strict
 
 
 class EvalConfig(Strict):

@@ -5,12 +5,7 @@ from typing import Any, cast
 
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import (
-    Model,
-    ReferenceRule,
-    parse_model,
-    sft_indices,
-)
+from salsa.config.expressions import Model, ReferenceRule, parse_model, sft_indices
 from salsa.data import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
