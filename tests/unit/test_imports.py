@@ -11,10 +11,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "salsa"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets"}
 LIGHT = (
     "salsa", "salsa.cli", "salsa.config", "salsa.artifacts", "salsa.errors", "salsa.soup", "salsa.resolve",
-    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.evaluation", "salsa.stages.nodes", "salsa.planner",
+    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.planner",
     "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.command", "salsa.evaluate.judge",
     "salsa.evaluate.games", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
-    "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep", "salsa.stages.analysis",
+    "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
     "salsa.report.page",
 )  # fmt: skip
 ALGORITHM = {

@@ -143,10 +143,8 @@ class RewardFunction(Strict):
 def check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
     """ValueError, with the divisors to choose from, if a given `part` does not divide `whole`."""
     if part is not None and whole % part:
-        divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
-        choice = (
-            ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
-        )
+        *others, last = (str(d) for d in range(1, whole + 1) if whole % d == 0)
+        choice = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
 
 
@@ -205,7 +203,7 @@ def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str
     """Names of the keys that are valid at a place under `root`."""
     model: Any = root
     for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        if part in model.model_fields:
             model = _model_in(model.model_fields[str(part)].annotation)
     return list(model.model_fields)
 

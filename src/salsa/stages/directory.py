@@ -251,7 +251,6 @@ def _cpu() -> str:
 
 def _first_difference(before: str, after: str) -> str:
     old, new = before.splitlines(), after.splitlines()
-    for there, here in zip(old, new, strict=False):
-        if there != here:
-            return f"there {there.strip()!r}, now {here.strip()!r}"
-    return f"there {len(old)} lines, now {len(new)}"
+    pairs = ((a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b)
+    found = (f"there {there!r}, now {here!r}" for there, here in pairs)
+    return next(found, f"there {len(old)} lines, now {len(new)}")

@@ -23,6 +23,7 @@ from salsa.errors import CheckpointError
 from salsa.rewards import FunctionScorer, RewardSource, function_digest
 
 if TYPE_CHECKING:
+    from salsa.evaluate.inputs import Question
     from salsa.runtime.engine import Engine
 
 Reference = ReferenceRule[Checkpoint]
@@ -267,6 +268,179 @@ class RLJob(Job):
         if trained is not None and same_vocabulary(trained.path, self.init.path):
             loaded["critic_init"] = trained
         train_rl(RLSetup(**vars(self) | loaded), directory, engine)
+
+
+@dataclass(frozen=True)
+class EvalJob(Job):
+    """One policy on the held-out prompts: responses, scores, KL, lengths."""
+
+    policy: Checkpoint
+    prompts: DataSource
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    batch_size: Undecisive[int]
+    """Responses sampled per call; it decides no response but for rounding."""
+    seed: int
+    kl_to: dict[str, Checkpoint] = field(default_factory=dict)
+    """Name → model to measure the KL to."""
+    rewards: Annotated[dict[str, RewardSource], "score"] = field(default_factory=dict)
+    """Name → what scores; of several functions the sum. A run's training reward is `proxy`."""
+    references: Annotated[tuple[Checkpoint, ...], "reference"] = ()
+    """The policy's own reference; several are the parts of a mixture."""
+    only: tuple[int, ...] | None = None
+    """Which of the prompts, by number, where not all fit; all that fit if not given."""
+    reference_weights: tuple[float, ...] = (1.0,)
+
+    def execution(self) -> dict[str, Any]:
+        """Responses per call."""
+        return {"batch_size": self.batch_size}
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `samples.jsonl`."""
+        from salsa.evaluate.scores import evaluate_policy
+
+        evaluate_policy(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class AnswersJob(Job):
+    """One policy and the questions of one or two turns that it answers."""
+
+    benchmark: str
+    """Whose format `answers.jsonl` has: `mt_bench` or `arena_hard`."""
+    name: str
+    """What the model is called in it."""
+    policy: Checkpoint
+    questions: "tuple[Question, ...]"
+    temperatures: tuple[float, ...]
+    """One a question."""
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """Settings, questions and the policy."""
+        return identity_from(
+            seed=self.seed,
+            name=self.name,
+            benchmark=self.benchmark,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,  # answers of one batch share their random numbers
+            temperatures=self.temperatures,
+            questions=[[q.id, *q.turns] for q in self.questions],
+            policy=self.policy,
+        )
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `answers.jsonl`; resumable by the batch."""
+        from salsa.evaluate.answers import write_answers
+
+        write_answers(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts, and how replies to them are drawn."""
+
+    prompts: DataSource
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    num_samples: int
+    """Replies per prompt."""
+    seed: int
+    batch_prompts: int
+    """Prompts sampled together."""
+
+
+@dataclass(frozen=True)
+class RepliesJob(Job):
+    """Many replies of one model to each prompt."""
+
+    model: Checkpoint
+    asked: Asked
+
+    def identity(self) -> dict[str, Any]:
+        """The model, the prompts and how it is sampled."""
+        return identity_from(model=self.model, **vars(self.asked))
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `replies.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_replies
+
+        write_replies(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class ScoresJob(Job):
+    """The replies of one model, scored."""
+
+    model: Checkpoint
+    """Who replied: prompts are shown as it saw them."""
+    replies: Checkpoint
+    asked: Asked
+    rewards: dict[str, RewardSource]
+
+    def identity(self) -> dict[str, Any]:
+        """The replies, their prompts and what scores them."""
+        asked = {name: vars(self.asked)[name] for name in ("prompts", "max_prompt_tokens")}
+        return identity_from(replies=self.replies, **asked, score=self.rewards)
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `scores.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_scores
+
+        write_scores(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class LogprobsJob(Job):
+    """The log-probability of one model's replies under another."""
+
+    author: Undecisive[Checkpoint]
+    """Who replied."""
+    replies: Checkpoint
+    model: Checkpoint
+    """Under which."""
+    temperature: float
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `logprobs.jsonl`, a row a prompt; resumable."""
+        from salsa.analysis.sampling import write_logprobs
+
+        write_logprobs(self, directory, engine)
+
+
+@dataclass(frozen=True)
+class LandscapeJob(Job):
+    """Scores, KL and loss at places on the line or the plane through models."""
+
+    models: tuple[Checkpoint, ...]
+    """Two for a line, three for a plane."""
+    alphas: tuple[float, ...]
+    asked: Asked
+    rewards: dict[str, RewardSource]
+    kl_to: dict[str, Checkpoint]
+    validation: DataSource | None
+
+    def identity(self) -> dict[str, Any]:
+        """The models, the places, and everything that is measured there."""
+        loss = {} if self.validation is None else {"validation": self.validation}
+        return identity_from(
+            **vars(self.asked),
+            alphas=self.alphas,
+            model=dict(enumerate(self.models)),
+            kl_to=self.kl_to,
+            score=self.rewards,
+            **loss,
+        )
+
+    def run(self, directory: Path, engine: "Engine") -> None:
+        """Write `places.jsonl`, a row a place; resumable."""
+        from salsa.analysis.landscape import write_places
+
+        write_places(self, directory, engine)
 
 
 def identity_of(reference: Reference) -> str:

@@ -18,16 +18,20 @@ from salsa.data import (
 )
 from salsa.resolve import Models
 from salsa.rewards import RewardSource
-from salsa.stages.analysis import Asked, LandscapeJob, LogprobsJob, RepliesJob, ScoresJob
 from salsa.stages.directory import policy_label
-from salsa.stages.evaluation import EvalJob
 from salsa.stages.graph import Node
 from salsa.stages.jobs import (
+    Asked,
     BaseJob,
     DPOJob,
+    EvalJob,
+    LandscapeJob,
+    LogprobsJob,
     PreferencesJob,
+    RepliesJob,
     RewardJob,
     RLJob,
+    ScoresJob,
     SFTJob,
     SoupJob,
     moved_reference,
