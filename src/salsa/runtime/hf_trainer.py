@@ -1,11 +1,11 @@
 """Run a Hugging Face Trainer so that a kill loses at most the steps since its last checkpoint."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from salsa.runtime.engine import Engine
 from salsa.runtime.tracking import Tracker, tracker
@@ -44,11 +44,15 @@ def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any
 def train(trainer: Trainer, directory: Path, label: str, show: tuple[str, ...]) -> None:
     """Train to the end, from the last complete checkpoint in `directory/resume` if there is one."""
     trainer.remove_callback(PrinterCallback)
-    last = _last_complete(directory / "resume")
+    folder = directory / "resume"
+    for path in folder.glob("checkpoint-*"):
+        if not (path / _COMPLETE).exists():  # half-written
+            shutil.rmtree(path)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     with tracker(directory, label, _num_steps(trainer), show) as log:
-        log.resume_at(int(last.name.split("-")[1]) if last else 0)
+        log.resume_at(int(last.rpartition("-")[2]) if last else 0)
         trainer.add_callback(_Report(log))
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=last)
 
 
 class _Report(TrainerCallback):
@@ -70,18 +74,6 @@ class _Report(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-
-def _last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to the end; half-written ones are removed."""
-    complete = {}
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / _COMPLETE).exists():
-            complete[int(match[1])] = path
-        else:
-            shutil.rmtree(path)
-    return complete[max(complete)] if complete else None
 
 
 def _num_steps(trainer: Trainer) -> int:

@@ -1,4 +1,8 @@
-"""The jobs of a run: what each stage is made of, and so its identity. Plain data; torch is imported only to run one."""
+"""The jobs of a run: what each stage is made of, and so its identity. Plain data; torch is imported only to run one.
+
+Those that sample a model many times a prompt, score the replies and weigh them under other models are stages of their
+own, so that a further candidate, score or yardstick computes only what is new.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields

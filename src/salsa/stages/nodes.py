@@ -3,39 +3,15 @@
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from salsa import data
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
 from salsa.config.expressions import Model, ReferenceRule, parse_model, sft_indices
-from salsa.data import (
-    PREFERENCE_COLUMNS,
-    SFT_COLUMNS,
-    describe,
-    import_callable,
-    load_prompts,
-    load_rows,
-    preference_rows,
-    sft_rows,
-)
 from salsa.resolve import Models
 from salsa.rewards import RewardSource
+from salsa.stages import jobs
 from salsa.stages.directory import policy_label
 from salsa.stages.graph import Node
-from salsa.stages.jobs import (
-    Asked,
-    BaseJob,
-    DPOJob,
-    EvalJob,
-    LandscapeJob,
-    LogprobsJob,
-    PreferencesJob,
-    RepliesJob,
-    RewardJob,
-    RLJob,
-    ScoresJob,
-    SFTJob,
-    SoupJob,
-    moved_reference,
-)
 
 
 def base(recipe: Recipe, hashes: FileHashes) -> Node:
@@ -47,22 +23,22 @@ def base(recipe: Recipe, hashes: FileHashes) -> Node:
 
     if config.gguf_file is None and config.chat_template is None:
         return Node("base", (), source)
-    return Node("base", (), lambda: BaseJob("base", source(), config))
+    return Node("base", (), lambda: jobs.BaseJob("base", source(), config))
 
 
 def sft(recipe: Recipe, base: Node, index: int, hashes: FileHashes) -> Node:
     """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
     config, label = recipe.sft, f"sft[{index}]"
     if (dataset := config.dataset) is not None:
-        return Node.of(SFTJob, label, base, config, dataset, config.seeds[index])
+        return Node.of(jobs.SFTJob, label, base, config, dataset, config.seeds[index])
     name = config.checkpoints[index]
 
-    def given(made: Checkpoint) -> SoupJob | Checkpoint:
+    def given(made: Checkpoint) -> jobs.SoupJob | Checkpoint:
         path = resolve(name)
         if not (path / "adapter_config.json").is_file():
             return Checkpoint.of(path, hashes)
         adapter = Checkpoint(path, hashes.tree(path))  # LoRA: added to the recipe's base
-        return SoupJob(label, (adapter,), made)
+        return jobs.SoupJob(label, (adapter,), made)
 
     return Node(label, (base,), given)
 
@@ -73,7 +49,7 @@ def preferences(recipe: Recipe, sft: list[Node]) -> Node | None:
         return None
     replying = () if config.dataset is not None else tuple(sft)
     longest = recipe.rl.max_prompt_tokens
-    return Node.of(PreferencesJob, "preferences", replying, config, longest)
+    return Node.of(jobs.PreferencesJob, "preferences", replying, config, longest)
 
 
 def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | None:
@@ -88,7 +64,7 @@ def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | N
             s: f"reward seed {s}" if len(config.seeds) > 1 else "reward" for s in config.seeds
         }
         parts = [
-            Node.of(RewardJob, label, init, preferences, config, seed)
+            Node.of(jobs.RewardJob, label, init, preferences, config, seed)
             for seed, label in labels.items()
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
@@ -108,9 +84,9 @@ def policy(
     init = models[arm.init]
     reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
-        return Node.of(DPOJob, label, init, *reference.models, preferences, config, seed)
+        return Node.of(jobs.DPOJob, label, init, *reference.models, preferences, config, seed)
     return Node.of(
-        RLJob,
+        jobs.RLJob,
         label,
         init=init,
         reference=reference,
@@ -132,10 +108,10 @@ def samples(
     rule = section.arms[arm].rule if arm in section.arms else shown
     reference = _nodes_of(rule, models)
     if rule.moves:
-        moved = Node(f"reference of {policy.label}", (policy,), moved_reference)
+        moved = Node(f"reference of {policy.label}", (policy,), jobs.moved_reference)
         reference = ReferenceRule((moved,))
     return Node.of(
-        EvalJob,
+        jobs.EvalJob,
         f"eval {arm} seed {section.seeds[number]}",
         policy=policy,
         kl_to={name: models[name] for name in config.kl_to},
@@ -172,12 +148,12 @@ def sampled(
     """What a forecast needs of one candidate."""
     model = models[candidate]
     asked = _asked(recipe, own, own.batch_prompts)
-    replies = Node.of(RepliesJob, f"replies {candidate}", model, asked)
+    replies = Node.of(jobs.RepliesJob, f"replies {candidate}", model, asked)
     rewards = _rewards(recipe, reward)
-    scores = Node.of(ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
+    scores = Node.of(jobs.ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
     logprobs = {
         name: Node.of(
-            LogprobsJob,
+            jobs.LogprobsJob,
             f"logprobs {candidate} under {name}",
             model,
             replies,
@@ -193,7 +169,7 @@ def sampled(
 def landscape(recipe: Recipe, models: Models, reward: Node | None, own: LandscapeConfig) -> Node:
     """The places on the line or the plane through the section's models."""
     return Node.of(
-        LandscapeJob,
+        jobs.LandscapeJob,
         "landscape",
         models=tuple(models[text] for text in own.models),
         alphas=own.alphas,
@@ -204,9 +180,9 @@ def landscape(recipe: Recipe, models: Models, reward: Node | None, own: Landscap
     )
 
 
-def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> Asked:
+def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> jobs.Asked:
     section = recipe.rl
-    return Asked(
+    return jobs.Asked(
         prompts=own.prompts or recipe.eval.prompts,
         max_prompt_tokens=section.max_prompt_tokens,
         max_new_tokens=section.max_new_tokens,
@@ -229,21 +205,21 @@ def check_inputs(recipe: Recipe) -> None:
         chat_template=recipe.model.chat_template,
     )
     if (source := recipe.sft.dataset) is not None:
-        sft_rows(load_rows(source, SFT_COLUMNS), tokenizer, describe(source))
+        data.sft_rows(data.load_rows(source, data.SFT_COLUMNS), tokenizer, data.describe(source))
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
     functions = [*recipe.reward.functions, *recipe.eval.scores.values()]
     if (pairs := recipe.preferences) is not None:
         if pairs.dataset is not None:
-            rows = load_rows(pairs.dataset, PREFERENCE_COLUMNS)
-            preference_rows(rows, tokenizer, describe(pairs.dataset))
+            rows = data.load_rows(pairs.dataset, data.PREFERENCE_COLUMNS)
+            data.preference_rows(rows, tokenizer, data.describe(pairs.dataset))
         else:
             assert pairs.prompts is not None and pairs.labeller is not None  # the schema
             prompts.append(pairs.prompts)
             functions.append(pairs.labeller)
     for function in functions:
-        import_callable(function.call)
+        data.import_callable(function.call)
     for source in prompts:
-        load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
+        data.load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
 
 
 def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
