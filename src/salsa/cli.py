@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 app = typer.Typer(
     help="RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report.",
@@ -23,18 +24,16 @@ _INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file, e.g. recipes/quickstart.yaml")
+    Path, Argument(metavar="RECIPE", help="YAML file, e.g. recipes/quickstart.yaml")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="e.g. rl.kl_coef=0.1")
+    list[str] | None, Argument(metavar="[KEY=VALUE]…", help="e.g. rl.kl_coef=0.1")
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="run directory; runs/<name> if not given")
-]
-Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
-Jobs = Annotated[int | None, typer.Option(help="independent stages to run at once", min=1)]
-Verify = Annotated[bool, typer.Option("--verify", help="hash all that is used again")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Out = Annotated[Path | None, Option("--out", "-o", help="run directory; runs/<name> if not given")]
+Force = Annotated[bool, Option("--force", help="replace what is there")]
+Jobs = Annotated[int | None, Option(help="independent stages to run at once", min=1)]
+Verify = Annotated[bool, Option("--verify", help="hash all that is used again")]
+Debug = Annotated[bool, Option("--debug", help="show the traceback of an error")]
 
 
 def _stage_command(until: str) -> Callable[..., None]:
@@ -78,7 +77,7 @@ for _name, (_until, _help) in _STAGE_COMMANDS.items():
 
 _EvalTarget = Annotated[
     list[str] | None,
-    typer.Argument(
+    Argument(
         metavar="RECIPE [KEY=VALUE]… | [NAME=]DIRECTORY… | RUN",
         help="a recipe; or checkpoints, NAME again for a further seed; or a finished run's directory",
     ),
@@ -96,7 +95,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+        bool, Option("--version", callback=_version, is_eager=True, help="show the version")
     ] = False,
 ) -> None:
     """RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report."""
@@ -107,26 +106,24 @@ def evaluate(
     what: _EvalTarget = None,
     out: Out = None,
     mt_bench: Annotated[
-        Path | None, typer.Option(help="directory with FastChat's question.jsonl, …")
+        Path | None, Option(help="directory with FastChat's question.jsonl, …")
     ] = None,
     arena_hard: Annotated[
-        Path | None, typer.Option(help="directory with question.jsonl and judge_config.yaml")
+        Path | None, Option(help="directory with question.jsonl and judge_config.yaml")
     ] = None,
-    prompts: Annotated[str | None, typer.Option(help="held-out prompts: file or data set")] = None,
+    prompts: Annotated[str | None, Option(help="held-out prompts: file or data set")] = None,
     judge: Annotated[
-        str | None, typer.Option(help="URL, model directory, or judgments.jsonl to replay")
+        str | None, Option(help="URL, model directory, or judgments.jsonl to replay")
     ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="the endpoint's model")] = None,
+    judge_model: Annotated[str | None, Option(help="the endpoint's model")] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIRECTORY or NAME=module:function; repeatable")
+        list[str] | None, Option(help="NAME=DIRECTORY or NAME=module:function; repeatable")
     ] = None,
-    kl_to: Annotated[str | None, typer.Option(help="the model that KL is measured to")] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="arm to compare with; else the first")
-    ] = None,
-    spec: Annotated[Path | None, typer.Option(help="YAML file with all of this")] = None,
+    kl_to: Annotated[str | None, Option(help="the model that KL is measured to")] = None,
+    baseline: Annotated[str | None, Option(help="arm to compare with; else the first")] = None,
+    spec: Annotated[Path | None, Option(help="YAML file with all of this")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, e.g. judge.concurrency=32")
+        list[str] | None, Option("--set", help="key=value, e.g. judge.concurrency=32")
     ] = None,
     force: Force = False,
     debug: Debug = False,
@@ -136,18 +133,10 @@ def evaluate(
     from salsa.evaluate.spec import EvalWords, spec_of
 
     words = EvalWords(
-        models=what or (),
-        spec=spec,
-        prompts=prompts,
-        mt_bench=mt_bench,
-        arena_hard=arena_hard,
-        judge=judge,
-        judge_model=judge_model,
-        rewards=reward or (),
-        kl_to=kl_to,
+        models=what or (), rewards=reward or (), settings=settings or (), spec=spec, prompts=prompts,
+        mt_bench=mt_bench, arena_hard=arena_hard, judge=judge, judge_model=judge_model, kl_to=kl_to,
         baseline=baseline,
-        settings=settings or (),
-    )
+    )  # fmt: skip
     if what and what[0].endswith((".yaml", ".yml")):
         if words != EvalWords(models=what):
             raise ConfigError(
@@ -164,13 +153,11 @@ def evaluate(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file: recipe and grid")],
+    file: Annotated[Path, Argument(metavar="SWEEP", help="YAML file: recipe and grid")],
     out: Out = None,
-    only: Annotated[
-        str, typer.Option(help="pattern of the points to finish, e.g. 'pair-0*'")
-    ] = "*",
+    only: Annotated[str, Option(help="pattern of the points to finish, e.g. 'pair-0*'")] = "*",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="list the points and the time that is left")
+        bool, Option("--dry-run", help="list the points and the time that is left")
     ] = False,
     jobs: Jobs = None,
     debug: Debug = False,
@@ -202,72 +189,53 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 @app.command()
 def soup(
     ingredients: Annotated[
-        list[str], typer.Argument(metavar="A B [C…]", help="model directories or hub names")
+        list[str], Argument(metavar="A B [C…]", help="model directories or hub names")
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="directory to make")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="directory to make")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="one an ingredient, e.g. 0.7,0.3; uniform if not given")
+        str | None, Option(help="one an ingredient, e.g. 0.7,0.3; uniform if not given")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="linear, greedy, wise, slerp, model_stock or interpolate")
+        str, Option(help="linear, greedy, wise, slerp, model_stock or interpolate")
     ] = "linear",
     base: Annotated[
-        str | None,
-        typer.Option(help="what they were tuned from; wise, slerp and model_stock need it"),
+        str | None, Option(help="what they were tuned from; wise, slerp and model_stock need it")
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="wise: share of the soup, the rest is the base")
+        float | None, Option(help="wise: share of the soup, the rest is the base")
     ] = None,
     score: Annotated[
         str | None,
-        typer.Option(help="greedy: command that prints a model's score last; {} is its directory"),
+        Option(help="greedy: command that prints a model's score last; {} is its directory"),
     ] = None,
     points: Annotated[
-        str | None, typer.Option(help="interpolate: where between A (0) and B (1), e.g. 0,0.5,1")
+        str | None, Option(help="interpolate: where between A (0) and B (1), e.g. 0,0.5,1")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16, float16 or float64")
-    ] = "auto",
+    dtype: Annotated[str, Option(help="auto, float32, bfloat16, float16 or float64")] = "auto",
     heads: Annotated[
-        str | None, typer.Option(help="score or value heads: average, drop or keep-from-I")
+        str | None, Option(help="score or value heads: average, drop or keep-from-I")
     ] = None,
     take_from: Annotated[
-        int | None, typer.Option(help="number of the ingredient whose settings win, from 0")
+        int | None, Option(help="number of the ingredient whose settings win, from 0")
     ] = None,
-    normalize: Annotated[bool, typer.Option(help="scale the weights to sum to 1")] = False,
+    normalize: Annotated[bool, Option(help="scale the weights to sum to 1")] = False,
     extrapolate: Annotated[
-        bool, typer.Option(help="allow negative weights and sums other than 1")
+        bool, Option(help="allow negative weights and sums other than 1")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="measure and print, write nothing")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print soup.json instead")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="measure and print, write nothing")] = False,
+    as_json: Annotated[bool, Option("--json", help="print soup.json instead")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Average checkpoints into one: an ordinary Hugging Face directory."""
+    options = {
+        "weights": weights, "method": method, "base": base, "alpha": alpha, "score": score,
+        "dtype": dtype, "heads": heads, "take_from": take_from, "normalize": normalize,
+        "extrapolate": extrapolate, "force": force,
+    }  # fmt: skip
     from salsa.soup.terminal import SoupCommand
 
-    SoupCommand(
-        ingredients=ingredients,
-        out=out,
-        points=points,
-        as_json=as_json,
-        dry_run=dry_run,
-        options={
-            "weights": weights,
-            "method": method,
-            "base": base,
-            "alpha": alpha,
-            "score": score,
-            "dtype": dtype,
-            "heads": heads,
-            "take_from": take_from,
-            "normalize": normalize,
-            "extrapolate": extrapolate,
-            "force": force,
-        },
-    ).run()
+    SoupCommand(ingredients, out, points, as_json, dry_run, options).run()
 
 
 def main() -> None:
@@ -275,35 +243,28 @@ def main() -> None:
     from salsa.errors import SalsaError, WorkFailed
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-
-    debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns Ctrl-C into an exit code
             raise KeyboardInterrupt
         sys.exit(code)
-    except SalsaError as error:
-        if debug:
-            raise
-        _fail(str(error), 1 if isinstance(error, WorkFailed) else 2)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except _UsageError as error:
-        _fail(f"{error.format_message()} See salsa --help.", 2)
-    except PermissionError as error:
-        if debug:
-            raise
-        _fail(
-            f"{error.filename}: cannot be read or written (permission denied). Mend that, or name another.",
-            2,
-        )
+        message, code = f"{error.format_message()} See salsa --help.", 2
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        _fail(
-            f"{type(error).__name__}: {error} (a defect or a broken machine: --debug shows where)",
-            1,
-        )
+        if isinstance(error, SalsaError):
+            message, code = str(error), 1 if isinstance(error, WorkFailed) else 2
+        elif isinstance(error, PermissionError):
+            todo = "cannot be read or written (permission denied). Mend that, or name another."
+            message, code = f"{error.filename}: {todo}", 2
+        else:
+            why = "(a defect or a broken machine: --debug shows where)"
+            message, code = f"{type(error).__name__}: {error} {why}", 1
+    print(" ".join(f"error: {message}".split()), file=sys.stderr)
+    sys.exit(code)
 
 
 def _show_warning(
@@ -314,8 +275,3 @@ def _show_warning(
         print(f"note: {message}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
-
-
-def _fail(message: str, code: int) -> None:
-    print(" ".join(f"error: {message}".split()), file=sys.stderr)
-    sys.exit(code)

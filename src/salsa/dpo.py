@@ -26,7 +26,6 @@ def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
     import datasets
     import trl
 
-    config = job.config
     if not same_vocabulary(job.init.path, job.reference.path):
         raise CheckpointError(
             f"{job.label}: the reference's tokenizer is not the policy's. Use models of one family."
@@ -35,27 +34,12 @@ def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
     tokenizer = load_tokenizer(job.init.path)
     where = job.pairs.path / "pairs.jsonl"
     rows = preference_rows(read_jsonl(where), tokenizer, str(where))
-    microbatch = config.microbatch_size or config.batch_size
-    arguments = trl.DPOConfig(
-        **common_arguments(
-            directory,
-            seed=job.seed,
-            engine=engine,
-            checkpoint_every=config.checkpoint_every,
-        ),
-        beta=config.beta,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=config.batch_size // microbatch,
-        max_length=config.max_length,
-        disable_dropout=True,
-    )
+    arguments = common_arguments(job, directory, engine)
     model = load_policy(job.init.path)
     trainer = trl.DPOTrainer(
         model=model,
         ref_model=load_policy(job.reference.path),
-        args=arguments,
+        args=trl.DPOConfig(**arguments, beta=job.config.beta, disable_dropout=True),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )

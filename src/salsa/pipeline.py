@@ -8,14 +8,15 @@
 of what decides its result: a finished one is reused, an interrupted one goes on from its last checkpoint.
 """
 
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from salsa.analysis.written import forecast_of, write_forecast, write_landscape
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import parse_model
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
@@ -49,25 +50,19 @@ def stages_of(recipe: Recipe, hashes: FileHashes) -> Stages:
     sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
     models = Models(recipe, base, sft, hashes)
     preferences = nodes.preferences(recipe, sft)
-    reward = nodes.reward(recipe, models, preferences, hashes)
+    reward = nodes.reward(recipe, models, preferences)
     policies = {
-        arm: [
-            nodes.policy(recipe, arm, seed, models, reward, preferences) for seed in recipe.rl.seeds
-        ]
+        arm: [nodes.policy(recipe, arm, s, models, reward, preferences) for s in recipe.rl.seeds]
         for arm in recipe.rl.arms
     }
-    compared = {"sft": [models[parse_model(recipe.eval.shown)]] * len(recipe.rl.seeds)} | policies
+    compared = {"sft": [models[recipe.eval.shown]] * len(recipe.rl.seeds)} | policies
     samples = {
-        arm: [
-            nodes.samples(recipe, arm, k, policy, models, reward) for k, policy in enumerate(of_arm)
-        ]
+        arm: [nodes.samples(recipe, arm, k, one, models, reward) for k, one in enumerate(of_arm)]
         for arm, of_arm in compared.items()
     }
+    asked = recipe.forecast or ForecastConfig()
     forecast = {
-        candidate: nodes.sampled(
-            recipe, candidate, models, reward, recipe.forecast or ForecastConfig()
-        )
-        for candidate in recipe.candidates()
+        name: nodes.sampled(recipe, name, models, reward, asked) for name in recipe.candidates()
     }
     between = recipe.landscape or (LandscapeConfig() if recipe.sft.count > 1 else None)
     landscape = nodes.landscape(recipe, models, reward, between) if between else None
@@ -103,18 +98,15 @@ def run_recipe(
             run.check_precision(recipe.model.precision)
         stages = stages_of(recipe, run.hashes)
         pool = ProcessPool(jobs, threads) if jobs > 1 else None
-        graph = Graph(
-            run,
-            precision=recipe.model.precision,
-            threads=threads,
-            executor=pool,
-            before_work=lambda: nodes.check_inputs(recipe),
-        )
-        try:
+        with closing(pool) if pool else nullcontext():
+            graph = Graph(
+                run,
+                precision=recipe.model.precision,
+                threads=threads,
+                executor=pool,
+                before_work=lambda: nodes.check_inputs(recipe),
+            )
             _finish(recipe, graph, stages, until)
-        finally:
-            if pool is not None:
-                pool.close()
     return directory.path
 
 
@@ -128,15 +120,13 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     if recipe.forecast is not None or until == "forecast":
         graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
     if until == "forecast":
-        write_forecast(recipe, graph, stages.forecast)
-        return
+        return write_forecast(recipe, graph, stages.forecast)
     if until == "landscape":
-        write_landscape(recipe, graph, stages.landscape)
-        return
-    graph.finish(node for of_arm in stages.policies.values() for node in of_arm)
+        return write_landscape(recipe, graph, stages.landscape)
+    graph.finish(chain(*stages.policies.values()))
     if until == "rl":
         return
-    graph.finish(node for of_arm in stages.samples.values() for node in of_arm)
+    graph.finish(chain(*stages.samples.values()))
     if until == "eval":
         return
     key = report_key(graph.run)

@@ -1,6 +1,7 @@
 """What a recipe will do, in numbers, before it does it. No torch."""
 
 import json
+import math
 from pathlib import Path
 
 from salsa.artifacts import EMBEDDED, resolve
@@ -16,32 +17,31 @@ _BYTES_FROZEN = {"fp32": 4, "auto": 4, "bf16": 2}
 
 def plan(recipe: Recipe) -> str:
     """Stages, batch arithmetic and the memory that weights and optimizers need."""
-    rl = recipe.rl
+    rl, forecast = recipe.rl, recipe.forecast
     steps = rl.num_updates * rl.num_epochs * (rl.rollout_size // rl.minibatch)
+    prompts = rl.rollout_size // rl.group_size
+    groups = f", {rl.group_size} to each of {prompts} prompts" if rl.group_size > 1 else ""
     lines = [
         f"{recipe.name}: sound",
         _sft_line(recipe),
         _reward_line(recipe),
         f"rl       {rl.algorithm}, {len(rl.arms)} arms x {len(rl.seeds)} seeds; each {rl.num_updates} updates "
-        f"of {rl.rollout_size} episodes{_groups(recipe)} ({rl.num_updates * rl.rollout_size} in all), "
+        f"of {rl.rollout_size} episodes{groups} ({rl.num_updates * rl.rollout_size} in all), "
         f"{steps} optimizer steps of {rl.minibatch} episodes, in forward passes of "
         f"{rl.microbatch_tokens} tokens",
-        *(
-            f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}{_own(recipe, name)}"
-            for name, arm in rl.arms.items()
-        ),
-        f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
-        f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}",
-        _forecast_line(recipe),
-        _memory_line(recipe),
     ]
-    return "\n".join(line for line in lines if line)
-
-
-def _forecast_line(recipe: Recipe) -> str:
-    if (config := recipe.forecast) is None:
-        return ""
-    return f"forecast {config.num_samples} replies a prompt of each of {', '.join(recipe.candidates())}"
+    for name, arm in rl.arms.items():
+        lines.append(
+            f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}{_own(recipe, name)}"
+        )
+    lines.append(
+        f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
+        f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}"
+    )
+    if forecast is not None:
+        candidates = ", ".join(recipe.candidates())
+        lines.append(f"forecast {forecast.num_samples} replies a prompt of each of {candidates}")
+    return "\n".join([*lines, _memory_line(recipe)])
 
 
 def _sft_line(recipe: Recipe) -> str:
@@ -79,23 +79,16 @@ def _own(recipe: Recipe, arm: str) -> str:
     return f", beta {config.kl_coef:g}" + "".join(f", {k} {v}" for k, v in others.items())
 
 
-def _groups(recipe: Recipe) -> str:
-    size = recipe.rl.group_size
-    return f", {size} to each of {recipe.rl.rollout_size // size} prompts" if size > 1 else ""
-
-
 def _averaged(count: int) -> str:
     return f"; the weight average of {count}" if count > 1 else ""
 
 
 def _memory_line(recipe: Recipe) -> str:
     """What learns and what stands still; activations come on top."""
-    path = recipe.model.path
+    path, rl = recipe.model.path, recipe.rl
     here = path == EMBEDDED or Path(path).is_dir()
-    count = parameter_count(resolve(path)) if here else None
-    if count is None:
+    if (count := parameter_count(resolve(path)) if here else None) is None:
         return f"memory   unknown until {path} is here"
-    rl = recipe.rl
     trained = 2 if rl.algorithm == "ppo" and rl.critic == "separate" else 1
     frozen = max(len(arm.rule.models) for arm in rl.arms.values())
     frozen += not recipe.reward.functions
@@ -116,10 +109,6 @@ def parameter_count(path: Path) -> int | None:
     for file in path.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for key, value in header.items():
-            if key != "__metadata__":
-                size = 1
-                for axis in value["shape"]:
-                    size *= axis
-                total += size
+        header.pop("__metadata__", None)
+        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
     return total or None

@@ -38,37 +38,29 @@ def sample_pairs(job: PreferencesJob, directory: Path, engine: Engine) -> None:
     tokenizer = load_tokenizer(job.models[0].path)
     prompts = load_prompts(config.prompts, tokenizer, max_tokens=job.max_prompt_tokens)
     authors = _authors(len(job.models), len(prompts), config.seed)
-    replies: list[list[str]] = [["", ""] for _ in prompts]
-    with tracker(directory, job.label, _num_batches(authors), ("length",)) as log:
+    sides = [(row, side) for row in range(len(prompts)) for side in (0, 1)]
+    counts = Counter(authors[row][side] for row, side in sides).values()
+    replies: dict[tuple[int, int], str] = {}
+    total = sum(-(-count // BATCH) for count in counts)
+    with tracker(directory, job.label, total, ("length",)) as log:
         log.resume_at(0)
         for number in range(len(job.models)):
-            own = [
-                (row, side)
-                for row, pair in enumerate(authors)
-                for side in (0, 1)
-                if pair[side] == number
-            ]
+            own = [(row, side) for row, side in sides if authors[row][side] == number]
             texts = _replies(job, number, [prompts[row] for row, _ in own], log, engine)
-            for (row, side), text in zip(own, texts, strict=True):
-                replies[row][side] = text
-    rows = label_pairs(prompts, [r[0] for r in replies], [r[1] for r in replies], config)
+            replies.update(zip(own, texts, strict=True))
+    first, second = ([replies[row, side] for row in range(len(prompts))] for side in (0, 1))
+    rows = label_pairs(prompts, first, second, config)
     if not rows:
         raise DataError("preferences: no prompt got two different replies. Give more prompts.")
     write_jsonl(directory / "pairs.jsonl", rows)
 
 
-def _authors(num_models: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:
+def _authors(num_models: int, num_prompts: int, seed: int) -> Sequence[Sequence[int]]:
     """Who writes each prompt's two replies: different models where there are several, else one model twice."""
-    rng = random.Random(seed)
     if num_models == 1:
         return [(0, 0)] * num_prompts
-    pairs = (rng.sample(range(num_models), 2) for _ in range(num_prompts))
-    return [(first, second) for first, second in pairs]
-
-
-def _num_batches(authors: Sequence[tuple[int, int]]) -> int:
-    counts = Counter(author for pair in authors for author in pair)
-    return sum(-(-count // BATCH) for count in counts.values())
+    rng = random.Random(seed)
+    return [rng.sample(range(num_models), 2) for _ in range(num_prompts)]
 
 
 def _replies(
@@ -78,13 +70,10 @@ def _replies(
     path = job.models[number].path
     tokenizer = load_tokenizer(path)
     sampler = LocalSampler(LanguageModel.load(path, engine))
-    sampling = sampling_for(
-        path,
-        tokenizer,
-        max_new_tokens=job.config.max_new_tokens,
-        temperature=job.config.temperature,
-    )
-    generator = engine.generator(job.config.seed, number)
+    config = job.config
+    longest, temperature = config.max_new_tokens, config.temperature
+    sampling = sampling_for(path, tokenizer, max_new_tokens=longest, temperature=temperature)
+    generator = engine.generator(config.seed, number)
     texts: list[str] = []
     for start in range(0, len(prompts), BATCH):
         batch = [prompt.ids for prompt in prompts[start : start + BATCH]]
@@ -105,13 +94,11 @@ def label_pairs(
     Pairs of equal replies teach nothing and are dropped.
     """
     assert config.labeller is not None  # the schema
-    scorer = FunctionScorer([config.labeller])
+    score = FunctionScorer([config.labeller])
     rng = random.Random(config.seed)
     rows = []
-    scored = zip(
-        prompts, first, second, scorer(prompts, first), scorer(prompts, second), strict=True
-    )
-    for prompt, a, b, score_a, score_b in scored:
+    scores = score(prompts, first), score(prompts, second)
+    for prompt, a, b, score_a, score_b in zip(prompts, first, second, *scores, strict=True):
         if a.strip() == b.strip():
             continue
         prefer_a = bool(rng.random() < expit((score_a - score_b) / config.noise))

@@ -34,25 +34,13 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
             f"{where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back."
         )
     random.Random(config.split_seed).shuffle(rows)
-    arguments = trl.RewardConfig(
-        **common_arguments(
-            directory,
-            seed=job.seed,
-            engine=engine,
-            checkpoint_every=config.checkpoint_every,
-        ),
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
-        max_length=config.max_length,
-        disable_dropout=True,
-    )
+    arguments = common_arguments(job, directory, engine)
     model = load_classifier(
         job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
     )
     trainer = trl.RewardTrainer(
         model=model,
-        args=arguments,
+        args=trl.RewardConfig(**arguments, disable_dropout=True),
         train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
         processing_class=tokenizer,
     )
@@ -66,14 +54,8 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
 
 
 def _accuracy(score: Scorer, rows: Sequence[Row]) -> float:
-    prompts = [
-        Prompt(
-            (),
-            tuple(row["prompt"]) if isinstance(row["prompt"], list) else None,
-            str(row["prompt"]),
-        )
-        for row in rows
-    ]
+    asked = [row["prompt"] for row in rows]
+    prompts = [Prompt((), tuple(a) if isinstance(a, list) else None, str(a)) for a in asked]
 
     def texts(column: str) -> list[str]:
         return [r[column] if isinstance(r[column], str) else r[column][0]["content"] for r in rows]

@@ -18,30 +18,14 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     import datasets
     import trl
 
-    config = job.config
-    assert not isinstance(config.epochs, tuple)  # SFTConfig.of_model gave this model its own
     tokenizer = load_tokenizer(job.base.path)
     where = describe(job.dataset)
     rows = load_rows(job.dataset, SFT_COLUMNS)
-    microbatch = config.microbatch_size or config.batch_size
-    arguments = trl.SFTConfig(
-        **common_arguments(
-            directory,
-            seed=job.seed,
-            engine=engine,
-            checkpoint_every=config.checkpoint_every,
-        ),
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=config.batch_size // microbatch,
-        max_length=config.max_length,
-        completion_only_loss=True,
-    )
+    arguments = common_arguments(job, directory, engine)
     model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
         model=model,
-        args=arguments,
+        args=trl.SFTConfig(**arguments, completion_only_loss=True),
         train_dataset=datasets.Dataset.from_list(sft_rows(rows, tokenizer, where)),
         processing_class=tokenizer,
     )

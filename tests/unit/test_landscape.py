@@ -16,7 +16,7 @@ from salsa.errors import CheckpointError
 from salsa.models import LanguageModel
 from salsa.rewards import RewardSource
 from salsa.runtime.engine import Engine
-from salsa.stages.analysis import Asked, LandscapeJob
+from salsa.stages.jobs import Asked, LandscapeJob
 from tests.tiny_rl import FP32
 
 

@@ -26,7 +26,7 @@ from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import round_metric
 from salsa.soup.blend import weighted_sum
 from salsa.soup.methods import linear
-from salsa.stages.analysis import LandscapeJob
+from salsa.stages.jobs import LandscapeJob
 from salsa.types import Rollout, Sampling, rows_of
 
 Weights = Mapping[str, Tensor]

@@ -15,7 +15,7 @@ from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.sampler.local import left_padded
 from salsa.runtime.tracking import round_metric, tracker
-from salsa.stages.analysis import LogprobsJob, RepliesJob, ScoresJob
+from salsa.stages.jobs import LogprobsJob, RepliesJob, ScoresJob
 from salsa.types import Rollout
 
 Row = dict[str, Any]

@@ -2,10 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from salsa.config.expressions import parse_model
-from salsa.config.schema import Count, DataSource, Execution, Input, RewardFunction, Strict
+from salsa.config.schema import Count, DataSource, Execution, Input, Models, RewardFunction, Strict
 
 
 class EvalConfig(Strict):
@@ -15,7 +14,7 @@ class EvalConfig(Strict):
     """Rows with `prompt`."""
     baseline: Input[str]
     """The arm that the others are compared with."""
-    kl_to: Input[Annotated[tuple[str, ...], Field(min_length=1)]] = ("sft[0]",)
+    kl_to: Input[Annotated[tuple[str, ...], Field(min_length=1), Models]] = ("sft[0]",)
     """The models to which every arm's KL is measured, so that arms compare; the first is shown as the arm `sft`."""
     scores: Input[dict[str, RewardFunction]] = Field(default={})
     """Further scores besides the training reward (the proxy), e.g. `gold`."""
@@ -25,15 +24,6 @@ class EvalConfig(Strict):
     """Responses sampled per call."""
     seed: int = 1000
     """Seed of the sampling."""
-
-    @field_validator("kl_to")
-    @classmethod
-    def _models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            parse_model(text)
-        if len(set(value)) < len(value):
-            raise ValueError("names a model twice. Name each once")
-        return value
 
     @property
     def shown(self) -> str:

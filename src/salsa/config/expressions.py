@@ -104,10 +104,8 @@ def parse_model(text: str) -> Model:
         ValueError: it names no model; the message says what may be written.
     """
     text = text.strip()
-    if text == "base":
-        return Base()
-    if text == "soup":
-        return RecipeSoup()
+    if text in ("base", "soup"):
+        return Base() if text == "base" else RecipeSoup()
     if match := _SFT.fullmatch(text):
         return SFT(int(match[1]))
     if match := _SOUP.fullmatch(text):
@@ -139,9 +137,7 @@ def parse_reference(text: str, init: str) -> ReferenceRule[Model]:
     name, arguments = _call(text)
     if name == "mixture":
         parts, weights = _weighted(text, arguments, "a mixture")
-        if weights is None:
-            weights = (1 / len(parts),) * len(parts)
-        return ReferenceRule(parts, weights)
+        return ReferenceRule(parts, weights or (1 / len(parts),) * len(parts))
     if name == "ema" and len(arguments) == 2:
         share = _number(arguments[1])
         if not 0 < share < 1:
@@ -182,8 +178,7 @@ def text_of(model: Model) -> str:
         case Soup(parts, None):
             return f"soup({', '.join(map(text_of, parts))})"
         case Soup(parts, weights):
-            assert weights is not None
-            terms = (f"{w!r}*{text_of(p)}" for w, p in zip(weights, parts, strict=True))
+            terms = (f"{w!r}*{text_of(p)}" for w, p in zip(weights or (), parts, strict=True))
             return f"soup({', '.join(terms)})"
 
 
@@ -201,10 +196,8 @@ def sft_indices(model: Model, recipe_soup: tuple[int, ...]) -> tuple[int, ...]:
             return recipe_soup
         case Soup(parts, _):
             inner = parts
-        case Shrunk(of, float()):
-            inner = (of,)
-        case Shrunk(of, other):
-            inner = (of, other)  # type: ignore[assignment]
+        case Shrunk(of, share):
+            inner = (of,) if isinstance(share, float) else (of, share)
         case _:
             return ()
     return tuple(dict.fromkeys(i for part in inner for i in sft_indices(part, recipe_soup)))
@@ -224,10 +217,10 @@ def _weighted(
     if matches[0] is None:
         return parts, None
     weights = tuple(_number(match[1]) for match in matches if match)
-    least = "above 0" if what == "a mixture" else "0 or more"
-    if not all(w > 0 or (w == 0 and what != "a mixture") for w in weights) or (
-        abs(sum(weights) - 1) > 1e-6
-    ):
+    mixture = what == "a mixture"
+    fits = all(w > 0 if mixture else w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6
+    if not fits:
+        least = "above 0" if mixture else "0 or more"
         raise ValueError(f"{text!r}: weights must be {least} and sum to 1, not {sum(weights):g}")
     return parts, weights
 

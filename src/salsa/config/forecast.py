@@ -2,16 +2,15 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from salsa.config.expressions import parse_model
-from salsa.config.schema import Count, DataSource, Positive, Strict
+from salsa.config.schema import Count, DataSource, Models, Positive, Strict
 
 
 class ForecastConfig(Strict):
     """What candidate references are worth at the optimum, from samples of each (docs/method.md, "Forecast")."""
 
-    references: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    references: Annotated[tuple[str, ...], Field(min_length=1), Models] | None = None
     """Candidates, the first is the baseline; if not given, the models that the arms' references start from."""
     prompts: DataSource | None = None
     """Held-out prompts; eval's if not given."""
@@ -23,12 +22,3 @@ class ForecastConfig(Strict):
     """Seed of the sampling."""
     batch_prompts: Count = 8
     """Prompts sampled together, `num_samples` replies each; they share their random numbers."""
-
-    @field_validator("references")
-    @classmethod
-    def _models(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for text in value or ():
-            parse_model(text)
-        if value and len(set(value)) < len(value):
-            raise ValueError("names a model twice. Name each once")
-        return value

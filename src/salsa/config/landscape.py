@@ -2,16 +2,18 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from salsa.config.expressions import parse_model
-from salsa.config.schema import Count, DataSource, Strict
+from salsa.config.schema import Count, DataSource, Models, Strict
 
 
 class LandscapeConfig(Strict):
     """Rewards, KL and loss on the line through two models, or on the plane through three."""
 
-    models: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] = ("sft[0]", "sft[1]")
+    models: Annotated[tuple[str, ...], Field(min_length=2, max_length=3), Models] = (
+        "sft[0]",
+        "sft[1]",
+    )
     """Two: the line. Three: the plane through them."""
     alphas: Annotated[tuple[float, ...], Field(min_length=2)] = (-0.25, 0, 0.25, 0.5, 0.75, 1, 1.25)
     """Places on the line: 0 is the first model, 1 the second. The plane has them in both directions."""
@@ -23,12 +25,3 @@ class LandscapeConfig(Strict):
     """Rows as for SFT, whose loss is shown; none if not given."""
     seed: int = 3000
     """Seed of the sampling."""
-
-    @field_validator("models")
-    @classmethod
-    def _models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            parse_model(text)
-        if len(set(value)) < len(value):
-            raise ValueError("names a model twice. Name each once")
-        return value

@@ -6,8 +6,6 @@ from pydantic import model_validator
 
 from salsa.config.schema import Count, DataSource, Input, Positive, RewardFunction, Strict
 
-_SYNTHETIC = ("noise", "temperature", "seed", "max_new_tokens")
-
 
 class PreferencesConfig(Strict):
     """Rows of a data set; or synthetic: two replies of the SFT models per prompt, labelled by a noisy scorer."""
@@ -29,15 +27,10 @@ class PreferencesConfig(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        synthetic = self.prompts is not None and self.labeller is not None
-        if (self.dataset is not None) == synthetic or (self.prompts is None) != (
-            self.labeller is None
-        ):
+        given = [source is not None for source in (self.dataset, self.prompts, self.labeller)]
+        if given not in ([True, False, False], [False, True, True]):
             raise ValueError("give either dataset, or prompts and labeller")
         if self.dataset is not None:
-            for name in _SYNTHETIC:
-                if getattr(self, name) != PreferencesConfig.model_fields[name].default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} changes nothing for the rows of a dataset. Remove it"
-                    )
+            synthetic_only = ("noise", "temperature", "seed", "max_new_tokens")
+            self.check_unset(synthetic_only, "for the rows of a dataset")
         return self

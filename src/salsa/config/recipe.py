@@ -22,10 +22,10 @@ from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
 from salsa.config.rl import RLSection
-from salsa.config.schema import Execution, Input, Strict, explain, nearest
+from salsa.config.schema import Execution, Input, Strict, nearest, read_yaml, validated
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
-from salsa.errors import ConfigError, accessing
+from salsa.errors import ConfigError
 
 
 class Recipe(Strict):
@@ -106,24 +106,13 @@ class Recipe(Strict):
             others = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
             near = nearest(path.name, others) if others else ""
             raise ConfigError(f"{path}: no such recipe. {near or 'Give the path of a YAML file.'}")
-        try:
-            with accessing(path, "read"):
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{path}: a recipe is a mapping of sections, got {type(values).__name__}."
-            )
+        values = read_yaml(path, "not YAML", "a recipe is a mapping of sections")
         for override in overrides:
             apply_override(values, override)
         values, renamed = upgraded(values)
         for message in renamed:
             warnings.warn(f"{path}: {message}", FutureWarning, stacklevel=2)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {explain(error, cls)}") from error
+        return validated(cls, values, path)
 
     def to_yaml(self) -> str:
         """The resolved recipe: every default written out."""

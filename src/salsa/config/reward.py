@@ -2,13 +2,13 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from salsa.config.expressions import parse_model
 from salsa.config.schema import (
     Count,
     Execution,
     Input,
+    ModelText,
     Positive,
     RewardFunction,
     Seeds,
@@ -23,7 +23,7 @@ class RewardConfig(Strict):
     """Finished reward models, sequence classifiers with one label; of several the weight average (WARM)."""
     functions: Input[tuple[RewardFunction, ...]] = ()
     """Callables; their weighted scores are summed, and each is logged."""
-    init: Input[str] = "sft[0]"
+    init: Input[ModelText] = "sft[0]"
     """Model whose trunk the reward model starts from."""
     epochs: Positive = 1.0
     """Passes over the pairs."""
@@ -52,9 +52,3 @@ class RewardConfig(Strict):
     def trains(self) -> bool:
         """Whether a reward model is trained here."""
         return not (self.paths or self.functions)
-
-    @field_validator("init")
-    @classmethod
-    def _init(cls, value: str) -> str:
-        parse_model(value)
-        return value

@@ -17,13 +17,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from salsa.config.dpo import DPOConfig
-from salsa.config.expressions import Model, ReferenceRule, parse_model, parse_reference
+from salsa.config.expressions import Model, ReferenceRule, parse_reference
 from salsa.config.schema import (
     Count,
     DataSource,
     Execution,
     Fraction,
     Input,
+    ModelText,
     NonNegative,
     Positive,
     Seeds,
@@ -51,7 +52,7 @@ class ArmConfig(Strict):
     keys are DPO's (`salsa.config.dpo`).
     """
 
-    init: str
+    init: ModelText
     """Where the policy starts: a model (`salsa.config.expressions`), e.g. sft[0], soup, base, a path."""
     reference: str
     """What the KL pulls towards: a model (plain PPO: sft[0]; SALSA: soup), mixture(…), ema(…), reset(…) or none."""
@@ -80,12 +81,6 @@ class ArmConfig(Strict):
     def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = handler(self)
         return values | values.pop("settings", {})
-
-    @field_validator("init")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        parse_model(value)
-        return value
 
     @model_validator(mode="after")
     def _parses(self) -> Self:
@@ -206,24 +201,16 @@ class RLConfig(Strict):
         return values
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def _settings_agree(self) -> Self:
         check_divides(self.rollout_size, self.group_size, "group_size", "rollout_size")
         check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
-        return self
-
-    @model_validator(mode="after")
-    def _critic_fits(self) -> Self:
         if self.algorithm != "ppo":
             if self.group_size < 2:
                 raise ValueError(
                     f"algorithm={self.algorithm} compares the responses to one prompt. Set group_size to 2 or more"
                 )
-            for name in _CRITIC_ONLY:
-                if getattr(self, name) != RLConfig.model_fields[name].default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} changes nothing with algorithm={self.algorithm}, "
-                        "which has no critic. Remove it"
-                    )
+            without = f"with algorithm={self.algorithm}, which has no critic"
+            self.check_unset(_CRITIC_ONLY, without)
         if self.vf_coef is not None and self.critic == "separate":
             raise ValueError(
                 f"vf_coef={self.vf_coef:g} changes nothing for a separate critic, which has an Adam of its own. "
@@ -234,10 +221,6 @@ class RLConfig(Strict):
                 f"critic_warmup={self.critic_warmup} leaves none of {self.num_updates} updates for the policy. "
                 "Lower it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _penalty_is_meant(self) -> Self:
         if self.kl_in == "loss" and self.kl_kind == "k1":
             raise ValueError(
                 "kl_kind=k1 in the loss has an expected gradient of 0. Use k2 (the gradient of KL(π ‖ reference)) "
@@ -255,16 +238,12 @@ class RLConfig(Strict):
 
     def identity(self) -> dict[str, Any]:
         """As of every section; with `select: best` the checkpoints are what is selected from."""
-        values = super().identity()
-        return values | (
-            {"checkpoint_every": self.checkpoint_every} if self.select == "best" else {}
-        )
+        selected = {"checkpoint_every": self.checkpoint_every} if self.select == "best" else {}
+        return super().identity() | selected
 
     def weighs_kl(self, number: int) -> bool:
         """Whether the KL in the loss gets the ratio π/π_old in pass `number` (from 0) over a rollout."""
-        return self.kl_importance == "always" or (
-            self.kl_importance == "from_second_pass" and number > 0
-        )
+        return self.kl_importance == "always" or (number > 0 and self.kl_importance != "never")
 
     @property
     def minibatch(self) -> int:
@@ -318,16 +297,11 @@ class RLSection(RLConfig):
         Raises:
             ValueError: a setting of the arm is unknown or wrong.
         """
-        settings = self.arms[arm].settings
-        kind: type[RLConfig] | type[DPOConfig] = RLConfig
-        shared: dict[str, Any] = {}
-        if self.arms[arm].method == "dpo":
-            kind = DPOConfig
-        else:
-            given = self.model_fields_set & RLConfig.model_fields.keys()
-            shared = {name: getattr(self, name) for name in given}
+        dpo = self.arms[arm].method == "dpo"
+        kind: type[RLConfig] | type[DPOConfig] = DPOConfig if dpo else RLConfig
+        given = set() if dpo else self.model_fields_set & RLConfig.model_fields.keys()
         try:
-            return kind(**shared | settings)
+            return kind(**{name: getattr(self, name) for name in given} | self.arms[arm].settings)
         except ValidationError as error:
             text = explain(error, kind)
             raise ValueError(

@@ -3,16 +3,14 @@
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from salsa.config.expressions import parse_model
+from salsa.errors import ConfigError, accessing
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -22,8 +20,8 @@ Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 _CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-
 T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
 Execution = Annotated[T, "execution"]
 """A field that says how something is computed and does not decide the result."""
 Input = Annotated[T, "input"]
@@ -45,19 +43,46 @@ class Strict(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """Everything but the `Execution` fields, at any depth, as JSON values."""
-        values = {}
-        for name in type(self).model_fields.keys() - self._marked("execution"):
-            value = getattr(self, name)
-            values[name] = value.decisive() if isinstance(value, Strict) else self._dumped(name)
-        return values
+        values = self.model_dump(mode="json", exclude=self._marked("execution"))
+        sections = {name: value for name, value in self if isinstance(value, Strict)}
+        return values | {name: sections[name].decisive() for name in sections.keys() & values}
 
-    def _dumped(self, name: str) -> Any:
-        return self.model_dump(mode="json", include={name})[name]
+    def check_unset(self, names: Sequence[str], why: str) -> None:
+        """ValueError for a field that was set and, as `why` says, changes nothing."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={value} changes nothing {why}. Remove it")
 
     def _marked(self, *markers: str) -> set[str]:
         """Names of the fields that carry one of the markers."""
         fields = type(self).model_fields.items()
         return {name for name, field in fields if set(markers) & set(map(str, field.metadata))}
+
+
+def check_call(value: str) -> str:
+    """Return `value` if it reads `module:function`; ValueError if not."""
+    if not _CALL.fullmatch(value):
+        raise ValueError(f"{value!r} is not module:function, e.g. my_rewards:score")
+    return value
+
+
+def _check_models(values: tuple[str, ...]) -> tuple[str, ...]:
+    for text in values:
+        parse_model(text)
+    if len(set(values)) < len(values):
+        raise ValueError("names a model twice. Name each once")
+    return values
+
+
+def _check_model(value: str) -> str:
+    parse_model(value)
+    return value
+
+
+ModelText = Annotated[str, AfterValidator(_check_model)]
+"""A model expression, as text."""
+Models = AfterValidator(_check_models)
+"""Marks a tuple of different model expressions; after the bounds of its length."""
 
 
 class DataSource(Strict):
@@ -93,7 +118,7 @@ class DataSource(Strict):
 class RewardFunction(Strict):
     """A callable `score(prompts: list[str], responses: list[str]) -> list[float]`, or `async def` of that form."""
 
-    call: str
+    call: Annotated[str, AfterValidator(check_call)]
     """`module:function`; the module is looked for in the working directory too."""
     weight: float = 1.0
     """Factor on its scores in the sum of several functions."""
@@ -114,26 +139,12 @@ class RewardFunction(Strict):
             )
         return self
 
-    @field_validator("call")
-    @classmethod
-    def _importable(cls, value: str) -> str:
-        return check_call(value)
-
-
-def check_call(value: str) -> str:
-    """Return `value` if it reads `module:function`; ValueError if not."""
-    if not _CALL.fullmatch(value):
-        raise ValueError(f"{value!r} is not module:function, e.g. my_rewards:score")
-    return value
-
 
 def check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
     """ValueError, with the divisors to choose from, if a given `part` does not divide `whole`."""
     if part is not None and whole % part:
-        divisors = [str(d) for d in range(1, whole + 1) if whole % d == 0]
-        choice = (
-            ", ".join(divisors[:-1]) + f" or {divisors[-1]}" if len(divisors) > 1 else divisors[0]
-        )
+        *others, last = (str(d) for d in range(1, whole + 1) if whole % d == 0)
+        choice = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
 
 
@@ -141,6 +152,30 @@ def nearest(word: str, words: Any) -> str:
     """What was probably meant by `word`, or all that is known."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
+
+
+def read_yaml(path: Path, broken: str, wanted: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, in which case the line has the words of `broken`, or is not what is `wanted`.
+    """
+    try:
+        with accessing(path, "read"):
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {broken}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {wanted}, got {type(values).__name__}.")
+    return values
+
+
+def validated(kind: type[S], values: dict[str, Any], path: Path) -> S:
+    """The values of the file at `path` as a section; ConfigError, in one line, for a wrong one."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, kind)}") from error
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -168,7 +203,7 @@ def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str
     """Names of the keys that are valid at a place under `root`."""
     model: Any = root
     for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        if part in model.model_fields:
             model = _model_in(model.model_fields[str(part)].annotation)
     return list(model.model_fields)
 

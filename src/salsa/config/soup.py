@@ -22,7 +22,7 @@ class SoupConfig(Strict):
     """Of `greedy`: `module:function`, the held-out score of a model directory."""
 
     @model_validator(mode="after")
-    def _method_fits(self) -> Self:
+    def _settings_agree(self) -> Self:
         for key, method in (("alpha", "wise"), ("score", "greedy")):
             if (getattr(self, key) is not None) != (self.method == method):
                 raise ValueError(f"{key} belongs to method={method}, which needs it")
@@ -30,10 +30,6 @@ class SoupConfig(Strict):
             raise ValueError(f"method={self.method} finds the weights itself. Leave weights out")
         if self.score is not None:
             check_call(self.score)
-        return self
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
         if self.weights == "uniform":
             return self
         if len(self.weights) != len(self.ingredients):

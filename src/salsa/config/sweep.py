@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from salsa.config.recipe import Recipe
-from salsa.config.schema import Positive, Strict, explain
-from salsa.errors import ConfigError, accessing
+from salsa.config.schema import Positive, Strict, read_yaml, validated
+from salsa.errors import ConfigError
 
 Setting = dict[str, Any]
 """Dotted key of the recipe → value."""
@@ -57,17 +56,7 @@ class SweepConfig(Strict):
         Raises:
             ConfigError: it is missing, is not YAML, or a value is wrong; one line that says which.
         """
-        try:
-            with accessing(path, "read"):
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: a sweep is a mapping, got {type(values).__name__}.")
-        try:
-            config = cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {explain(error, cls)}") from error
+        config = validated(cls, read_yaml(path, "cannot be read", "a sweep is a mapping"), path)
         return config.model_copy(update={"recipe": str(path.parent / config.recipe)})
 
     @property

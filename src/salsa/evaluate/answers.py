@@ -12,7 +12,7 @@ from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import tracker
-from salsa.stages.evaluation import AnswersJob
+from salsa.stages.jobs import AnswersJob
 from salsa.types import Rollout
 
 GREEDY = 1e-8

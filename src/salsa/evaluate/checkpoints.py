@@ -40,8 +40,8 @@ from salsa.models import load_tokenizer, same_vocabulary
 from salsa.rewards import RewardSource
 from salsa.runtime.tracking import quiet_libraries, round_metric, say
 from salsa.stages.directory import Job, RunDirectory
-from salsa.stages.evaluation import AnswersJob, EvalJob
 from salsa.stages.graph import Graph, Node
+from salsa.stages.jobs import AnswersJob, EvalJob
 
 
 def evaluate_checkpoints(spec: EvalSpec, out: Path, *, force: bool = False) -> Path:

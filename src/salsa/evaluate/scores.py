@@ -18,7 +18,7 @@ from salsa.rewards import Scorer, sum_of
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import round_metric, tracker
-from salsa.stages.evaluation import EvalJob
+from salsa.stages.jobs import EvalJob
 from salsa.types import Rollout
 
 

@@ -1,11 +1,11 @@
 """Run a Hugging Face Trainer so that a kill loses at most the steps since its last checkpoint."""
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from salsa.runtime.engine import Engine
 from salsa.runtime.tracking import Tracker, tracker
@@ -14,23 +14,28 @@ _LOGS_PER_CHECKPOINT = 5
 _COMPLETE = "complete"
 
 
-def common_arguments(
-    directory: Path, *, seed: int, engine: Engine, checkpoint_every: int
-) -> dict[str, Any]:
-    """TrainingArguments that every stage shares."""
+def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any]:
+    """TrainingArguments that every stage shares, from the job's seed and the fields of its `config`."""
+    config, on_cpu = job.config, engine.device.type == "cpu"
+    microbatch = getattr(config, "microbatch_size", None) or config.batch_size
     return {
         "output_dir": str(directory / "resume"),
-        "seed": seed,
+        "seed": job.seed,
         "bf16": engine.precision == "bf16",
-        "use_cpu": engine.device.type == "cpu",
+        "use_cpu": on_cpu,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
-        "logging_steps": max(1, checkpoint_every // _LOGS_PER_CHECKPOINT),
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "per_device_train_batch_size": microbatch,
+        "gradient_accumulation_steps": config.batch_size // microbatch,
+        "max_length": config.max_length,
+        "logging_steps": max(1, config.checkpoint_every // _LOGS_PER_CHECKPOINT),
         "save_strategy": "steps",
-        "save_steps": checkpoint_every,
+        "save_steps": config.checkpoint_every,
         "save_total_limit": 2,
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": engine.device.type != "cpu",
+        "dataloader_pin_memory": not on_cpu,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -39,11 +44,15 @@ def common_arguments(
 def train(trainer: Trainer, directory: Path, label: str, show: tuple[str, ...]) -> None:
     """Train to the end, from the last complete checkpoint in `directory/resume` if there is one."""
     trainer.remove_callback(PrinterCallback)
-    last = _last_complete(directory / "resume")
+    folder = directory / "resume"
+    for path in folder.glob("checkpoint-*"):
+        if not (path / _COMPLETE).exists():  # half-written
+            shutil.rmtree(path)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     with tracker(directory, label, _num_steps(trainer), show) as log:
-        log.resume_at(int(last.name.split("-")[1]) if last else 0)
+        log.resume_at(int(last.rpartition("-")[2]) if last else 0)
         trainer.add_callback(_Report(log))
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=last)
 
 
 class _Report(TrainerCallback):
@@ -55,29 +64,16 @@ class _Report(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tracker.advance(state.global_step)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            metrics = {
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            numbers = {
                 name: value for name, value in logs.items() if isinstance(value, int | float)
             }
-            self.tracker.log(state.global_step, metrics)
+            self.tracker.log(state.global_step, numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-
-def _last_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to the end; half-written ones are removed."""
-    complete = {}
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / _COMPLETE).exists():
-            complete[int(match[1])] = path
-        else:
-            shutil.rmtree(path)
-    return complete[max(complete)] if complete else None
 
 
 def _num_steps(trainer: Trainer) -> int:

@@ -31,17 +31,11 @@ class Tracker:
     """Logs one stage: a row a step into `metrics.jsonl`, a few of its metrics onto the screen."""
 
     def __init__(
-        self,
-        directory: Path,
-        label: str,
-        total: int,
-        show: tuple[str, ...],
-        progress: Progress | None,
+        self, directory: Path, label: str, total: int, show: tuple[str, ...], progress: Progress
     ) -> None:
         self.file = directory / "metrics.jsonl"
         self.label, self.total, self.show = label, total, show
-        self.progress = progress
-        self.task = progress.add_task(label, total=total, shown="") if progress else None
+        self.progress, self.task = progress, progress.add_task(label, total=total, shown="")
         self.started = self._last_line = time.monotonic()
         self.first_step = self.step = 0
 
@@ -51,16 +45,13 @@ class Tracker:
         self.first_step = self.step = step
         if step:
             say(f"{self.label}: going on from step {step} of {self.total}")
-        if self.progress and self.task is not None:
-            self.progress.update(self.task, completed=step)
+        self.progress.update(self.task, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (counted from 1)."""
+        row = {"step": step} | {name: round_metric(value) for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"step": step, **{k: round_metric(v) for k, v in metrics.items()}})
-                + "\n"
-            )
+            file.write(json.dumps(row) + "\n")
         self.advance(step, metrics)
 
     def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -68,10 +59,10 @@ class Tracker:
         self.step = step
         known = metrics or {}
         text = "  ".join(f"{name} {known[name]:.4g}" for name in self.show if name in known)
-        if self.progress and self.task is not None:
-            self.progress.update(self.task, completed=step)
-            if text:
-                self.progress.update(self.task, shown=text)
+        self.progress.update(self.task, completed=step)
+        if text:
+            self.progress.update(self.task, shown=text)
+        if not self.progress.disable:
             return
         now = time.monotonic()
         if text and (now - self._last_line >= PLAIN_SECONDS or step == self.total):
@@ -82,15 +73,12 @@ class Tracker:
 
 @contextmanager
 def tracker(directory: Path, label: str, total: int, show: tuple[str, ...]) -> Iterator[Tracker]:
-    """A tracker whose progress bar lives as long as the block."""
-    if not console.is_terminal:
-        yield Tracker(directory, label, total, show, None)
-        return
+    """A tracker whose progress bar, on a terminal, lives as long as the block."""
     columns = (
         TextColumn("{task.description:<14}"), BarColumn(bar_width=20), MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Tracker(directory, label, total, show, progress)
 
 

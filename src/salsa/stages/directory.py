@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import (
     Checkpoint,
@@ -33,35 +33,13 @@ from salsa.artifacts import (
     write_atomic,
 )
 from salsa.errors import CheckpointError, ConfigError, accessing
+from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
 LAYOUT_VERSION = 2
 """Part of every stage's digest: raise it when the same settings and inputs come to mean another result."""
-
-
-class Job(Protocol):
-    """The work of one stage as plain data: frozen, picklable, made without loading a model."""
-
-    @property
-    def label(self) -> str:
-        """Names the directory and the report's row, e.g. `sft[0]`."""
-
-    needs_engine: ClassVar[bool]
-    """Whether the work computes with torch, so that its arithmetic is part of its identity."""
-
-    def identity(self) -> dict[str, Any]:
-        """`{"config": …, "inputs": {name: digest}}`: all that decides the result, as JSON values."""
-
-    def execution(self) -> dict[str, Any]:
-        """How it is computed, which does not decide the result; recorded beside the identity."""
-
-    def run(self, directory: Path, engine: Any) -> None:
-        """Fill `directory`, by an `Engine` if the job needs one.
-
-        What is kept in `directory/resume` survives a kill and is dropped at the end.
-        """
 
 
 @dataclass(frozen=True)
@@ -278,7 +256,6 @@ def _cpu() -> str:
 
 def _first_difference(before: str, after: str) -> str:
     old, new = before.splitlines(), after.splitlines()
-    for there, here in zip(old, new, strict=False):
-        if there != here:
-            return f"there {there.strip()!r}, now {here.strip()!r}"
-    return f"there {len(old)} lines, now {len(new)}"
+    pairs = ((a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b)
+    found = (f"there {there!r}, now {here!r}" for there, here in pairs)
+    return next(found, f"there {len(old)} lines, now {len(new)}")

@@ -4,18 +4,21 @@ A finished stage is found by its job's identity and skipped. Others run one afte
 executor, elsewhere and at once as soon as what they need is there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
+from salsa.config.expressions import ReferenceRule
 from salsa.errors import ConfigError
-from salsa.runtime.executors import Executor
+from salsa.rewards import RewardSource
 from salsa.runtime.tracking import say
-from salsa.stages.directory import Job, Place, RunDirectory, Stage, filling
+from salsa.stages.directory import Place, RunDirectory, Stage, filling
+from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
+    from salsa.runtime.executors.local import ProcessPool
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -29,6 +32,33 @@ class Node:
     make: Callable[..., Job | Checkpoint]
     """Called with the checkpoint of each of `needs`; a checkpoint that is there already needs no job."""
 
+    @classmethod
+    def of(cls, kind: Callable[..., Job], label: str, *fields: Any, **named: Any) -> "Node":
+        """The node of the job `kind(label, …)`: the fields have nodes wherever the job has checkpoints."""
+        needs: dict[Node, None] = {}
+        _replaced((fields, named), needs.setdefault)
+
+        def make(*made: Checkpoint) -> Job:
+            outputs = dict(zip(needs, made, strict=True))
+            own, others = _replaced((fields, named), outputs.__getitem__)
+            return kind(label, *own, **others)
+
+        return cls(label, tuple(needs), make)
+
+
+def _replaced(value: Any, of: Callable[[Node], Any]) -> Any:
+    """`value` with what `of` gives for each node in it, in tuples, dictionaries and dataclasses too."""
+    match value:
+        case Node():
+            return of(value)
+        case tuple():
+            return tuple(_replaced(one, of) for one in value)
+        case dict():
+            return {key: _replaced(one, of) for key, one in value.items()}
+        case ReferenceRule() | RewardSource():
+            return replace(value, **_replaced(vars(value), of))
+    return value
+
 
 class Graph:
     """The stages of one run directory while they are being finished."""
@@ -39,14 +69,13 @@ class Graph:
         *,
         precision: str = "auto",
         threads: int | None = None,
-        executor: Executor | None = None,
+        executor: "ProcessPool | None" = None,
         before_work: Callable[[], None] = lambda: None,
     ) -> None:
         """Without an executor jobs run here. `before_work` is called once, before the first job that runs."""
         self.run, self.precision, self.executor = run, precision, executor
         self._threads = executor.threads if executor else threads
         self._before_work = before_work
-        self._started = False
         self._the_engine: Engine | None = None
         self._outputs: dict[Node, Checkpoint] = {}
 
@@ -65,14 +94,13 @@ class Graph:
             self._finish_elsewhere(waiting, self.executor)
             return
         for node in waiting:
-            job = self._skip(node)
-            if job is not None:
+            if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
                 with filling(place, job, engine) as directory:
                     job.run(directory, engine)
                 self._end(node, place)
 
-    def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
+    def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:
         """As `finish`, as many jobs at once as the executor has slots."""
         jobs: dict[Node, Job] = {}
         running: dict[Any, tuple[Node, Place]] = {}
@@ -89,28 +117,23 @@ class Graph:
                 self._end(*running.pop(executor.wait(list(running))))
 
     def _skip(self, node: Node) -> Job | None:
-        """The node's job, if there is anything left to do."""
+        """The node's job, if there is anything left to do; `auto` takes a stage that is finished in any arithmetic."""
         job = node.make(*(self._outputs[need] for need in node.needs))
         if isinstance(job, Checkpoint):
             self._outputs[node] = job
             return None
-        if (stage := self._finished(job)) is None:
-            return job
-        self._record(node, stage)
-        return None
-
-    def _finished(self, job: Job) -> Stage | None:
-        """The job's finished stage; with precision `auto`, in whichever arithmetic it was computed."""
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
         places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
         finished = [stage for p in places.values() if (stage := self.run.find(p)) is not None]
-        return max(finished, key=lambda stage: stage.record["started"], default=None)
+        if not finished:
+            return job
+        self._record(node, max(finished, key=lambda stage: stage.record["started"]))
+        return None
 
     def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
         """Where the job will be computed and by what; what was begun in one arithmetic stays in it."""
-        if not self._started:
-            self._before_work()
-            self._started = True
+        self._before_work()
+        self._before_work = lambda: None
         if not job.needs_engine:
             return self.run.place(job, ""), None
         engine = self.engine()
@@ -137,7 +160,7 @@ class Graph:
     def _end(self, node: Node, place: Place) -> None:
         stage = self.run.find(place)
         assert stage is not None  # the work raised nothing
-        self._record(node, Stage(stage.label, stage.path, stage.record, reused=False))
+        self._record(node, replace(stage, reused=False))
 
     def _record(self, node: Node, stage: Stage) -> None:
         self.run.finished.append(stage)
@@ -155,12 +178,6 @@ def perform(place: Place, job: Job, engine: "Engine | None") -> None:
 def _closure(wanted: Iterable[Node]) -> list[Node]:
     """The wanted nodes and all that they need, what is needed first."""
     order: dict[Node, None] = {}
-
-    def visit(nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            if node not in order:
-                visit(node.needs)
-                order[node] = None
-
-    visit(list(wanted))
+    for node in wanted:
+        order |= dict.fromkeys([*_closure(node.needs), node])
     return list(order)

@@ -1,36 +1,17 @@
 """A recipe's sections as nodes of the stage graph."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+from salsa import data
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import SFT, Base, Model, parse_model, sft_indices, text_of
-from salsa.data import (
-    PREFERENCE_COLUMNS,
-    SFT_COLUMNS,
-    describe,
-    import_callable,
-    load_prompts,
-    load_rows,
-    preference_rows,
-    sft_rows,
-)
-from salsa.resolve import Models, checkpoints_of
+from salsa.config.expressions import Model, ReferenceRule, parse_model, sft_indices
+from salsa.resolve import Models
 from salsa.rewards import RewardSource
-from salsa.stages.analysis import Asked, LandscapeJob, LogprobsJob, RepliesJob, ScoresJob
+from salsa.stages import jobs
 from salsa.stages.directory import policy_label
-from salsa.stages.evaluation import EvalJob, rewards_of
 from salsa.stages.graph import Node
-from salsa.stages.jobs import (
-    BaseJob,
-    DPOJob,
-    PreferencesJob,
-    RewardJob,
-    RLJob,
-    SFTJob,
-    SoupJob,
-    moved_reference,
-)
 
 
 def base(recipe: Recipe, hashes: FileHashes) -> Node:
@@ -42,70 +23,52 @@ def base(recipe: Recipe, hashes: FileHashes) -> Node:
 
     if config.gguf_file is None and config.chat_template is None:
         return Node("base", (), source)
-    return Node("base", (), lambda: BaseJob("base", source(), config))
+    return Node("base", (), lambda: jobs.BaseJob("base", source(), config))
 
 
 def sft(recipe: Recipe, base: Node, index: int, hashes: FileHashes) -> Node:
     """The SFT model of the index-th seed, or the index-th checkpoint that is given."""
     config, label = recipe.sft, f"sft[{index}]"
-    if config.dataset is not None:
-        own, dataset, seed = config.of_model(index), config.dataset, config.seeds[index]
-        return Node(label, (base,), lambda made: SFTJob(label, made, own, dataset, seed))
+    if (dataset := config.dataset) is not None:
+        own, seed = config.of_model(index), config.seeds[index]
+        return Node.of(jobs.SFTJob, label, base, own, dataset, seed)
     name = config.checkpoints[index]
 
-    def given(made: Checkpoint) -> SoupJob | Checkpoint:
+    def given(made: Checkpoint) -> jobs.SoupJob | Checkpoint:
         path = resolve(name)
         if not (path / "adapter_config.json").is_file():
             return Checkpoint.of(path, hashes)
         adapter = Checkpoint(path, hashes.tree(path))  # LoRA: added to the recipe's base
-        return SoupJob(label, (adapter,), made)
+        return jobs.SoupJob(label, (adapter,), made)
 
     return Node(label, (base,), given)
 
 
 def preferences(recipe: Recipe, sft: list[Node]) -> Node | None:
     """The preference pairs, where the recipe has any."""
-    config = recipe.preferences
-    if config is None:
+    if (config := recipe.preferences) is None:
         return None
-    needs = () if config.dataset is not None else tuple(sft)
-    return Node(
-        "preferences",
-        needs,
-        lambda *made: PreferencesJob("preferences", made, config, recipe.rl.max_prompt_tokens),
-    )
+    replying = () if config.dataset is not None else tuple(sft)
+    longest = recipe.rl.max_prompt_tokens
+    return Node.of(jobs.PreferencesJob, "preferences", replying, config, longest)
 
 
-def reward(
-    recipe: Recipe, models: Models, preferences: Node | None, hashes: FileHashes
-) -> Node | None:
+def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | None:
     """The reward model: given, or trained once per seed; of several the weight average. None for functions."""
     config = recipe.reward
     if config.functions:
         return None
-    if config.paths:
-        parts = [models[parse_model(path)] for path in config.paths]
-    else:
-        assert preferences is not None  # the schema
-        several = len(config.seeds) > 1
+    parts = [models[path] for path in config.paths]
+    if not parts:
+        init = models[config.init]
+        labels = {
+            s: f"reward seed {s}" if len(config.seeds) > 1 else "reward" for s in config.seeds
+        }
         parts = [
-            _trained_reward(
-                recipe, f"reward seed {s}" if several else "reward", s, models, preferences
-            )
-            for s in config.seeds
+            Node.of(jobs.RewardJob, label, init, preferences, config, seed)
+            for seed, label in labels.items()
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
-
-
-def _trained_reward(
-    recipe: Recipe, label: str, seed: int, models: Models, preferences: Node
-) -> Node:
-    config = recipe.reward
-    return Node(
-        label,
-        (models[parse_model(config.init)], preferences),
-        lambda init, pairs: RewardJob(label, init, pairs, config, seed),
-    )
 
 
 def policy(
@@ -118,34 +81,23 @@ def policy(
 ) -> Node:
     """The policy of one arm and seed."""
     section, arm = recipe.rl, recipe.rl.arms[arm_name]
-    label, config, rule = policy_label(arm_name, seed), section.config_of(arm_name), arm.rule
-    init = models[parse_model(arm.init)]
-    references = tuple(models[model] for model in rule.models)
+    label, config = policy_label(arm_name, seed), section.config_of(arm_name)
+    init = models[arm.init]
+    reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
-        assert preferences is not None  # the schema
-        return Node(
-            label,
-            (init, *references, preferences),
-            lambda init, reference, pairs: DPOJob(label, init, reference, pairs, config, seed),
-        )
-    monitored = _monitored(recipe, models)
-    needs = (init, *references, *monitored.values(), *([reward] if reward else []))
-
-    def job(init: Checkpoint, *made: Checkpoint) -> RLJob:
-        own, others = made[: len(references)], made[len(references) :]
-        return RLJob(
-            label=label,
-            init=init,
-            reference=checkpoints_of(rule, own),
-            reward=_source(recipe, others[len(monitored)] if reward else None),
-            config=config,
-            prompts=section.prompts,
-            seed=seed,
-            monitors=dict(recipe.eval.scores),
-            kl_to=dict(zip(monitored, others, strict=False)),
-        )
-
-    return Node(label, needs, job)
+        return Node.of(jobs.DPOJob, label, init, *reference.models, preferences, config, seed)
+    return Node.of(
+        jobs.RLJob,
+        label,
+        init=init,
+        reference=reference,
+        kl_to=_monitored(recipe, models),
+        reward=_source(recipe, reward),
+        config=config,
+        prompts=section.prompts,
+        seed=seed,
+        monitors=recipe.eval.scores,
+    )
 
 
 def samples(
@@ -153,33 +105,27 @@ def samples(
 ) -> Node:
     """What the `number`-th seed of an arm replies to the held-out prompts, scored."""
     config, section = recipe.eval, recipe.rl
-    measured = {name: models[parse_model(name)] for name in config.kl_to}
-    rule = section.arms[arm].rule if arm in section.arms else None
-    moves = rule is not None and rule.moves
-    owned = (
-        [] if moves else [models[m] for m in (rule.models if rule else [parse_model(config.shown)])]
+    shown = ReferenceRule((parse_model(config.shown),))
+    rule = section.arms[arm].rule if arm in section.arms else shown
+    reference = _nodes_of(rule, models)
+    if rule.moves:
+        moved = Node(f"reference of {policy.label}", (policy,), jobs.moved_reference)
+        reference = ReferenceRule((moved,))
+    return Node.of(
+        jobs.EvalJob,
+        f"eval {arm} seed {section.seeds[number]}",
+        policy=policy,
+        kl_to={name: models[name] for name in config.kl_to},
+        references=reference.models,
+        reference_weights=reference.weights,
+        rewards=_rewards(recipe, reward),
+        prompts=config.prompts,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_new_tokens=config.max_new_tokens or section.max_new_tokens,
+        temperature=section.temperature,
+        batch_size=config.batch_size,
+        seed=config.seed + number,
     )
-    label = f"eval {arm} seed {section.seeds[number]}"
-
-    def job(policy: Checkpoint, *made: Checkpoint) -> EvalJob:
-        rest = made[len(measured) :]
-        references = (moved_reference(policy),) if moves else rest[: len(owned)]
-        return EvalJob(
-            label=label,
-            policy=policy,
-            kl_to=dict(zip(measured, made, strict=False)),
-            references=references,
-            reference_weights=rule.weights if rule and not moves else (1.0,),
-            prompts=config.prompts,
-            max_prompt_tokens=section.max_prompt_tokens,
-            rewards=rewards_of(_source(recipe, rest[-1] if reward else None), config.scores),
-            max_new_tokens=config.max_new_tokens or section.max_new_tokens,
-            temperature=section.temperature,
-            batch_size=config.batch_size,
-            seed=config.seed + number,
-        )
-
-    return Node(label, (policy, *measured.values(), *owned, *([reward] if reward else [])), job)
 
 
 @dataclass(frozen=True)
@@ -201,58 +147,43 @@ def sampled(
     recipe: Recipe, candidate: str, models: Models, reward: Node | None, own: ForecastConfig
 ) -> Sampled:
     """What a forecast needs of one candidate."""
-    model = models[parse_model(candidate)]
+    model = models[candidate]
     asked = _asked(recipe, own, own.batch_prompts)
-    replies = Node(
-        f"replies {candidate}",
-        (model,),
-        lambda made: RepliesJob(f"replies {candidate}", made, asked),
-    )
-
-    def scored(made: Checkpoint, rows: Checkpoint, *trained: Checkpoint) -> ScoresJob:
-        rewards = rewards_of(_source(recipe, trained[0] if trained else None), recipe.eval.scores)
-        return ScoresJob(f"scores {candidate}", made, rows, asked, rewards)
-
-    def under(name: str) -> Node:
-        label, other = f"logprobs {candidate} under {name}", models[parse_model(name)]
-        return Node(
-            label,
-            (model, other, replies),
-            lambda author, made, rows: LogprobsJob(label, made, author, rows, asked.temperature),
+    replies = Node.of(jobs.RepliesJob, f"replies {candidate}", model, asked)
+    rewards = _rewards(recipe, reward)
+    scores = Node.of(jobs.ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
+    logprobs = {
+        name: Node.of(
+            jobs.LogprobsJob,
+            f"logprobs {candidate} under {name}",
+            model,
+            replies,
+            models[name],
+            asked.temperature,
         )
-
-    needs = (model, replies, *([reward] if reward else []))
-    return Sampled(
-        replies,
-        Node(f"scores {candidate}", needs, scored),
-        {name: under(name) for name in recipe.eval.kl_to if name != candidate},
-    )
+        for name in recipe.eval.kl_to
+        if name != candidate
+    }
+    return Sampled(replies, scores, logprobs)
 
 
 def landscape(recipe: Recipe, models: Models, reward: Node | None, own: LandscapeConfig) -> Node:
     """The places on the line or the plane through the section's models."""
-    corners = [models[parse_model(text)] for text in own.models]
-    measured = [models[parse_model(text)] for text in recipe.eval.kl_to]
-
-    def job(*made: Checkpoint) -> LandscapeJob:
-        yardsticks = made[len(corners) : len(corners) + len(measured)]
-        trained = made[-1] if reward else None
-        return LandscapeJob(
-            label="landscape",
-            models=made[: len(corners)],
-            alphas=own.alphas,
-            asked=_asked(recipe, own, 1),
-            rewards=rewards_of(_source(recipe, trained), recipe.eval.scores),
-            kl_to=dict(zip(recipe.eval.kl_to, yardsticks, strict=True)),
-            validation=own.validation,
-        )
-
-    return Node("landscape", (*corners, *measured, *([reward] if reward else [])), job)
+    return Node.of(
+        jobs.LandscapeJob,
+        "landscape",
+        models=tuple(models[text] for text in own.models),
+        alphas=own.alphas,
+        asked=_asked(recipe, own, 1),
+        kl_to={text: models[text] for text in recipe.eval.kl_to},
+        rewards=_rewards(recipe, reward),
+        validation=own.validation,
+    )
 
 
-def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> Asked:
+def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts: int) -> jobs.Asked:
     section = recipe.rl
-    return Asked(
+    return jobs.Asked(
         prompts=own.prompts or recipe.eval.prompts,
         max_prompt_tokens=section.max_prompt_tokens,
         max_new_tokens=section.max_new_tokens,
@@ -275,33 +206,41 @@ def check_inputs(recipe: Recipe) -> None:
         chat_template=recipe.model.chat_template,
     )
     if (source := recipe.sft.dataset) is not None:
-        sft_rows(load_rows(source, SFT_COLUMNS), tokenizer, describe(source))
+        data.sft_rows(data.load_rows(source, data.SFT_COLUMNS), tokenizer, data.describe(source))
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
     functions = [*recipe.reward.functions, *recipe.eval.scores.values()]
     if (pairs := recipe.preferences) is not None:
         if pairs.dataset is not None:
-            rows = load_rows(pairs.dataset, PREFERENCE_COLUMNS)
-            preference_rows(rows, tokenizer, describe(pairs.dataset))
+            rows = data.load_rows(pairs.dataset, data.PREFERENCE_COLUMNS)
+            data.preference_rows(rows, tokenizer, data.describe(pairs.dataset))
         else:
             assert pairs.prompts is not None and pairs.labeller is not None  # the schema
             prompts.append(pairs.prompts)
             functions.append(pairs.labeller)
     for function in functions:
-        import_callable(function.call)
+        data.import_callable(function.call)
     for source in prompts:
-        load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
+        data.load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
 
 
-def _source(recipe: Recipe, checkpoint: Checkpoint | None) -> RewardSource:
-    return RewardSource(recipe.reward.functions, checkpoint)
+def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
+    """The rule with the nodes of its models in place of their names."""
+    return replace(cast(Any, rule), models=tuple(models[model] for model in rule.models))
+
+
+def _source(recipe: Recipe, reward: Any) -> RewardSource:
+    """The training reward; its checkpoint is a node yet."""
+    return RewardSource(recipe.reward.functions, reward)
+
+
+def _rewards(recipe: Recipe, reward: Node | None) -> dict[str, RewardSource]:
+    """The training reward as `proxy`, and further scores by their names."""
+    others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
+    return {"proxy": _source(recipe, reward)} | others
 
 
 def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:
     """The base and every SFT model that goes into any arm: the models whose KL is logged."""
-    used = {
-        index
-        for _, model in recipe.expressions()
-        for index in sft_indices(model, recipe.soup.ingredients)
-    }
-    named: list[Model] = [Base(), *(SFT(index) for index in sorted(used))]
-    return {text_of(model): models[model] for model in named}
+    soup = recipe.soup.ingredients
+    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
+    return {name: models[name] for name in ("base", *(f"sft[{i}]" for i in sorted(used)))}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ProcessPool:
-    """`jobs` processes; each is started anew (spawn), so that no state of this one leaks in."""
+    """Runs `slots` jobs at once, in processes that are started anew (spawn), so that no state of this one leaks in."""
 
     def __init__(self, jobs: int, threads: int | None) -> None:
         self.slots = jobs
