@@ -55,10 +55,13 @@ def worker(effects: dict[str, float], called: list[str]):
 @pytest.mark.parametrize("file", sorted((RECIPES / "study").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_studys_sweeps_are_sound(file):
     recipes = [recipe for _, recipe in SweepConfig.load(file).points().values()]
-    pairs = {recipe.sft.seeds for recipe in recipes}
-    seeds = [seed for pair in pairs for seed in pair]
+    pairs = {recipe.sft.seeds: recipe.sft for recipe in recipes}
+    models = [
+        (seed, sft.of_model(i).epochs) for sft in pairs.values() for i, seed in enumerate(sft.seeds)
+    ]
     assert len(pairs) >= 8, "clusters"
-    assert len(seeds) == len(set(seeds)) and not {0, 1, 2} & set(seeds), "disjoint and new"
+    assert len(models) == len(set(models)), "disjoint"
+    assert not {0, 1, 2} & {seed for seed, _ in models}, "new"
 
 
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
