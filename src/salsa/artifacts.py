@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +21,7 @@ EMBEDDED_PATH = Path(__file__).parent / "assets" / "base"
 
 _REPORTED_PACKAGES = ("salsa-rlhf", "torch", "transformers", "trl", "datasets", "numpy")
 _CONTENT_SUFFIXES = {".safetensors", ".json", ".jsonl", ".jinja", ".model", ".txt", ".gguf", ".py"}
+_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.onnx"]
 _NOT_CONTENT = {"stage.json", "soup.json", "README.md", "metrics.jsonl"}
 
 
@@ -74,11 +75,7 @@ def resolve(path: str, *, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.onnx"]
-            )
-        )
+        return Path(snapshot_download(path, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
     except Exception as error:  # the hub client raises many unrelated types
         reason = str(error).splitlines()[0]
         raise CheckpointError(
@@ -92,15 +89,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tree(path: Path, *, known: Mapping[str, str] | None = None) -> str:
+def sha256_tree(
+    path: Path,
+    *,
+    known: Mapping[str, str] | None = None,
+    hashed: Callable[[Path], str] = sha256_file,
+) -> str:
     """Hex sha256 over the names and bytes of a directory's models and data; provenance and cards do not count.
 
-    Args:
-        path: the directory.
-        known: file name → its sha256, of files that need not be read again.
+    What is `known` (file name → sha256) is not read again; `hashed` reads the others.
     """
+    files = (p for p in path.iterdir() if p.suffix in _CONTENT_SUFFIXES and p.is_file())
+    content = sorted(file for file in files if file.name not in _NOT_CONTENT)
     known = known or {}
-    return digest_of({f.name: known.get(f.name) or sha256_file(f) for f in _content(path)})
+    return digest_of({file.name: known.get(file.name) or hashed(file) for file in content})
 
 
 class FileHashes:
@@ -110,7 +112,7 @@ class FileHashes:
         """Remember in `file`; with `verify`, read every file once all the same."""
         self._file = file
         self._known: dict[str, list[Any]] = {}
-        self._fresh: dict[str, list[Any]] = {}
+        self._changed = False
         if file is not None and file.exists() and not verify:
             with suppress(ValueError, TypeError, OSError):  # a damaged memory is none
                 self._known = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -119,24 +121,18 @@ class FileHashes:
         """Hex sha256 of a file's bytes."""
         key, stat = str(path.absolute()), path.stat()
         seen = [stat.st_size, stat.st_mtime_ns]
-        entry = self._fresh.get(key) or self._known.get(key) or []
-        self._fresh[key] = entry if entry[:2] == seen else [*seen, sha256_file(path)]
-        return self._fresh[key][2]
+        if self._known.get(key, [])[:2] != seen:
+            self._known[key], self._changed = [*seen, sha256_file(path)], True
+        return self._known[key][2]
 
     def tree(self, directory: Path) -> str:
         """As `sha256_tree`."""
-        return digest_of({file.name: self.sha256(file) for file in _content(directory)})
+        return sha256_tree(directory, hashed=self.sha256)
 
     def save(self) -> None:
         """Write what was seen."""
-        if self._file is not None and self._fresh != self._known:
-            write_atomic(self._file, json.dumps(self._known | self._fresh, indent=0) + "\n")
-
-
-def _content(directory: Path) -> list[Path]:
-    """A directory's models and data; provenance and cards do not count."""
-    files = (p for p in directory.iterdir() if p.suffix in _CONTENT_SUFFIXES and p.is_file())
-    return sorted(file for file in files if file.name not in _NOT_CONTENT)
+        if self._file is not None and self._changed:
+            write_atomic(self._file, json.dumps(self._known, indent=0) + "\n")
 
 
 def digest_of(value: Any) -> str:
@@ -202,9 +198,9 @@ def drop_half_line(path: Path) -> bool:
 
 def finish_directory(partial: Path, final: Path) -> None:
     """Flush every file of `partial` to disk, then rename it into place."""
-    for root, _, names in os.walk(partial):
-        for name in names:
-            _flush(Path(root, name))
+    for file in partial.rglob("*"):
+        if file.is_file():
+            _flush(file)
     os.replace(partial, final)
     if os.name == "posix":
         _flush(final.parent)
@@ -214,9 +210,7 @@ def finish_directory(partial: Path, final: Path) -> None:
 def new_directory(final: Path, *, force: bool = False) -> Iterator[Path]:
     """A directory to fill, renamed to `final` at the end; nothing stays of it if that end is not reached.
 
-    Args:
-        final: where it shall be.
-        force: replace a model directory that is there; it is kept until the new one is complete.
+    `force` replaces a model directory that is there; it is kept until the new one is complete.
 
     Raises:
         ConfigError: `final` exists, or another process is making it.
@@ -271,16 +265,12 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-class InUseError(ConfigError):
-    """Another process is at it; what lies there is not ours to remove."""
-
-
 @contextmanager
 def locked(file: Path, what: Path) -> Iterator[None]:
     """Hold the lock `file` of `what`, and remove it at the end; the kernel lets go of it when the process dies.
 
     Raises:
-        InUseError: another process holds it.
+        ConfigError: another process holds it.
     """
     try:
         import fcntl
@@ -294,7 +284,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise InUseError(
+                raise ConfigError(
                     f"{what}: in use by another salsa process. Wait for it, or choose another directory with --out."
                 ) from error
             if not _is_still(file, stream.fileno()):

@@ -85,11 +85,9 @@ def fingerprint(source: DataSource) -> str:
 
 
 def load_rows(source: DataSource, columns: Sequence[Sequence[str]]) -> list[Row]:
-    """Rows of a source, shuffled and limited as it says.
+    """Rows of a source, limited to a seeded sample as it says.
 
-    Args:
-        source: where from.
-        columns: the accepted sets of columns, e.g. ``[("messages",), ("prompt", "completion")]``.
+    Each row has one of the sets of `columns`, e.g. ``[("messages",), ("prompt", "completion")]``.
 
     Raises:
         DataError: nothing there, nothing in it, or none of the accepted columns.
@@ -146,7 +144,9 @@ def as_prompt(row: Row, tokenizer: Any, where: str = "prompt") -> Prompt:
         return Prompt(tuple(tokenizer(value)["input_ids"]), None, value)
     text = render(messages, tokenizer, where, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(tuple(ids), tuple(messages), plain_text(messages))
+    turns = [f"{turn['role']}: {turn['content']}" for turn in messages]
+    plain = messages[0]["content"] if len(messages) == 1 else "\n".join(turns)
+    return Prompt(tuple(ids), tuple(messages), plain)
 
 
 def as_messages(value: Any, tokenizer: Any, where: str) -> list[Message] | None:
@@ -181,13 +181,6 @@ def render(
         raise DataError(
             f"{where}: the model's chat template refuses a conversation: {error}"
         ) from error
-
-
-def plain_text(messages: Sequence[Message]) -> str:
-    """A conversation as people read it; a single user turn is just its words."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
 def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
@@ -267,7 +260,15 @@ def _read(source: DataSource) -> list[Row]:
         raise DataError(f"{path}: is a directory. Give a {', '.join(_LOCAL)} file in it.")
     if path.name.endswith(_LOCAL) or path.is_absolute() or str(path).startswith("."):
         raise DataError(f"{path}: no such file. Check the path (it is relative to {Path.cwd()}).")
-    return _read_hub(source)
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.name, split=source.split).to_list()
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{source.path}: neither a file here nor a data set that the hub gives out ({reason})."
+        ) from error
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -290,15 +291,3 @@ def _read_file(path: Path) -> list[Row]:
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
     return [row for _, row in parse_jsonl(lines, str(path))]
-
-
-def _read_hub(source: DataSource) -> list[Row]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.path, source.name, split=source.split).to_list()
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{source.path}: neither a file here nor a data set that the hub gives out ({reason})."
-        ) from error

@@ -152,9 +152,7 @@ async def _tried(
 
 def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
     """The call under way: in the event loop if it is async, else in a thread."""
-    if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-        getattr(call, "__call__", None)  # noqa: B004 - an object whose __call__ is async
-    ):
+    if any(map(inspect.iscoroutinefunction, (call, type(call).__call__))):
         return call(*arguments)
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()  # from here on nobody can cancel it: its result is at most ignored

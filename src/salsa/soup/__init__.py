@@ -4,15 +4,6 @@
 
 Sums run in float64 and are rounded once; memory depends neither on the model's size nor on N. Nothing is guessed: what
 is not the same in all ingredients (keys, shapes, architecture, vocabulary) is an error; `soup.json` says what was done.
-
-    files        weights on disk: headers, shards, hashes
-    ingredients  what must be the same in all of them
-    mix          the options, and the rule that they stand for
-    methods      the rules: linear, wise, slerp, model_stock
-    average      one soup, from opening the ingredients to its record
-    blend        the streaming loop
-    lora         adapters: side by side, or added to their base
-    diagnostics  norms, cosines, distances, what bf16 loses
 """
 
 import json
@@ -29,7 +20,7 @@ from salsa.artifacts import Checkpoint, new_directory, resolve, write_atomic
 from salsa.errors import ConfigError, WorkFailed
 from salsa.soup.average import Source, average
 from salsa.soup.blend import Progress
-from salsa.soup.mix import Method, Mix, Score
+from salsa.soup.methods import Method, Mix, Score
 
 __all__ = ["Method", "Score", "interpolate", "make_soup", "measure_soup", "write_soup"]
 
@@ -142,37 +133,26 @@ def interpolate(
     *,
     points: Sequence[float],
     out: Path | str,
-    extrapolate: bool = False,
     force: bool = False,
     **options: Any,
 ) -> list[Checkpoint]:
     """Checkpoints along the line (1 − t) θ_start + t θ_end, one directory a point (LITI, arXiv 2312.06795).
 
-    Args:
-        start: model at t = 0.
-        end: model at t = 1.
-        points: the values of t; outside 0 to 1 only with `extrapolate`.
-        out: the directory to make; the models are `out/t=0.25` and so on.
-        extrapolate: allow points off the segment.
-        force: replace what was made there before.
-        options: `dtype`, `heads`, `take_from`, `base` as of `make_soup`.
+    The models are `out/t=0.25` and so on for `points`, the values of t, outside 0 to 1 only with `extrapolate`;
+    `force` replaces what was made there before. Options: `base`, `dtype`, `heads`, `take_from` as of `make_soup`.
     """
-    out, base = Path(out), options.pop("base", None)
+    out = Path(out)
     if not points or len(set(points)) != len(points):
         raise ConfigError("soup: give different --points, e.g. 0,0.25,0.5,0.75,1.")
-    sources = [_source(start), _source(end)]
-    _check_target(out, sources)
-    base_source = _source(base) if base is not None else None
-    made = []
+    _check_target(out, [_source(start), _source(end)])
     with new_directory(out, force=force) as partial:
-        for t in points:
-            mix = Mix(weights=(1 - t, t), extrapolate=extrapolate, **options)
-            (partial / f"t={t:g}").mkdir()
-            digest = _write(sources, base_source, mix, partial / f"t={t:g}")
-            made.append(Checkpoint(out / f"t={t:g}", digest))
+        made = [
+            make_soup([start, end], weights=(1 - t, t), out=partial / f"t={t:g}", **options)
+            for t in points
+        ]
         record = {"method": "interpolate", "points": list(points)}
         write_atomic(partial / "soup.json", json.dumps(record, indent=1) + "\n")
-    return made
+    return [Checkpoint(out / one.path.name, one.digest) for one in made]
 
 
 def _source(path: Path | str) -> Source:
@@ -184,9 +164,8 @@ def _source(path: Path | str) -> Source:
 
 
 def _check_target(out: Path, sources: Sequence[Source]) -> None:
-    for source in sources:
-        if out.resolve() == source.path.resolve():
-            raise ConfigError(f"{out}: is one of the ingredients. Give another directory.")
+    if out.resolve() in [source.path.resolve() for source in sources]:
+        raise ConfigError(f"{out}: is one of the ingredients. Give another directory.")
     above = next(p for p in out.absolute().parents if p.exists())
     if not above.is_dir():
         raise ConfigError(f"{out}: {above} is a file. Give another directory.")
@@ -200,11 +179,10 @@ def _write(
     progress: Progress | None = None,
 ) -> str:
     """Fill a directory that is there; returns its digest."""
-    extra: dict[str, Any] = {}
+    tried: list[dict[str, Any]] = []
     if mix.method == "greedy":
         mix, tried = _greedy(sources, base, mix, directory)
-        extra = {"greedy": tried}
-    record = average(sources, base, mix, directory, progress) | extra
+    record = average(sources, base, mix, directory, progress) | ({"greedy": tried} if tried else {})
     for warning in record["warnings"]:
         _log.warning("soup: %s", warning)
     write_atomic(directory / "soup.json", json.dumps(record, indent=1) + "\n")

@@ -2,26 +2,22 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from salsa.artifacts import sha256_tree, versions, write_atomic
 from salsa.errors import CheckpointError, ConfigError
 from salsa.soup.blend import Blend, Progress
 from salsa.soup.diagnostics import Tally, describe, warnings_of
 from salsa.soup.files import FLOATS, NUMPY_DTYPES, WeightsWriter, widest
-from salsa.soup.ingredients import COMPANIONS, HEADS, Ingredient, check_alike, check_base
-from salsa.soup.lora import Adapter, MergedAdapter, check_adapters, concatenate, is_adapter
-from salsa.soup.methods import Factors
-from salsa.soup.mix import DTYPES, Mix
+from salsa.soup.ingredients import COMPANIONS, HEADS, Ingredient, check_alike, check_base, refuse
+from salsa.soup.lora import CONFIG, Adapter, MergedAdapter, adapter_differences, concatenate
+from salsa.soup.methods import DTYPES, Factors, Mix
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A directory, its name for people, and the digest that it must turn out to have."""
 
     path: Path
@@ -54,12 +50,13 @@ class _Average:
 
     def __init__(self, sources: Sequence[Source], base: Source | None, mix: Mix) -> None:
         self.sources, self.mix = sources, mix
-        self.base = Ingredient(base.path, base.name, base.expected) if base is not None else None
-        opened = [Adapter(s.path, s.name) if is_adapter(s.path) else None for s in sources]
-        self.adapters = [adapter for adapter in opened if adapter is not None]
+        self.base = Ingredient(*base) if base is not None else None
+        opened = [Adapter(*s) if (s.path / CONFIG).exists() else Ingredient(*s) for s in sources]
+        self.adapters = [one for one in opened if isinstance(one, Adapter)]
         self.side_by_side = bool(self.adapters) and self.base is None
         self._fixed: dict[str, Factors] = {}
-        check_adapters(self.adapters)
+        for other in self.adapters[1:]:
+            refuse(adapter_differences(self.adapters[0], other))
         if self.side_by_side and len(self.adapters) < len(sources):
             raise CheckpointError(
                 f"{self.adapters[0].path}: is an adapter, other ingredients are models. "
@@ -69,13 +66,10 @@ class _Average:
             raise ConfigError(
                 "soup: --heads is about models; an adapter's saved modules are averaged."
             )
-        self.ingredients: list[Ingredient] = []
-        for source, adapter in zip(sources, opened, strict=True):
-            if adapter is None:
-                one = Ingredient(source.path, source.name, source.expected)
-            else:
-                one = MergedAdapter(adapter, self.base) if self.base is not None else adapter
-            self.ingredients.append(one)
+        self.ingredients = [
+            MergedAdapter(one, self.base) if self.base and isinstance(one, Adapter) else one
+            for one in opened
+        ]
 
     def close(self) -> None:
         """Close the files of all."""
@@ -86,15 +80,13 @@ class _Average:
         """As `average`."""
         mean = self.mix.mean(len(self.sources))
         if self.side_by_side:
-            dtype = None if self.mix.dtype == "auto" else DTYPES[self.mix.dtype]
-            tallies, main, files = concatenate(self.adapters, mean, directory, dtype)
+            tallies, main, files = concatenate(self.adapters, self.mix, directory)
         else:
             tallies, main, files = self._blend(directory, progress)
         digests = [i.digest() for i in self.ingredients]
-        if len(set(digests)) < len(digests) and not self.mix.allow_identical:
-            raise _identical(
-                [s for s, d in zip(self.sources, digests, strict=True) if digests.count(d) > 1]
-            )
+        twice = [s for s, d in zip(self.sources, digests, strict=True) if digests.count(d) > 1]
+        if twice and not self.mix.allow_identical:
+            raise _identical(twice)
         diagnostics = describe(tallies, with_base=self.base is not None or self.side_by_side)
         names = [s.name for s in self.sources]
         record = {
@@ -129,18 +121,8 @@ class _Average:
         if self.base is not None:
             check_base(self.base, self.ingredients[0], self._fixed)
         stored = self._stored()
-        elements: Counter[str] = Counter()
-        for key, dtype in stored.items():
-            elements[dtype] += tensors[key].size
-        main = max(FLOATS, key=lambda dtype: elements[dtype])
-        blend = Blend(
-            self.ingredients,
-            self.base,
-            stored,
-            self.mix.rule(len(self.sources)),
-            needs_gram=self.mix.method in ("slerp", "model_stock"),
-            fixed=self._fixed,
-        )
+        main = max(FLOATS, key=lambda d: sum(tensors[k].size for k in stored if stored[k] == d))
+        blend = Blend(self.ingredients, self.base, stored, self.mix, self._fixed)
         if directory is None:
             return blend.run(None, progress), main, {}
         shapes = {key: (dtype, tensors[key].shape) for key, dtype in stored.items()}

@@ -8,6 +8,7 @@ smaller pieces.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, cycle, pairwise
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, WeightsWriter
 from salsa.soup.ingredients import Ingredient
-from salsa.soup.methods import Factors, Rule, rounded
+from salsa.soup.methods import Factors, Mix, rounded
 
 ELEMENTS_IN_FLIGHT = 1 << 18
 """Elements of one piece, all ingredients together."""
@@ -34,32 +35,22 @@ class _Piece(NamedTuple):
     write: bool
 
 
+@dataclass(eq=False)
 class Blend:
-    """One pass over the ingredients: buffers, sums, and the factors of each tensor.
+    """One pass over the ingredients: buffers, sums, and the factors of each tensor."""
 
-    Args:
-        ingredients: what is averaged.
-        base: what they were tuned from, if it is given.
-        stored: key → dtype name of the result, in the order of writing.
-        rule: factors of each tensor that is averaged.
-        needs_gram: the rule looks at the Gram matrix, so each tensor is measured before it is written.
-        fixed: key → factors that hold there whatever the rule says.
-    """
+    ingredients: Sequence[Ingredient]
+    base: Ingredient | None
+    stored: Mapping[str, str]
+    """Key → dtype name of the result, in the order of writing."""
+    mix: Mix
+    fixed: Mapping[str, Factors]
+    """Key → factors that hold there whatever the mix's rule says."""
 
-    def __init__(
-        self,
-        ingredients: Sequence[Ingredient],
-        base: Ingredient | None,
-        stored: Mapping[str, str],
-        rule: Rule,
-        *,
-        needs_gram: bool,
-        fixed: Mapping[str, Factors],
-    ) -> None:
-        self.base, self.stored, self.rule = base, stored, rule
-        self.needs_gram, self.fixed = needs_gram, fixed
-        self.sources = [*ingredients] + ([base] if base is not None else [])
-        self.count = len(ingredients)
+    def __post_init__(self) -> None:
+        self.sources = [*self.ingredients] + ([self.base] if self.base is not None else [])
+        self.count = len(self.ingredients)
+        self.rule = self.mix.rule(self.count)
         self.step = max(ELEMENTS_IN_FLIGHT // len(self.sources) // 4096, 1) * 4096
         self.tallies: dict[str, Tally] = {}
         self._factors: dict[str, Factors] = {}
@@ -119,7 +110,7 @@ class Blend:
             tensor = self.sources[0].tensors[key]
             row = math.prod(tensor.shape[1:])
             step = self.step // row * row if 0 < row <= self.step else self.step
-            twice = self.needs_gram and stored in FLOATS and key not in self.fixed
+            twice = self.mix.needs_gram and stored in FLOATS and key not in self.fixed
             for measure, write in [(True, False), (False, True)] if twice else [(True, True)]:
                 for start in range(0, tensor.size, step):
                     yield _Piece(key, start, min(start + step, tensor.size), measure, write)
@@ -128,7 +119,7 @@ class Blend:
         """The result's elements of a piece, in their final dtype; None if it was only measured."""
         key, stored = piece.key, self.stored[piece.key]
         if stored not in FLOATS:
-            for source, raw in zip(self.sources[: self.count], raws, strict=False):
+            for source, raw in zip(self.ingredients, raws, strict=False):
                 if not np.array_equal(raw, raws[0]):
                     raise CheckpointError(
                         f"{source.path}: {key} holds integers that differ from those in {self.sources[0].path}; "
@@ -138,12 +129,12 @@ class Blend:
         values = self._values[:, : piece.stop - piece.start]
         for row, raw in zip(values, raws, strict=True):
             row[:] = raw
-        if self.base is not None:
-            for source, row in zip(self.sources[: self.count], values, strict=False):
-                source.add_to(key, piece.start, piece.stop, row, values[-1])
         tally = self.tallies.setdefault(key, Tally.empty(self.count))
         if piece.measure:
-            self._measure(key, values, tally)
+            base = values[-1] if self.base is not None else None
+            tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
+            if not (np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all()):
+                self._refuse_infinite(key, values)
         if not piece.write:
             return None
         if key not in self._factors:
@@ -157,11 +148,7 @@ class Blend:
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
         return result
 
-    def _measure(self, key: str, values: np.ndarray, tally: Tally) -> None:
-        base = values[-1] if self.base is not None else None
-        tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
-        if np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all():
-            return
+    def _refuse_infinite(self, key: str, values: np.ndarray) -> None:
         for source, row in zip(self.sources, values, strict=True):
             if not np.isfinite(row).all():
                 raise CheckpointError(

@@ -125,9 +125,8 @@ def describe(tallies: Mapping[str, Tally], *, with_base: bool) -> dict[str, Any]
 def warnings_of(diagnostics: Mapping[str, Any], names: Sequence[str], stored: str) -> list[str]:
     """What a person should know before using the soup."""
     messages = []
-    cosines, distances = (
-        np.array(diagnostics[k], dtype=float) for k in ("cosines", "relative_distances")
-    )
+    cosines = np.array(diagnostics["cosines"], dtype=float)
+    distances = np.array(diagnostics["relative_distances"], dtype=float)
     pairs = ~np.eye(len(names), dtype=bool)
     if diagnostics["of"] == "weights" and pairs.any() and cosines[pairs].min() < _STRANGERS:
         messages.append(

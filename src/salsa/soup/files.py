@@ -8,15 +8,18 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
@@ -40,6 +43,9 @@ NUMPY_DTYPES = FLOATS | INTEGERS
 QUANTIZED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "quant_state", "SCB")
 """Last parts of the names of a quantized layer's tensors."""
 
+_PLAIN = re.compile(r"[^./\\:][^/\\:]*\.safetensors")
+"""A file name without a path; hub snapshots are symlinks, so names count and real paths do not."""
+
 MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_TEXT_BYTES = 500_000_000
@@ -60,11 +66,6 @@ class Tensor:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
-    def num_bytes(self) -> int:
-        """Length in the file."""
-        return self.size * NUMPY_DTYPES[self.dtype].itemsize
-
 
 @dataclass(eq=False)
 class Shard:
@@ -72,8 +73,8 @@ class Shard:
 
     path: Path
     size: int
-    hasher: Any = field(default_factory=hashlib.sha256)
-    hashed: int = 0
+    hasher: Any
+    hashed: int
     """The first `hashed` bytes have gone into `hasher`."""
 
 
@@ -100,11 +101,10 @@ class Weights:
             self.tensors |= header
         if not self.tensors:
             raise CheckpointError(f"{directory}: its weight files hold no tensor.")
-        for key in self.tensors:
-            if key.rsplit(".", 1)[-1] in QUANTIZED:
-                raise CheckpointError(
-                    f"{directory}: {key} belongs to a quantized layer. De-quantize it first."
-                )
+        if quantized := [k for k in self.tensors if k.rsplit(".", 1)[-1] in QUANTIZED]:
+            raise CheckpointError(
+                f"{directory}: {quantized[0]} belongs to a quantized layer. De-quantize it first."
+            )
 
     def read(self, tensor: Tensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements start to stop, flat, in the head of `buffer` (uint8)."""
@@ -112,11 +112,6 @@ class Weights:
         view = buffer[: (stop - start) * kind.itemsize]
         self._read_bytes(tensor.shard, tensor.offset + start * kind.itemsize, view)
         return view.view(kind)
-
-    def whole(self, tensor: Tensor) -> np.ndarray:
-        """A tensor in its shape; for small ones."""
-        buffer = np.empty(tensor.num_bytes, np.uint8)
-        return self.read(tensor, 0, tensor.size, buffer).reshape(tensor.shape)
 
     def sha256(self) -> dict[str, str]:
         """File name → hex sha256; bytes that were not read in order are read now."""
@@ -152,17 +147,11 @@ class Weights:
 class WeightsWriter:
     """Writes tensors front to back in safetensors' layout, with an index if they need several shards.
 
-    Args:
-        directory: where; the caller renames it into place.
-        plan: key → (dtype name, shape), in the order in which the tensors will be written.
-        stem: `model` or `adapter_model`.
+    `plan` is key → (dtype name, shape), in the order of writing; `stem` is `model` or `adapter_model`.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        plan: Mapping[str, tuple[str, tuple[int, ...]]],
-        stem: str = "model",
+        self, directory: Path, plan: Mapping[str, tuple[str, tuple[int, ...]]], stem: str = "model"
     ) -> None:
         self._index = directory / f"{stem}.safetensors.index.json"
         self._directory, self._plan = directory, plan
@@ -234,6 +223,16 @@ def widest(dtypes: Iterable[str]) -> str:
     return "F32" if kinds == {"F16", "BF16"} else min(kinds, key=list(FLOATS).index)
 
 
+@contextmanager
+def _reading(path: Path, trouble: str) -> Iterator[None]:
+    """Turn whatever a strange file raises into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, struct.error, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: {trouble} ({reason}). Copy or save it again.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -241,15 +240,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is no regular file, or holds no JSON object.
     """
     text = read_text(path)
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read as JSON ({_brief(error)}). Copy or save it again."
-        ) from error
-    return value
+    with _reading(path, "cannot be read as JSON"):
+        return _parsed(text)
 
 
 def read_text(path: Path) -> str:
@@ -258,16 +250,12 @@ def read_text(path: Path) -> str:
     Raises:
         CheckpointError: it cannot be read as text.
     """
-    try:
+    with _reading(path, "cannot be read"):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise ValueError("no regular file")
         if path.stat().st_size > _MAX_TEXT_BYTES:
             raise ValueError("far too large")
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({_brief(error)}). Copy or save it again."
-        ) from error
 
 
 def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
@@ -294,7 +282,7 @@ def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
         raise CheckpointError(f"{index}: has no weight_map. Copy or save it again.")
     shards: dict[str, set[str]] = {}
     for key, name in weight_map.items():
-        if not isinstance(name, str) or not _plain(name):
+        if not (isinstance(name, str) and name.isprintable() and _PLAIN.fullmatch(name)):
             raise CheckpointError(
                 f"{index}: places {key!r} in {name!r}, which is no plain .safetensors file beside it."
             )
@@ -302,71 +290,32 @@ def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
     return dict(sorted(shards.items()))
 
 
-def _plain(name: str) -> bool:
-    """A file name without a path; hub snapshots are symlinks, so names count and real paths do not."""
-    sound = name.isprintable() and not name.startswith(".") and not set(name) & set("/\\:")
-    return sound and name.endswith(".safetensors")
-
-
 def _read_header(path: Path) -> tuple[Shard, dict[str, Tensor]]:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+    with _reading(path, "not a sound safetensors file"):
+        size = path.stat().st_size
+        if not path.is_file():
             raise ValueError("no regular file")
         with path.open("rb") as stream:
             start = stream.read(8)
             (length,) = struct.unpack("<Q", start)
-            if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
+            if length > min(_MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"a header of {length} bytes")
             text = stream.read(length)
-        header = json.loads(text, object_pairs_hook=_unique)
-        if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
+        header = _parsed(text)
         header.pop("__metadata__", None)
-        shard = Shard(path, status.st_size)
-        shard.hasher.update(start + text)
-        shard.hashed = 8 + length
-        tensors = {key: _tensor(shard, key, entry) for key, entry in header.items()}
-    except (OSError, ValueError, RecursionError, struct.error) as error:
-        raise CheckpointError(
-            f"{path}: not a sound safetensors file ({_brief(error)}). Copy or save it again."
-        ) from error
-    position = shard.hashed
-    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if tensor.offset != position:
-            raise CheckpointError(
-                f"{path}: {key} does not lie where the tensor before it ends. Copy or save it again."
-            )
-        position += tensor.num_bytes
-    if position != shard.size:
-        raise CheckpointError(
-            f"{path}: is {shard.size} bytes long, its header describes {position}; "
-            "a tensor does not lie inside the file. Copy or save it again."
-        )
-    return shard, tensors
-
-
-def _tensor(shard: Shard, key: str, entry: Any) -> Tensor:
-    """One entry of a header, checked against itself; `shard.hashed` is where the data start."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{key} is no JSON object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
-        raise CheckpointError(
-            f"{shard.path}: {key} is {dtype!r}; a soup takes {', '.join(FLOATS)}. De-quantize it first."
-        )
-    if not _sizes(shape) or not _sizes(offsets):
-        raise ValueError(f"{key} has shape {shape!r} and data_offsets {offsets!r}")
-    if len(offsets) != 2 or len(shape) > 32:
-        raise ValueError(f"{key} has {len(offsets)} offsets and {len(shape)} dimensions")
-    tensor = Tensor(shard, dtype, tuple(shape), shard.hashed + offsets[0])
-    if offsets[1] - offsets[0] != tensor.num_bytes:
-        raise ValueError(f"{key} has {offsets[1] - offsets[0]} bytes for shape {shape} of {dtype}")
-    return tensor
-
-
-def _sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        for key, entry in header.items():
+            dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+            if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+                raise CheckpointError(
+                    f"{path}: {key} is {dtype!r}; a soup takes {', '.join(FLOATS)}. De-quantize it first."
+                )
+        with safe_open(path, "numpy"):  # refuses a header that does not describe its file exactly
+            pass
+    shard = Shard(path, size, hashlib.sha256(start + text), 8 + length)
+    return shard, {
+        key: Tensor(shard, e["dtype"], tuple(e["shape"]), shard.hashed + e["data_offsets"][0])
+        for key, e in header.items()
+    }
 
 
 def _split(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -382,6 +331,13 @@ def _split(sizes: Mapping[str, int]) -> list[list[str]]:
     return shards
 
 
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    value = json.loads(text, object_pairs_hook=_unique)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
@@ -389,7 +345,3 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} twice")
         values[key] = value
     return values
-
-
-def _brief(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -6,7 +6,6 @@ Compared are parsed values, never bytes: two releases of one library write one m
 import filecmp
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ _OUTPUTS = ("lm_head.weight", "embed_out.weight")
 _NO_MEANING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "unsloth_version"}
 _NOT_ARCHITECTURE = {"use_cache", "id2label", "label2id", "problem_type", "output_attentions"}
 """Configuration that weights do not depend on; so are token ids and dropout rates."""
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(eq=False)
@@ -48,44 +46,36 @@ class Ingredient:
     expected: str | None = None
     """The digest that it must turn out to have."""
     weights: Weights = field(init=False)
+    tensors: dict[str, Tensor] = field(init=False)
+    """Key → tensor."""
+    config: dict[str, Any] = field(init=False)
+    """The parsed `config.json`."""
+    homes: list[Path] = field(init=False)
+    """Directories of its files, the later before the earlier."""
 
     def __post_init__(self) -> None:
         if not (self.path / "config.json").exists():
             raise CheckpointError(
                 f"{self.path}: no model here (no config.json). Give a directory that save_pretrained wrote."
             )
+        self.config = read_json(self.path / "config.json")
         if self.config.get("quantization_config"):
             raise CheckpointError(f"{self.path}: is quantized. De-quantize it first.")
-        self.weights = Weights(self.path)
+        self.open("model")
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Key → tensor."""
-        return self.weights.tensors
-
-    @property
-    def homes(self) -> list[Path]:
-        """Directories of its files, the later before the earlier."""
-        return [self.path]
+    def open(self, stem: str) -> None:
+        """Read the headers of the weights; `stem` as of `Weights`."""
+        self.weights, self.homes = Weights(self.path, stem), [self.path]
+        self.tensors = self.weights.tensors
 
     def file(self, name: str) -> Path:
         """Where a companion file is, or would be."""
         places = (home / name for home in reversed(self.homes))
         return next((place for place in places if place.exists()), self.path / name)
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The parsed `config.json`."""
-        return read_json(self.path / "config.json")
-
     def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Stored elements of a tensor, flat, in the head of `buffer`."""
+        """Elements of a tensor, flat; stored ones lie in the head of `buffer`."""
         return self.weights.read(self.tensors[key], start, stop, buffer)
-
-    def add_to(
-        self, key: str, start: int, stop: int, values: np.ndarray, base_values: np.ndarray
-    ) -> None:
-        """Complete the stored elements; an adapter puts base and product here."""
 
     def digest(self) -> str:
         """sha256 of the directory's content.
@@ -152,7 +142,7 @@ def tie_outputs(ingredients: Sequence[Ingredient]) -> None:
         first = ingredients[0]
         if all(key in i.tensors for i in ingredients) and first.tensors[key] is _embedding(first):
             for ingredient in ingredients:
-                del ingredient.tensors[key]
+                ingredient.tensors.pop(key, None)  # adapters share their base's
 
 
 def _model_differences(first: Ingredient, other: Ingredient) -> Iterator[str]:
@@ -211,13 +201,15 @@ def _is_setting(key: str) -> bool:
 
 def _settings(ingredient: Ingredient) -> dict[str, Any]:
     """What is written beside the weights and must come from somewhere."""
-    settings = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
-    generation = _optional_json(ingredient.file("generation_config.json"))
+    generation, tokenizer, tokens = (
+        read_json(file) if (file := ingredient.file(name)).exists() else {}
+        for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+    )
     generated = {"transformers_version", "_from_model_config"}
-    settings |= {f"generation_config {k}": v for k, v in generation.items() if k not in generated}
-    tokenizer = _optional_json(ingredient.file("tokenizer_config.json"))
-    roles = tokenizer | _optional_json(ingredient.file("special_tokens_map.json"))
-    for name in _SPECIAL:
+    settings = {f"config {k}": v for k, v in ingredient.config.items() if _is_setting(k)}
+    settings |= {f"generation_config {k}": generation[k] for k in generation.keys() - generated}
+    roles = tokenizer | tokens
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = roles.get(name)
         settings[name] = token.get("content") if isinstance(token, dict) else token
     template = ingredient.file("chat_template.jinja")
@@ -256,15 +248,11 @@ def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
         if not isinstance(model, dict):
             raise CheckpointError(f"{file}: has no model. Copy or save it again.")
         merges = model.get("merges") or []
-        added = tokenizer.get("added_tokens") or []
+        added = [t for t in tokenizer.get("added_tokens") or [] if isinstance(t, dict)]
         return {
             "vocabulary": model.get("vocab"),
             "merges": [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges],
-            "added tokens": {
-                str(t.get("id")): (t.get("content"), t.get("special"))
-                for t in added
-                if isinstance(t, dict)
-            },
+            "added tokens": {str(t.get("id")): (t.get("content"), t.get("special")) for t in added},
         }
     values: dict[str, Any] = {}
     for name in ("vocab.json", "added_tokens.json"):
@@ -293,22 +281,16 @@ def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     step = 1 << 18
-    buffers = [np.empty(step * 8, np.uint8) for _ in range(2)]
-    return all(
-        np.array_equal(
-            weights.read(one, start, min(start + step, one.size), buffers[0]).view(np.uint8),
-            weights.read(other, start, min(start + step, one.size), buffers[1]).view(np.uint8),
-        )
-        for start in range(0, one.size, step)
-    )
+    buffers = np.empty((2, step * 8), np.uint8)
+    for start in range(0, one.size, step):
+        place = (start, min(start + step, one.size))
+        a, b = weights.read(one, *place, buffers[0]), weights.read(other, *place, buffers[1])
+        if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+            return False
+    return True
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _some(keys: Iterable[str]) -> str:
-    keys = list(keys)
+def _some(keys: Sequence[str]) -> str:
     more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
     return ", ".join(keys[:6]) + more if keys else "none"
 

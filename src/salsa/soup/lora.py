@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import numpy as np
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, Tensor, Weights, WeightsWriter, read_json, widest
+from salsa.soup.files import FLOATS, WeightsWriter, read_json, widest
 from salsa.soup.ingredients import Ingredient, refuse
-from salsa.soup.methods import Factors, rounded
+from salsa.soup.methods import DTYPES, Factors, Mix, rounded
 
 CONFIG = "adapter_config.json"
 _FREE = {"peft_version", "inference_mode", "init_lora_weights", "lora_dropout", "auto_mapping"}
@@ -33,11 +32,6 @@ _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and no model."""
-    return (path / CONFIG).exists()
-
-
 class Adapter(Ingredient):
     """One adapter directory.
 
@@ -46,8 +40,9 @@ class Adapter(Ingredient):
     """
 
     def __post_init__(self) -> None:
+        self.config = read_json(self.path / CONFIG)
         refuse(self._problems())
-        self.weights = Weights(self.path, "adapter_model")
+        self.open("adapter_model")
         if magnitudes := [k for k in self.tensors if "lora_magnitude_vector" in k]:
             raise CheckpointError(f"{self.path}: {magnitudes[0]} belongs to DoRA. Merge it first.")
 
@@ -62,11 +57,6 @@ class Adapter(Ingredient):
         for value in (self.config.get("r"), self.config.get("lora_alpha")):
             if not isinstance(value, int | float) or value <= 0:
                 yield f"{self.path / CONFIG}: r and lora_alpha must be positive numbers."
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The parsed `adapter_config.json`."""
-        return read_json(self.path / CONFIG)
 
     @property
     def scale(self) -> float:
@@ -101,7 +91,9 @@ class Adapter(Ingredient):
         tensor = self.tensors[key]
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{self.path}: {key} is {tensor.dtype}; an adapter holds floats.")
-        values = self.weights.whole(tensor).astype(np.float64)
+        buffer = np.empty(tensor.size * FLOATS[tensor.dtype].itemsize, np.uint8)
+        flat = self.weights.read(tensor, 0, tensor.size, buffer)
+        values = flat.reshape(tensor.shape).astype(np.float64)
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{self.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
@@ -109,13 +101,8 @@ class Adapter(Ingredient):
         return values
 
 
-def check_adapters(adapters: Sequence[Adapter]) -> None:
-    """Raise CheckpointError unless all adapt one base in one way."""
-    for other in adapters[1:]:
-        refuse(_differences(adapters[0], other))
-
-
-def _differences(first: Adapter, other: Adapter) -> Iterator[str]:
+def adapter_differences(first: Adapter, other: Adapter) -> Iterator[str]:
+    """Why the two do not adapt one base in one way."""
     for key in sorted((first.config.keys() | other.config.keys()) - _FREE):
         there, here = (_plain(a.config.get(key)) for a in (first, other))
         if there != here:
@@ -131,7 +118,7 @@ def _differences(first: Adapter, other: Adapter) -> Iterator[str]:
 
 
 def concatenate(
-    adapters: Sequence[Adapter], factors: Factors, directory: Path | None, dtype: str | None
+    adapters: Sequence[Adapter], mix: Mix, directory: Path | None
 ) -> tuple[dict[str, Tally], str, dict[str, str]]:
     """Write the adapter of rank N·r whose product is the weighted sum of the ingredients' products.
 
@@ -140,23 +127,23 @@ def concatenate(
     sha256.
     """
     first, count = adapters[0], len(adapters)
-    own = [float(w) for w in factors.shares * count]
+    factors = mix.mean(count)
     pairs = first.pairs()
     plan, made = {}, {}
     tallies: dict[str, Tally] = {}
     for key in sorted(first.tensors):
         parts = [a.values(key) for a in adapters]
-        stored = dtype or widest(a.tensors[key].dtype for a in adapters)
+        stored = DTYPES.get(mix.dtype) or widest(a.tensors[key].dtype for a in adapters)
         if key in pairs:
             whole = np.concatenate(parts)
             tallies[key] = _product_tally(adapters, key, pairs[key], factors)
         elif key in pairs.values():
-            whole = np.concatenate([w * p for w, p in zip(own, parts, strict=True)], axis=1)
+            own = zip(factors.shares * count, parts, strict=True)
+            whole = np.concatenate([w * part for w, part in own], axis=1)
         else:
-            whole = sum(
-                (s * p for s, p in zip(factors.shares, parts, strict=True)),
-                start=np.zeros_like(parts[0]),
-            )
+            whole = np.zeros_like(parts[0])
+            for share, part in zip(factors.shares, parts, strict=True):
+                whole += share * part
         made[key] = rounded(np.ascontiguousarray(whole), stored)
         plan[key] = (stored, made[key].shape)
     main = max(plan.values(), key=lambda entry: math.prod(entry[1]))[0]
@@ -181,11 +168,25 @@ class MergedAdapter(Ingredient):
     """An adapter as a whole model: its base's stored elements, and what the product adds to them."""
 
     def __init__(self, adapter: Adapter, base: Ingredient) -> None:
-        self.adapter, self.base = adapter, base
-        self.path, self.name, self.expected = adapter.path, adapter.name, None
-        self.weights = adapter.weights
-        self._products = self._targets()
-        self._ready: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.path, self.name, self.expected = adapter.path, adapter.name, adapter.expected
+        self.adapter, self.base, self.weights = adapter, base, adapter.weights
+        self.tensors, self.config, self.homes = base.tensors, base.config, [base.path, self.path]
+        self._products: dict[str, tuple[str, str]] = {}
+        """Key in the base → keys of its A and B."""
+        for a, b in adapter.pairs().items():
+            module = a.removeprefix(_PREFIX).split(".lora_")[0]
+            target = base.tensors.get(f"{module}.weight")
+            if target is None:
+                raise CheckpointError(
+                    f"{self.path}: adapts {module}, which {base.path} does not have. Give the right --base."
+                )
+            shape = (adapter.tensors[b].shape[0], adapter.tensors[a].shape[-1])
+            if target.shape != (shape[::-1] if adapter.turned(a) else shape):
+                raise CheckpointError(
+                    f"{self.path}: B A of {module} is {shape}, in {base.path} the weight is {target.shape}."
+                )
+            self._products[f"{module}.weight"] = (a, b)
+        self._at = ""  # the product at hand is that of this key
         self._replaced = {
             key.removeprefix(_PREFIX): tensor
             for key, tensor in adapter.tensors.items()
@@ -196,69 +197,22 @@ class MergedAdapter(Ingredient):
                 f"{self.path}: brings {stray[0]}, which the base does not have. Leave --base out to keep an adapter."
             )
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The base's."""
-        return self.base.tensors
-
-    @property
-    def homes(self) -> list[Path]:
-        """The base's files, under the adapter's own."""
-        return [self.base.path, self.path]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The base's."""
-        return self.base.config
-
     def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """A tensor that was saved whole; else a placeholder: `add_to` starts from the base."""
+        """Elements of a tensor that was saved whole; else the base's, W_base + s B A (float64) where it is adapted."""
         if (tensor := self._replaced.get(key)) is not None:
             return self.weights.read(tensor, start, stop, buffer)
-        if self.tensors[key].dtype not in FLOATS:
-            return self.base.load(key, start, stop, buffer)
-        if key in self._products and key not in self._ready:  # here the file is read in order
-            kept = list(self._ready.items())[-1:]  # the one that `add_to` may be at
-            self._ready = dict(kept) | {key: self._factors(key)}
-        return np.zeros(1)
-
-    def add_to(
-        self, key: str, start: int, stop: int, values: np.ndarray, base_values: np.ndarray
-    ) -> None:
-        """W_base + s B A, rows start to stop."""
-        if key in self._replaced:
-            return
-        values[:] = base_values
-        if key not in self._products:
-            return
-        left, right = self._ready[key]
-        width = right.shape[1]
+        stored = self.base.load(key, start, stop, buffer)
+        if key not in self._products or self.tensors[key].dtype not in FLOATS:
+            return stored
+        if key != self._at:  # (rows, r) and (r, columns) in the base's orientation
+            down, up = (self.adapter.values(k) for k in self._products[key])
+            turned = self.adapter.turned(self._products[key][0])
+            self._at, self._left, self._right = (key, down.T, up.T) if turned else (key, up, down)
+        width = self._right.shape[1]
         first, last = start // width, -(-stop // width)
-        product = (left[first:last] @ right).reshape(-1)
-        values += self.adapter.scale * product[start - first * width : stop - first * width]
-
-    def _factors(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, r) and (r, columns) of the product in the base's orientation, float64."""
-        a, b = (self.adapter.values(k) for k in self._products[key])
-        return (a.T, b.T) if self.adapter.turned(self._products[key][0]) else (b, a)
-
-    def _targets(self) -> dict[str, tuple[str, str]]:
-        """Key in the base → keys of its A and B."""
-        tensors = {}
-        for a, b in self.adapter.pairs().items():
-            module = a.removeprefix(_PREFIX).split(".lora_")[0]
-            target = self.base.tensors.get(f"{module}.weight")
-            if target is None:
-                raise CheckpointError(
-                    f"{self.path}: adapts {module}, which {self.base.path} does not have. Give the right --base."
-                )
-            shape = (self.adapter.tensors[b].shape[0], self.adapter.tensors[a].shape[-1])
-            if target.shape != (shape[::-1] if self.adapter.turned(a) else shape):
-                raise CheckpointError(
-                    f"{self.path}: B A of {module} is {shape}, in {self.base.path} the weight is {target.shape}."
-                )
-            tensors[f"{module}.weight"] = (a, b)
-        return tensors
+        rows = (self._left[first:last] @ self._right).reshape(-1)
+        product = rows[start - first * width : stop - first * width]
+        return stored.astype(np.float64) + self.adapter.scale * product
 
 
 def _product_tally(adapters: Sequence[Adapter], a: str, b: str, factors: Factors) -> Tally:

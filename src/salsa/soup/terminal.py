@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from salsa.errors import ConfigError, WorkFailed
-from salsa.soup import Score, interpolate, make_soup, measure_soup
+from salsa.soup import interpolate, make_soup, measure_soup
 from salsa.soup.blend import Progress
 
 _PROGRESS_AFTER = 200_000_000
@@ -34,7 +35,7 @@ class SoupCommand:
         options = dict(self.options)
         options["weights"] = _numbers("--weights", options["weights"])
         if options["score"] is not None:
-            options["score"] = command_score(options["score"])
+            options["score"] = partial(command_score, options["score"])
         if (options["method"] == "interpolate") != (self.points is not None):
             raise ConfigError("--points belongs to --method interpolate, which needs it.")
         if self.out is None and not self.dry_run:
@@ -68,28 +69,24 @@ class SoupCommand:
             print(f"{made.path}  sha256 {made.digest[:12]}")
 
 
-def command_score(command: str) -> Score:
+def command_score(command: str, path: Path) -> float:
     """A score from a command: `{}` (or the end) becomes the directory, the last line printed is the number.
 
-    Raises (when called):
+    Raises:
         WorkFailed: the command fails, or its last line is no number.
     """
-
-    def score(path: Path) -> float:
-        words = shlex.split(command) + ([] if "{}" in command else ["{}"])
-        words = [word.replace("{}", str(path)) for word in words]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise WorkFailed(f"--score: {shlex.join(words)} ended with code {done.returncode}.")
-        last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
-        try:
-            return float(last)
-        except ValueError:
-            raise WorkFailed(
-                f"--score: {shlex.join(words)} printed {last!r} last, which is no number."
-            ) from None
-
-    return score
+    words = shlex.split(command) + ([] if "{}" in command else ["{}"])
+    words = [word.replace("{}", str(path)) for word in words]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise WorkFailed(f"--score: {shlex.join(words)} ended with code {done.returncode}.")
+    last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+    try:
+        return float(last)
+    except ValueError:
+        raise WorkFailed(
+            f"--score: {shlex.join(words)} printed {last!r} last, which is no number."
+        ) from None
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -113,11 +110,9 @@ def _progress() -> Iterator[Progress | None]:
     columns = ("averaging", BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("averaging", total=None, visible=False)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, visible=total > _PROGRESS_AFTER)
-
-        yield advance
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, visible=total > _PROGRESS_AFTER
+        )
 
 
 def _show(record: Mapping[str, Any]) -> None:
