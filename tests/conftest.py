@@ -81,7 +81,7 @@ def tiny_model(family: str = "llama", seed: int = 0):
 
 def wrap(model, **options) -> LanguageModel:
     """A model of transformers as RL uses it, in fp32."""
-    return LanguageModel.of(model, Engine.create("fp32"), **options)
+    return LanguageModel(model, Engine.create("fp32"), **options)
 
 
 @pytest.fixture(scope="session")

@@ -53,14 +53,14 @@ def test_one_process_is_the_main_one_and_its_own_sum():
 
 def test_gradients_of_several_passes_add_up_in_fp32_on_the_masters():
     """Two micro-batches; the module computes in bf16 and keeps no gradient."""
-    model, exact = (LanguageModel.of(tiny_model(), e, learns=True) for e in (BF16, FP32))
+    model, exact = (LanguageModel(tiny_model(), e, learns=True) for e in (BF16, FP32))
     rollout = rollout_of()
     for _ in range(2):
         (model.logprobs(rollout, 1.0).sum() / 2).backward()
     exact.logprobs(rollout, 1.0).sum().backward()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.grad is None for p in model.parameters())
-    once = LanguageModel.of(tiny_model(), BF16, learns=True)
+    once = LanguageModel(tiny_model(), BF16, learns=True)
     (once.logprobs(rollout, 1.0).sum() / 2).backward()
     for (name, master), other in zip(
         model.trained().items(), exact.trained().values(), strict=True
@@ -72,7 +72,7 @@ def test_gradients_of_several_passes_add_up_in_fp32_on_the_masters():
 
 
 def test_sync_rounds_what_an_optimizer_changed():
-    model = LanguageModel.of(tiny_model(), BF16, learns=True)
+    model = LanguageModel(tiny_model(), BF16, learns=True)
     before, rollout = model.version(), rollout_of()
     first = model.stats(rollout, 1.0).logprobs
     with torch.no_grad():
@@ -87,8 +87,8 @@ def test_sync_rounds_what_an_optimizer_changed():
 
 def test_a_frozen_model_computes_the_bits_of_the_model_that_learns():
     learner, frozen = (
-        LanguageModel.of(tiny_model(), BF16, learns=True),
-        LanguageModel.of(tiny_model(), BF16),
+        LanguageModel(tiny_model(), BF16, learns=True),
+        LanguageModel(tiny_model(), BF16),
     )
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -99,18 +99,18 @@ def test_a_frozen_model_computes_the_bits_of_the_model_that_learns():
 @pytest.mark.parametrize("engine", [FP32, BF16], ids=["fp32", "bf16"])
 def test_following_moves_by_its_share_in_fp32(engine):
     """A share of 1e-3 of a step of 1e-3 is lost in bf16."""
-    model = LanguageModel.of(tiny_model(), engine, moves=True)
+    model = LanguageModel(tiny_model(), engine, moves=True)
     start = {name: weight.clone() for name, weight in model.weights()}
     target = tiny_model()
     with torch.no_grad():
         for parameter in target.parameters():
             parameter += 1e-3
-    model.follow(LanguageModel.of(target, FP32), 1e-3)
+    model.follow(LanguageModel(target, FP32), 1e-3)
     for name, weight in model.weights():
         torch.testing.assert_close(
             weight - start[name], torch.full_like(weight, 1e-6), rtol=0.2, atol=0
         )
-    model.follow(LanguageModel.of(target, FP32), 1.0)
+    model.follow(LanguageModel(target, FP32), 1.0)
     for (name, weight), parameter in zip(model.weights(), target.parameters(), strict=True):
         torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-7, msg=name)
         assert torch.equal(dict(model.backbone.named_parameters())[name], weight.to(engine.dtype))

@@ -154,7 +154,7 @@ def test_ema_by_hand(trio):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter += 1e-3 * (number + 1) * torch.randn_like(parameter)
-        reference.after_step(LanguageModel.of(policy, FP32))
+        reference.after_step(LanguageModel(policy, FP32))
     first, second = (dict(policy.named_parameters()) for policy in policies)
     moved = 0
     for key, value in reference.models[0].weights():

@@ -39,28 +39,17 @@ class TokenStats(NamedTuple):
 class LanguageModel(MixedPrecisionModule):
     """A model of transformers with its precision, packing and adapters."""
 
-    def __init__(self, backbone: PreTrainedModel, engine: Engine, **options: Any) -> None:
-        """Wrap `backbone`, with options of `MixedPrecisionModule`. See `of`."""
-        super().__init__(engine, **options)
-        self.backbone = backbone
-        self.lower()
-
-    @classmethod
-    def load(cls, path: Path, engine: Engine, **options: bool) -> "LanguageModel":
-        """Load a checkpoint, without dropout; options and errors as of `of`, and CheckpointError if it cannot be."""
-        return cls.of(nn.Module.to(load_policy(path), engine.device), engine, **options)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         backbone: PreTrainedModel,
         engine: Engine,
         *,
         learns: bool = False,
         moves: bool = False,
         recompute: bool = False,
-    ) -> "LanguageModel":
-        """Wrap an fp32 model that is in memory, which is changed.
+        shared: "LanguageModel | None" = None,
+    ) -> None:
+        """Wrap an fp32 model that is in memory, which is changed, or a copy of that of `shared`.
 
         One that `learns` gets gradients, one that `moves` can `follow` or be `put`; both keep fp32 masters. With
         `recompute`, activations are computed again in the backward pass.
@@ -68,12 +57,20 @@ class LanguageModel(MixedPrecisionModule):
         Raises:
             CheckpointError: it does more to its logits than is known here.
         """
-        _check_logits(backbone)
-        enable_packing(backbone)
-        backbone.requires_grad_(learns)
+        super().__init__(engine, learns=learns, moves=moves, shared=shared)
+        if shared is None:
+            _check_logits(backbone)
+            enable_packing(backbone)
+            backbone.requires_grad_(learns)
         if recompute:
             recompute_activations(backbone)
-        return cls(backbone, engine, learns=learns, moves=moves)
+        self.backbone = backbone
+        self.lower()
+
+    @classmethod
+    def load(cls, path: Path, engine: Engine, **options: Any) -> "LanguageModel":
+        """Load a checkpoint, without dropout; options and errors as above, and CheckpointError if it cannot be."""
+        return cls(nn.Module.to(load_policy(path), engine.device), engine, **options)
 
     @property
     def trunk(self) -> Any:
