@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
-from salsa.report import figures, judged_figures
+from salsa.report import figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
 from salsa.report import landscape as landscape_view
 from salsa.report.pairs import Pair, matrices, matrix, sentence
@@ -94,9 +94,12 @@ def render(
     """
     arms, benches = list(summary["arms"]), summary["benchmarks"]
     forecast = summary.get("forecast")
-    plots = figures.all_figures(summary, rows, curves) | judged_figures.all_figures(
-        summary, verdicts
+    plots = (
+        figures.all_figures(summary, rows, curves)
+        | frontier.all_figures(summary, curves)
+        | judged_figures.all_figures(summary, verdicts)
     )
+    series = frontier.series(summary, curves)
     if forecast:
         plots |= forecast_view.all_figures(forecast)
     return render_template(
@@ -113,6 +116,9 @@ def render(
         },
         completions=completions(rows),
         curves=bool(curves),
+        yardsticks=frontier.yardsticks(summary, curves),
+        series=series,
+        series_json=Markup(script_json(series)),
         num_verdicts=len(verdicts),
         verdicts=Markup(script_json(packed(verdicts))),
         recipe_yaml=recipe_yaml,
