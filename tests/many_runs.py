@@ -42,6 +42,7 @@ def many_runs(
     names = ["sft", *(f"arm-{number}" for number in range(num_arms))]
     prompts = [f"Question {i}: {' '.join(rng.choice(WORDS, 8))}?" for i in range(num_prompts)]
     samples, curves = {}, {}
+    folder.mkdir(exist_ok=True)
     for number, name in enumerate(names):
         samples[name] = [
             _samples(folder / f"{name}-{seed}", prompts, number, words, rng)

@@ -166,3 +166,34 @@ def test_copying_works_without_the_clipboards_permission(known, show):
     page.run("document.querySelector('button.copy').click()")
     assert page.run("copied[0]").startswith("| arm |")
     assert page.run("document.querySelector('.tools [role=status]').textContent") == "Copied."
+
+
+@screens
+@widths
+def test_alarms_are_listed_and_marked_on_their_curves(known, show, width, dark):
+    page = show(known, width, dark)
+    listed = page.run("[...document.querySelectorAll('.alarms li')].map(li => li.textContent)")
+    assert [text.split(":")[0] for text in listed] == ["arm-2 seed 0", "arm-2 seed 1"]
+    assert all("entropy collapse at update 21" in text for text in listed)
+    for panel, marks in (("score", 2), ("entropy", 2), ("length", 0)):
+        last = f"document.getElementById('curve-{panel}').data.at(-1)"
+        assert page.run(f"({last}.hovertext || []).length") == marks
+    hover = """new Promise(done => { const plot = document.getElementById("curve-entropy");
+      Plotly.Fx.hover(plot, [{ curveNumber: plot.data.length - 1, pointNumber: 0 }]);
+      setTimeout(() => { const label = plot.querySelector(".hovertext"), box = label.getBoundingClientRect();
+        done([label.textContent, box.left, box.right]); }, 100); })"""
+    text, left, right = page.run(hover)
+    assert "arm-2 seed 0: entropy collapse" in text
+    assert 0 <= left < right <= width
+
+
+@widths
+def test_which_seeds_unfolds_every_pair(known, show, width):
+    page = show(known, width)
+    page.run("document.querySelector('#seeds summary').click()")
+    rows = page.run(
+        "[...document.querySelectorAll('#seeds tbody tr')].map(row => row.cells.length)"
+    )
+    assert rows == [4] * 12  # six pairs by two scores; pair, seeds ahead, two seeds
+    first = "document.querySelector('#seeds td').getBoundingClientRect().width"
+    assert 0 < page.run(first) < width / 2

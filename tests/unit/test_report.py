@@ -3,9 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from salsa.artifacts import read_jsonl
+from salsa.evaluate.results import summarise
 from salsa.report.page import against_baseline, headline, render
+from salsa.report.pairs import agreement, matrix, seed_tables
+from tests.many_runs import many_runs
 
 ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
 
@@ -88,6 +94,30 @@ def test_pairs_are_turned_towards_the_baseline(summary):
         (0.1, 0.3)
     )
     assert found["salsa", "proxy"]["rate"] == 0.52
+
+
+def test_every_pair_in_every_seed_agrees_with_scipys_paired_t(tmp_path):
+    results, _ = many_runs(tmp_path, num_seeds=3)
+    summary = summarise(results)
+    tables = seed_tables(summary["pairs"])
+    assert {score: len(pairs) for score, pairs in tables.items()} == {"proxy": 6, "gold": 6}
+    pair = next(p for p in tables["proxy"] if (p["candidate"], p["baseline"]) == ("arm-1", "arm-0"))
+    assert [one["seed"] for one in pair["by_seed"]] == [0, 1, 2]
+    assert agreement(pair) == "3 of 3"
+    turned = matrix([pair])["arm-0", "arm-1"]["by_seed"]
+    for seed, (one, other_way) in enumerate(zip(pair["by_seed"], turned, strict=True)):
+        own, other = (
+            np.array([row["proxy"] for row in read_jsonl(results.samples[arm][seed].path / "samples.jsonl")])
+            for arm in ("arm-1", "arm-0")
+        )  # fmt: skip
+        test = stats.ttest_rel(own, other).confidence_interval()
+        d = one["difference"]
+        assert (d["low"], d["high"]) == pytest.approx((test.low, test.high), rel=1e-5)
+        assert d["mean"] == pytest.approx((own - other).mean(), rel=1e-5)
+        assert one["rate"] == pytest.approx((own > other).mean())
+        assert other_way["difference"]["low"] == -d["high"] and other_way["rate"] == 1 - one["rate"]
+    one_seed, _ = many_runs(tmp_path / "one", num_seeds=1)
+    assert seed_tables(summarise(one_seed)["pairs"]) == {}
 
 
 def test_figures_are_plain_json(page):

@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
-from salsa.report import figures, frontier, judged_figures
+from salsa.report import alarms, figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
 from salsa.report import landscape as landscape_view
-from salsa.report.pairs import Pair, matrices, matrix, sentence
+from salsa.report.pairs import Pair, agreement, matrices, matrix, seed_tables, sentence
 from salsa.stages.directory import RunDirectory
 
 COMPLETIONS = 24
@@ -99,6 +99,9 @@ def render(
         | frontier.all_figures(summary, curves)
         | judged_figures.all_figures(summary, verdicts)
     )
+    seeds = {arm: [one["seed"] for one in of["seeds"]] for arm, of in summary["arms"].items()}
+    raised = alarms.alarms_of(curves, seeds, summary["scores"][1:])
+    alarms.mark(plots, raised, curves, arms)
     series = frontier.series(summary, curves)
     if forecast:
         plots |= forecast_view.all_figures(forecast)
@@ -109,6 +112,7 @@ def render(
         headline=headline(summary),
         against=against_baseline(summary),
         matrices=matrices(summary["pairs"]),
+        seed_tables=seed_tables(summary["pairs"]),
         judged={name: matrix(bench["pairs"]) for name, bench in benches.items()},
         outside={
             name: sorted({p["baseline"] for p in bench["pairs"]} - set(arms))
@@ -116,6 +120,8 @@ def render(
         },
         completions=completions(rows),
         curves=bool(curves),
+        alarms=raised,
+        watched=alarms.watched(curves),
         yardsticks=frontier.yardsticks(summary, curves),
         series=series,
         series_json=Markup(script_json(series)),
@@ -135,6 +141,7 @@ def render_template(template: str, plots: Mapping[str, figures.Figure], **values
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
+    environment.filters["agreement"] = agreement
     environment.filters["slug"] = judged_figures.slug
     return environment.get_template(template).render(
         figures=Markup(script_json(plots)),
