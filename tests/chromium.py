@@ -151,6 +151,11 @@ class Page:
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         file.write_bytes(base64.b64decode(answer["data"]))
 
+    def seconds(self) -> float:
+        """Processor time of the page's thread so far; needs `Performance.enable` before the file is opened."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return next(one["value"] for one in metrics if one["name"] == "TaskDuration")
+
     def complaints(self) -> list[str]:
         """Uncaught errors, and errors and warnings on the console."""
         found = []

@@ -1,7 +1,10 @@
 """The report in headless Chromium, desktop and phone, light and dark: it draws, fits, works and is quiet."""
 
+from statistics import mean, pstdev
+
 import pytest
 
+from salsa.artifacts import read_jsonl
 from salsa.report.page import render, write_report
 from tests.chromium import CHROMIUM, chromium
 from tests.evaluation_page import evaluation
@@ -197,3 +200,103 @@ def test_which_seeds_unfolds_every_pair(known, show, width):
     assert rows == [4] * 12  # six pairs by two scores; pair, seeds ahead, two seeds
     first = "document.querySelector('#seeds td').getBoundingClientRect().width"
     assert 0 < page.run(first) < width / 2
+
+
+REPLIES = "[...document.querySelectorAll('#reply-rows tr')].map(tr => [...tr.cells].map(td => td.textContent))"
+
+
+def sort(page, by):
+    page.run(
+        f"(() => {{ const e = document.getElementById('reply-order'); e.value = '{by}'; e.onchange(); }})()"
+    )
+
+
+@screens
+@widths
+def test_replies_side_by_side_sorted_and_searched(known, show, width, dark):
+    page = show(known, width, dark)
+    samples = {
+        arm: read_jsonl(known.parent / f"{arm}-0" / "samples.jsonl")
+        for arm in ("sft", "arm-0", "arm-1", "arm-2")
+    }
+    spread = [
+        max(p) - min(p)
+        for p in zip(*([r["proxy"] for r in s] for s in samples.values()), strict=True)
+    ]
+    first, *others = page.run(REPLIES)
+    widest = max(range(20), key=spread.__getitem__)
+    assert first[0].startswith(samples["sft"][widest]["prompt"])
+    assert f"no. {widest + 1} · spread {spread[widest]:.2f}" in first[0]
+    for cell, rows in zip(first[1:], samples.values(), strict=True):
+        assert rows[widest]["response"] in cell
+        assert f"proxy {rows[widest]['proxy']:+.2f}".replace("-", "−") in cell
+    assert len(others) == 9
+    assert page.run("document.getElementById('reply-where').textContent") == "1–10 of 20"
+    page.run("document.getElementById('reply-on').click()")
+    assert page.run("document.getElementById('reply-where').textContent") == "11–20 of 20"
+    sort(page, "prompt")
+    assert [row[0].split(":")[0] for row in page.run(REPLIES)] == [
+        f"Question {i}" for i in range(10)
+    ]
+    page.run("document.getElementById('reply-search').focus()")
+    page.type("QUESTION 17")
+    (found,) = page.run(REPLIES)
+    assert found[0].startswith("Question 17")
+    shown = page.run("getComputedStyle(document.querySelector('#reply-rows .phone')).display")
+    assert shown == ("inline" if width == 380 else "none")
+    assert page.run(
+        "document.querySelector('.side td:last-child').getBoundingClientRect().right"
+    ) <= (380 if width == 380 else 1200)
+
+
+def test_replies_by_the_gap_of_proxy_and_gold_and_by_seed(known, show):
+    page = show(known)
+    arms = ("sft", "arm-0", "arm-1", "arm-2")
+    samples = {
+        (arm, seed): read_jsonl(known.parent / f"{arm}-{seed}" / "samples.jsonl")
+        for arm in arms
+        for seed in (0, 1)
+    }
+    every = [row for rows in samples.values() for row in rows]
+    z = lambda row, score: (
+        (row[score] - mean(r[score] for r in every)) / pstdev(r[score] for r in every)
+    )
+    gaps = [
+        max((z(samples[a, 1][i], "proxy") - z(samples[a, 1][i], "gold") for a in arms), key=abs)
+        for i in range(20)
+    ]
+    page.run(
+        "(() => { const e = document.getElementById('reply-seed'); e.value = '1'; e.onchange(); })()"
+    )
+    sort(page, "gap:1")
+    order = sorted(range(20), key=lambda i: -abs(gaps[i]))
+    rows = page.run(REPLIES)
+    assert [int(row[0].split(":")[0].split()[1]) for row in rows] == order[:10]
+    assert f"proxy − gold: {gaps[order[0]]:+.2f} sd".replace("-", "−") in rows[0][0]
+    assert samples["arm-2", 1][order[0]]["response"] in rows[0][4]
+
+
+def test_a_hundred_runs_answer_within_two_seconds(browser, tmp_path):
+    """Counted in the page's own processor time, which other work on the machine does not lengthen."""
+    results, run = many_runs(
+        tmp_path, num_arms=10, num_seeds=10, num_prompts=400, num_updates=300, words=80
+    )
+    write_report(results, run)
+    file = run.path / "report.html"
+    assert file.stat().st_size < 10e6
+    page = browser.page(380)
+    page.call("Performance.enable", timeDomain="threadTicks")
+    page.open(file)
+    page.run(
+        "(() => { const e = document.getElementById('reply-search'); e.value = 'soup'; e.oninput(); })()"
+    )
+    page.run("(() => { const e = document.getElementById('level'); e.value = 3; e.oninput(); })()")
+    answered = page.seconds()
+    page.run(DRAWN)
+    drawn = page.seconds()
+    print(
+        f"answered after {answered:.2f} s, all plots after {drawn:.2f} s, {file.stat().st_size / 1e6:.1f} MB"
+    )
+    assert answered < 2 and page.complaints() == []
+    assert page.run("document.documentElement.scrollWidth") <= 380
+    assert drawn < 5

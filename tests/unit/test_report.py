@@ -63,7 +63,7 @@ def test_model_text_is_escaped_everywhere(page):
     assert ATTACK not in page
     assert "&lt;script&gt;alert(&#39;owned&#39;)" in page
     assert "<img src=x" not in page
-    assert len(re.findall(r"<script[ >]", page)) == page.count("</script>") == 5
+    assert len(re.findall(r"<script[ >]", page)) == page.count("</script>") == 7
 
 
 def test_page_loads_nothing_from_a_network(page):

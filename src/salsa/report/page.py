@@ -1,7 +1,6 @@
 """One self-contained HTML page: no network, phone and desktop, light and dark. Model text is always escaped."""
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from salsa.report import alarms, figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
 from salsa.report import landscape as landscape_view
 from salsa.report.pairs import Pair, agreement, matrices, matrix, seed_tables, sentence
+from salsa.report.replies import side_by_side
 from salsa.stages.directory import RunDirectory
-
-COMPLETIONS = 24
-"""Prompts shown side by side, drawn at random with a fixed seed."""
 
 
 def write_report(
@@ -105,6 +102,7 @@ def render(
     series = frontier.series(summary, curves)
     if forecast:
         plots |= forecast_view.all_figures(forecast)
+    replies = side_by_side(rows, summary["scores"], seeds[arms[0]])
     return render_template(
         "page.html",
         plots,
@@ -118,7 +116,8 @@ def render(
             name: sorted({p["baseline"] for p in bench["pairs"]} - set(arms))
             for name, bench in benches.items()
         },
-        completions=completions(rows),
+        replies=replies,
+        replies_json=Markup(script_json(replies)),
         curves=bool(curves),
         alarms=raised,
         watched=alarms.watched(curves),
@@ -180,20 +179,6 @@ def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], Pair]:
         for (row, column), pair in cells.items()
         if column == summary["baseline"]
     }
-
-
-def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
-    """Some prompts with the reply of each arm's first seed."""
-    first = {name: seeds[0] for name, seeds in rows.items()}
-    prompts = [row["prompt"] for row in next(iter(first.values()), ())]
-    chosen = sorted(random.Random(0).sample(range(len(prompts)), min(COMPLETIONS, len(prompts))))
-    return [
-        {
-            "prompt": prompts[i],
-            "replies": [{"arm": name} | dict(samples[i]) for name, samples in first.items()],
-        }
-        for i in chosen
-    ]
 
 
 def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
