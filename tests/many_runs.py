@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from salsa.analysis.forecast import Replies, default_betas, forecast
+from salsa.analysis.places import landscape
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.evaluate.results import Arm, Results
 from salsa.stages.directory import RunDirectory
@@ -105,3 +107,25 @@ def _samples(
         )
     write_jsonl(folder / "samples.jsonl", json.loads(json.dumps(rows)))
     return Checkpoint(folder, "0" * 64)
+
+
+def a_landscape() -> dict:
+    """A landscape between two models, as `salsa landscape` makes it."""
+    rng = np.random.default_rng(0)
+    values = lambda: rng.normal(size=8).tolist()
+    rows = [
+        {"at": [alpha], "weights": [1 - alpha, alpha], "columns": {"proxy": values(), "length": values()}, "loss": None}
+        for alpha in (0.0, 1.0, 0.5)
+    ]  # fmt: skip
+    return landscape(rows, ["sft[0]", "sft[1]"], 2)
+
+
+def a_forecast() -> dict:
+    """A forecast of two references, as `salsa forecast` makes it."""
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.normal(size=(20, 64))
+    replies = {
+        name: Replies({"proxy": draw(), "gold": draw()}, {"sft[0]": 0.1 * draw()}, 20 + draw())
+        for name in ("sft[0]", "soup")
+    }
+    return forecast(replies, default_betas(2.0), 2.0)

@@ -8,7 +8,7 @@ from salsa.artifacts import read_jsonl
 from salsa.report.page import render, write_report
 from tests.chromium import CHROMIUM, chromium
 from tests.evaluation_page import evaluation
-from tests.many_runs import many_runs
+from tests.many_runs import a_forecast, a_landscape, many_runs
 
 pytestmark = [
     pytest.mark.slow,
@@ -66,7 +66,7 @@ def evaluated(tmp_path_factory):
 def known(tmp_path_factory):
     """Runs whose curves are known: arm-1 gains 0.5 more than arm-0 at any KL."""
     results, run = many_runs(tmp_path_factory.mktemp("known"))
-    write_report(results, run)
+    write_report(results, run, forecast=a_forecast(), landscape=a_landscape())
     return run.path / "report.html"
 
 
@@ -103,6 +103,17 @@ def test_a_thousand_verdicts_are_browsed_at_once(evaluated, show, width):
     assert page.run(COUNT.format(".row")) == 25
     assert milliseconds < 500
     assert page.run(COUNT.format(".js-plotly-plot .main-svg")) >= 5
+
+
+@screens
+@widths
+def test_forecast_and_landscape_stand_in_the_report(known, show, width, dark):
+    page = show(known, width, dark)
+    heads = page.run("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert "What each reference is worth before RL" in heads and "Between sft[0], sft[1]" in heads
+    for kind, plots in (("forecast", 4), ("landscape", 2), ("replies", 1)):
+        assert page.run(COUNT.format(f"[data-plots={kind}] .main-svg")) >= plots
+    assert page.run("document.querySelectorAll('#places tbody tr').length") == 3
 
 
 CELLS = "[...document.querySelectorAll('#matched tr')].map(row => [...row.cells].map(cell => cell.textContent))"

@@ -11,6 +11,7 @@ from salsa.artifacts import read_jsonl
 from salsa.evaluate.results import summarise
 from salsa.report.page import against_baseline, headline, render
 from salsa.report.pairs import agreement, matrix, seed_tables
+from salsa.report.sweep import page as sweep_page
 from tests.many_runs import many_runs
 
 ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
@@ -118,6 +119,29 @@ def test_every_pair_in_every_seed_agrees_with_scipys_paired_t(tmp_path):
         assert other_way["difference"]["low"] == -d["high"] and other_way["rate"] == 1 - one["rate"]
     one_seed, _ = many_runs(tmp_path / "one", num_seeds=1)
     assert seed_tables(summarise(one_seed)["pairs"]) == {}
+
+
+def test_a_sweep_unfolds_the_clusters_of_a_verdict():
+    effect = {"subject": "salsa", "baseline": "ppo", "at": "held-out prompts", "measure": "proxy"}
+    rows = [
+        effect | {"pair": f"pair-{i}", "rl.kl_coef": beta, "effect": value, "low": value - 1, "high": value + 1}
+        for beta, effects in (("0.1", (0.25, -0.5)), ("0.3", (7.0, 8.0)))
+        for i, value in enumerate(effects)
+    ]  # fmt: skip
+    judged = {"effect": -0.125, "low": -1.0, "high": 1.0, "verdict": "not resolved"}
+    verdict = effect | {"rl.kl_coef": "0.1"} | judged
+    made = sweep_page(
+        {
+            "name": "test", "recipe": "r", "points": ["a", "b"], "rows": rows, "verdicts": [verdict],
+            "axes": {"pair": ["pair-0", "pair-1"], "rl.kl_coef": ["0.1", "0.3"]},
+        }
+    )  # fmt: skip
+    (details,) = re.findall(r'<details class="clusters">(.*?)</details>', made, flags=re.S)
+    assert "1 of 2 above 0" in details
+    cells = re.findall(r"<td>(.*?)</td>", details)
+    assert cells == [
+        "pair-1", "-0.500<small>[-1.500, +0.500]</small>", "pair-0", "+0.250<small>[-0.750, +1.250]</small>",
+    ]  # fmt: skip
 
 
 def test_figures_are_plain_json(page):

@@ -13,7 +13,7 @@ from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import alarms, figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
 from salsa.report import landscape as landscape_view
-from salsa.report.pairs import Pair, agreement, matrices, matrix, seed_tables, sentence
+from salsa.report.pairs import Pair, agreement, matrices, matrix, of_verdict, seed_tables, sentence
 from salsa.report.replies import side_by_side
 from salsa.stages.directory import RunDirectory
 
@@ -24,6 +24,7 @@ def write_report(
     *,
     key: str | None = None,
     forecast: Mapping[str, Any] | None = None,
+    landscape: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `report.json` and `report.html` into the run directory.
 
@@ -31,7 +32,8 @@ def write_report(
         results: what was measured.
         run: where.
         key: as of `stages.directory.report_key`.
-        forecast: `analysis.forecast.forecast` of the recipe's candidates, if it asks for one.
+        forecast: `analysis.forecast.forecast` of the recipe's candidates, if there is one.
+        landscape: the content of `landscape.json`, if there is one; `report.json` has it without single replies.
     """
     summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
     rows = {
@@ -40,7 +42,9 @@ def write_report(
     }
     verdicts = [row for bench in results.benches for row in verdict_rows(bench)]
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    html = render(summary, rows, results.curves, recipe, verdicts)
+    html = render(summary, rows, results.curves, recipe, verdicts, landscape)
+    if landscape:
+        summary["landscape"] = {k: v for k, v in landscape.items() if k != "replies"}
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(run.path / "report.html", html)
 
@@ -79,6 +83,7 @@ def render(
     curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     recipe_yaml: str,
     verdicts: Sequence[Mapping[str, Any]] = (),
+    landscape: Mapping[str, Any] | None = None,
 ) -> str:
     """The page.
 
@@ -88,6 +93,7 @@ def render(
         curves: arm → seed → metrics of its training.
         recipe_yaml: what was asked for.
         verdicts: `results.verdict_rows` of every benchmark.
+        landscape: the content of `landscape.json`.
     """
     arms, benches = list(summary["arms"]), summary["benchmarks"]
     forecast = summary.get("forecast")
@@ -102,6 +108,8 @@ def render(
     series = frontier.series(summary, curves)
     if forecast:
         plots |= forecast_view.all_figures(forecast)
+    if landscape:
+        plots |= landscape_view.all_figures(landscape)
     replies = side_by_side(rows, summary["scores"], seeds[arms[0]])
     return render_template(
         "page.html",
@@ -118,6 +126,7 @@ def render(
         },
         replies=replies,
         replies_json=Markup(script_json(replies)),
+        landscape=landscape,
         curves=bool(curves),
         alarms=raised,
         watched=alarms.watched(curves),
@@ -141,6 +150,7 @@ def render_template(template: str, plots: Mapping[str, figures.Figure], **values
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
     environment.filters["agreement"] = agreement
+    environment.filters["of_verdict"] = of_verdict
     environment.filters["slug"] = judged_figures.slug
     return environment.get_template(template).render(
         figures=Markup(script_json(plots)),

@@ -77,3 +77,11 @@ def agreement(pair: Pair) -> str:
     """In how many seeds the candidate is ahead."""
     ahead = sum(one["difference"]["mean"] > 0 for one in pair["by_seed"])
     return f"{ahead} of {len(pair['by_seed'])}"
+
+
+def of_verdict(
+    rows: Iterable[Mapping[str, Any]], verdict: Mapping[str, Any], axes: Iterable[str]
+) -> list[Mapping[str, Any]]:
+    """The effects of a sweep, one a cluster, that a verdict was made from."""
+    keys = ["subject", "baseline", "at", "measure", *(axis for axis in axes if axis in verdict)]
+    return [row for row in rows if all(row[key] == verdict[key] for key in keys)]
