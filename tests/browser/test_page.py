@@ -305,9 +305,6 @@ def test_a_hundred_runs_answer_within_two_seconds(browser, tmp_path):
     answered = page.seconds()
     page.run(DRAWN)
     drawn = page.seconds()
-    print(
-        f"answered after {answered:.2f} s, all plots after {drawn:.2f} s, {file.stat().st_size / 1e6:.1f} MB"
-    )
     assert answered < 2 and page.complaints() == []
     assert page.run("document.documentElement.scrollWidth") <= 380
     assert drawn < 5

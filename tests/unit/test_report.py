@@ -9,7 +9,7 @@ from scipy import stats
 
 from salsa.artifacts import read_jsonl
 from salsa.evaluate.results import summarise
-from salsa.report.page import against_baseline, headline, render
+from salsa.report.page import against_baseline, headline, render, script_json
 from salsa.report.pairs import agreement, matrix, seed_tables
 from salsa.report.sweep import page as sweep_page
 from tests.many_runs import many_runs
@@ -119,6 +119,12 @@ def test_every_pair_in_every_seed_agrees_with_scipys_paired_t(tmp_path):
         assert other_way["difference"]["low"] == -d["high"] and other_way["rate"] == 1 - one["rate"]
     one_seed, _ = many_runs(tmp_path / "one", num_seeds=1)
     assert seed_tables(summarise(one_seed)["pairs"]) == {}
+
+
+def test_what_is_not_finite_is_null_in_a_script():
+    assert script_json({"a": [1.5, float("nan")], "b": (float("-inf"), "</script>")}) == (
+        '{"a": [1.5, null], "b": [null, "\\u003c/script>"]}'
+    )
 
 
 def test_a_sweep_unfolds_the_clusters_of_a_verdict():

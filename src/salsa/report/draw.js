@@ -10,7 +10,7 @@ for (const box of document.querySelectorAll("[data-plots]")) {  // a plot for ea
   const names = new Map();
   for (const id of Object.keys(figures).filter(id => id.startsWith(box.dataset.plots + "-"))) {
     const plot = element("div", "plot"); plot.id = id; box.append(plot);
-    for (const trace of named(figures[id])) names.set(trace.name, (trace.line || trace.marker).color);
+    for (const trace of named(figures[id])) names.set(trace.name, [trace.line?.color ?? trace.marker?.color].flat()[0]);
   }
   if (names.size > MOST_NAMES) {
     const legend = element("p", "legend");

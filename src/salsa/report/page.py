@@ -1,6 +1,7 @@
 """One self-contained HTML page: no network, phone and desktop, light and dark. Model text is always escaped."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,18 @@ def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value).replace("<", "\\u003c")
+    """JSON that cannot end the script element it stands in; what is not finite, which JSON has no word for, is null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    text = text.replace("<", "\\u003c")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
