@@ -74,7 +74,6 @@ def summarise(results: Results) -> dict[str, Any]:
     }
     judged = {bench.name: _bench(bench, models) for bench in results.benches}
     order = _baseline_first(results)
-    seeds = results.arms[order[0]].seeds
     return {
         "name": results.name,
         "baseline": results.baseline,
@@ -84,9 +83,7 @@ def summarise(results: Results) -> dict[str, Any]:
         "scores": list(results.scores),
         "kl_to": list(results.kl_to),
         "arms": {name: _arm(arm, tables.get(name, {})) for name, arm in results.arms.items()},
-        "pairs": [
-            pair for score in results.scores for pair in pairs_of(score, tables, order, seeds)
-        ],
+        "pairs": [pair for score in results.scores for pair in pairs_of(score, tables, order)],
         "ended": _ended(tables, order) if tables and results.num_seeds == 1 else [],
         "benchmarks": judged,
         "judge": results.judge,
@@ -146,10 +143,7 @@ def pairs_summary(bench: Bench, arms: Arms) -> PairsSummary:
 
 
 def pairs_of(
-    score: str,
-    tables: Mapping[str, Mapping[str, np.ndarray]],
-    arms: Sequence[str],
-    seeds: Sequence[int],
+    score: str, tables: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Every pair of arms by one score, with p-values that Holm corrected for the number of pairs.
 
@@ -157,7 +151,6 @@ def pairs_of(
         score: which column decides.
         tables: arm → column → values [seeds, prompts].
         arms: in every pair the earlier is the baseline.
-        seeds: names of the tables' rows; with more than one, each pair also has its effect `by_seed`.
     """
     rows = []
     for baseline, candidate in combinations(arms, 2):
@@ -167,26 +160,22 @@ def pairs_of(
             {"score": score, "candidate": candidate, "baseline": baseline}
             | _rate(rate)
             | {"difference": rounded(two_level_mean(own - other))}
-            | {"by_seed": _by_seed(own, other, seeds)}
+            | {"by_seed": _by_seed(own, other)}
         )
     return _with_holm(rows, [row["p_value"] for row in rows])
 
 
-def _by_seed(own: np.ndarray, other: np.ndarray, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _by_seed(own: np.ndarray, other: np.ndarray) -> list[dict[str, Any]]:
     """The comparison in every seed alone, with intervals over its prompts; nothing where there is one seed."""
-    if len(seeds) < 2:
-        return []
     rows = []
-    for row, seed in enumerate(seeds):
-        alone, against = own[row : row + 1], other[row : row + 1]
-        rate = rounded(two_level_win_rate(alone, against))
-        difference = rounded(two_level_mean(alone - against))
+    for one, against in zip(own[:, None], other[:, None], strict=True):
+        rate = rounded(two_level_win_rate(one, against))
+        difference = rounded(two_level_mean(one - against))
         rows.append(
-            {"seed": seed}
-            | {key: rate[key] for key in ("rate", "low", "high")}
+            {key: rate[key] for key in ("rate", "low", "high")}
             | {"difference": {key: difference[key] for key in ("mean", "low", "high")}}
         )
-    return rows
+    return rows if len(rows) > 1 else []
 
 
 def rounded(estimate: Any) -> dict[str, Any]:

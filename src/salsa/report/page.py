@@ -27,25 +27,20 @@ def write_report(
     forecast: Mapping[str, Any] | None = None,
     landscape: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `report.json` and `report.html` into the run directory.
+    """Write `report.json` and `report.html` into the run directory; `landscape` is the content of `landscape.json`.
 
-    Args:
-        results: what was measured.
-        run: where.
-        key: as of `stages.directory.report_key`.
-        forecast: `analysis.forecast.forecast` of the recipe's candidates, if there is one.
-        landscape: the content of `landscape.json`, if there is one; `report.json` has it without single replies.
+    `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
     """
-    summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
+    summary = summarise(results) | {"forecast": forecast, "landscape": landscape}
+    if key:
+        summary["key"] = key
     rows = {
         name: [read_jsonl(one.path / "samples.jsonl") for one in of_arm]
         for name, of_arm in results.samples.items()
     }
     verdicts = [row for bench in results.benches for row in verdict_rows(bench)]
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    html = render(summary, rows, results.curves, recipe, verdicts, landscape)
-    if landscape:
-        summary["landscape"] = {k: v for k, v in landscape.items() if k != "replies"}
+    html = render(summary, rows, results.curves, recipe, verdicts)
     write_atomic(run.path / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     write_atomic(run.path / "report.html", html)
 
@@ -84,7 +79,6 @@ def render(
     curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     recipe_yaml: str,
     verdicts: Sequence[Mapping[str, Any]] = (),
-    landscape: Mapping[str, Any] | None = None,
 ) -> str:
     """The page.
 
@@ -94,10 +88,9 @@ def render(
         curves: arm → seed → metrics of its training.
         recipe_yaml: what was asked for.
         verdicts: `results.verdict_rows` of every benchmark.
-        landscape: the content of `landscape.json`.
     """
     arms, benches = list(summary["arms"]), summary["benchmarks"]
-    forecast = summary.get("forecast")
+    forecast, landscape = summary.get("forecast"), summary.get("landscape")
     plots = (
         figures.all_figures(summary, rows, curves)
         | frontier.all_figures(summary, curves)
@@ -129,6 +122,7 @@ def render(
         replies_json=Markup(script_json(replies)),
         landscape=landscape,
         curves=bool(curves),
+        seeds=seeds[arms[0]],
         alarms=raised,
         watched=alarms.watched(curves),
         yardsticks=frontier.yardsticks(summary, curves),
