@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from salsa.analysis.written import forecast_of, write_forecast, write_landscape
+from salsa.analysis.written import forecast_of, write_forecast, write_landscape, written
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
 from salsa.resolve import Models
@@ -129,13 +129,16 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     graph.finish(chain(*stages.samples.values()))
     if until == "eval":
         return
-    key = report_key(graph.run)
+    landscape = written(graph.run, "landscape")
+    forecast = written(graph.run, "forecast") if recipe.forecast is None else None
+    key = report_key(graph.run, [one for one in (forecast, landscape) if one])
     if not report_is_current(graph.run, key):
         from salsa.evaluate.results import results_of
         from salsa.report.page import write_report
 
         samples = {arm: [graph[node] for node in of_arm] for arm, of_arm in stages.samples.items()}
         results = results_of(recipe, graph.run.finished, samples)
-        forecast = forecast_of(recipe, graph, stages.forecast) if recipe.forecast else None
-        write_report(results, graph.run, key=key, forecast=forecast)
+        if recipe.forecast is not None:
+            forecast = forecast_of(recipe, graph, stages.forecast)
+        write_report(results, graph.run, key=key, forecast=forecast, landscape=landscape)
     say(f"report: {graph.run.path / 'report.html'}")

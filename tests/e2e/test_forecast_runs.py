@@ -47,6 +47,9 @@ def test_a_killed_forecast_goes_on_and_gives_the_same(inputs, finished, tmp_path
     assert "replies soup: reused" in shown.stderr
     assert json.loads((straight / "report.json").read_text())["forecast"] == made
     assert "What each reference is worth before RL" in (straight / "report.html").read_text()
+    plain = salsa(inputs, "run", "tiny.yaml", "-o", str(killed))  # its recipe asks for no forecast
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads((killed / "report.json").read_text())["forecast"] == made
 
 
 def test_bad_candidates_and_too_few_samples_are_one_line(inputs, finished, tmp_path):
@@ -80,3 +83,14 @@ def test_a_landscape_of_three_models(inputs, finished, tmp_path):
     assert [place["at"] for place in made["places"][:2]] == [[0.0, 0.0], [1.0, 0.0]]
     assert len(made["places"]) == 5 and made["columns"][:2] == ["proxy", "gold"]
     assert "heatmap" in (run / "landscape.html").read_text()
+    assert {"base", "sft[0]", "sft[2]", "reward"} <= made["made_from"].keys()
+    shown = salsa(inputs, "run", "tiny.yaml", "-o", str(run))  # whatever its own section asks for
+    assert shown.returncode == 0 and "done in" not in shown.stderr, shown.stderr
+    page = (run / "report.html").read_text()
+    assert "<h2>Between sft[0], sft[1], sft[2]</h2>" in page and "heatmap" in page
+    assert json.loads((run / "report.json").read_text())["landscape"]["models"] == made["models"]
+    made["made_from"]["sft[1]"] = "0" * 64
+    (run / "landscape.json").write_text(json.dumps(made))
+    shown = salsa(inputs, "run", "tiny.yaml", "-o", str(run))
+    assert "made from another sft[1] and left out of the report" in shown.stderr, shown.stderr
+    assert "<h2>Between sft[0]" not in (run / "report.html").read_text()

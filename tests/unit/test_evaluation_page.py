@@ -22,7 +22,7 @@ def page(made):
 
 def test_model_and_judge_text_is_escaped(page):
     assert ATTACK not in page and "<img src=x" not in page
-    assert page.count("<script>") == page.count("</script>") == 3
+    assert len(re.findall(r"<script[ >]", page)) == page.count("</script>") == 4
 
 
 def test_every_table_agrees_with_the_summary(made, page):

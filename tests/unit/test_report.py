@@ -3,9 +3,16 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from salsa.report.page import against_baseline, headline, render
+from salsa.artifacts import read_jsonl
+from salsa.evaluate.results import summarise
+from salsa.report.page import against_baseline, headline, render, script_json
+from salsa.report.pairs import agreement, matrix, seed_tables
+from salsa.report.sweep import page as sweep_page
+from tests.many_runs import many_runs
 
 ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
 
@@ -57,12 +64,13 @@ def test_model_text_is_escaped_everywhere(page):
     assert ATTACK not in page
     assert "&lt;script&gt;alert(&#39;owned&#39;)" in page
     assert "<img src=x" not in page
-    assert page.count("<script>") == 2 and page.count("</script>") == 2
+    assert len(re.findall(r"<script[ >]", page)) == page.count("</script>") == 7
 
 
 def test_page_loads_nothing_from_a_network(page):
     own = page[: page.index("<script>")]  # what follows is plotly.js and its figures
-    assert "http" not in own and not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", own)
+    assert "content=\"default-src 'none'; script-src 'unsafe-inline'" in own  # nor could it
+    assert "://" not in own and not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=", own)
 
 
 def test_an_interval_with_one_half_is_not_resolved(page, summary):
@@ -87,6 +95,59 @@ def test_pairs_are_turned_towards_the_baseline(summary):
         (0.1, 0.3)
     )
     assert found["salsa", "proxy"]["rate"] == 0.52
+
+
+def test_every_pair_in_every_seed_agrees_with_scipys_paired_t(tmp_path):
+    results, _ = many_runs(tmp_path, num_seeds=3)
+    summary = summarise(results)
+    tables = seed_tables(summary["pairs"])
+    assert {score: len(pairs) for score, pairs in tables.items()} == {"proxy": 6, "gold": 6}
+    pair = next(p for p in tables["proxy"] if (p["candidate"], p["baseline"]) == ("arm-1", "arm-0"))
+    assert len(pair["by_seed"]) == 3
+    assert agreement(pair) == "3 of 3"
+    turned = matrix([pair])["arm-0", "arm-1"]["by_seed"]
+    for seed, (one, other_way) in enumerate(zip(pair["by_seed"], turned, strict=True)):
+        own, other = (
+            np.array([row["proxy"] for row in read_jsonl(results.samples[arm][seed].path / "samples.jsonl")])
+            for arm in ("arm-1", "arm-0")
+        )  # fmt: skip
+        test = stats.ttest_rel(own, other).confidence_interval()
+        d = one["difference"]
+        assert (d["low"], d["high"]) == pytest.approx((test.low, test.high), rel=1e-5)
+        assert d["mean"] == pytest.approx((own - other).mean(), rel=1e-5)
+        assert one["rate"] == pytest.approx((own > other).mean())
+        assert other_way["difference"]["low"] == -d["high"] and other_way["rate"] == 1 - one["rate"]
+    one_seed, _ = many_runs(tmp_path / "one", num_seeds=1)
+    assert seed_tables(summarise(one_seed)["pairs"]) == {}
+
+
+def test_what_is_not_finite_is_null_in_a_script():
+    assert script_json({"a": [1.5, float("nan")], "b": (float("-inf"), "</script>")}) == (
+        '{"a": [1.5, null], "b": [null, "\\u003c/script>"]}'
+    )
+
+
+def test_a_sweep_unfolds_the_clusters_of_a_verdict():
+    effect = {"subject": "salsa", "baseline": "ppo", "at": "held-out prompts", "measure": "proxy"}
+    rows = [
+        effect | {"pair": f"pair-{i}", "rl.kl_coef": beta, "effect": value, "low": value - 1, "high": value + 1}
+        for beta, effects in (("0.1", (0.25, -0.5)), ("0.3", (7.0, 8.0)))
+        for i, value in enumerate(effects)
+    ]  # fmt: skip
+    judged = {"effect": -0.125, "low": -1.0, "high": 1.0, "verdict": "not resolved"}
+    verdict = effect | {"rl.kl_coef": "0.1"} | judged
+    made = sweep_page(
+        {
+            "name": "test", "recipe": "r", "points": ["a", "b"], "rows": rows, "verdicts": [verdict],
+            "axes": {"pair": ["pair-0", "pair-1"], "rl.kl_coef": ["0.1", "0.3"]},
+        }
+    )  # fmt: skip
+    (details,) = re.findall(r'<details class="clusters">(.*?)</details>', made, flags=re.S)
+    assert "1 of 2 above 0" in details
+    cells = re.findall(r"<td>(.*?)</td>", details)
+    assert cells == [
+        "pair-1", "-0.500<small>[-1.500, +0.500]</small>", "pair-0", "+0.250<small>[-0.750, +1.250]</small>",
+    ]  # fmt: skip
 
 
 def test_figures_are_plain_json(page):

@@ -131,7 +131,8 @@ def test_verify_hashes_also_what_looks_unchanged(tmp_path):
 def test_another_recipe_does_not_overwrite(tmp_path):
     run = RunDirectory(tmp_path / "run")
     with run.opened("beta: 1\n"):
-        (run.path / "report.html").write_text("of beta 1")
+        for name in ("report.html", "landscape.json", "forecast.html"):
+            (run.path / name).write_text("of beta 1")
     with (
         pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
         run.opened("beta: 2\n"),
@@ -141,7 +142,8 @@ def test_another_recipe_does_not_overwrite(tmp_path):
     assert (run.path / "report.html").exists()
     with run.opened("beta: 2\n", force=True):
         assert (run.path / "recipe.yaml").read_text() == "beta: 2\n"
-        assert not (run.path / "report.html").exists()  # a stop now leaves no report of beta 1
+        for name in ("report.html", "landscape.json", "forecast.html"):
+            assert not (run.path / name).exists()  # a stop now leaves no report of beta 1
 
 
 def test_a_recipe_that_is_only_computed_otherwise_is_the_same(tmp_path):

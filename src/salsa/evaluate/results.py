@@ -230,8 +230,22 @@ def pairs_of(
             {"score": score, "candidate": candidate, "baseline": baseline}
             | _rate(rate)
             | {"difference": rounded(two_level_mean(own - other))}
+            | {"by_seed": _by_seed(own, other)}
         )
     return _with_holm(rows, [row["p_value"] for row in rows])
+
+
+def _by_seed(own: np.ndarray, other: np.ndarray) -> list[dict[str, Any]]:
+    """The comparison in every seed alone, with intervals over its prompts; nothing where there is one seed."""
+    rows = []
+    for one, against in zip(own[:, None], other[:, None], strict=True):
+        rate = rounded(two_level_win_rate(one, against))
+        difference = rounded(two_level_mean(one - against))
+        rows.append(
+            {key: rate[key] for key in ("rate", "low", "high")}
+            | {"difference": {key: difference[key] for key in ("mean", "low", "high")}}
+        )
+    return rows if len(rows) > 1 else []
 
 
 def rounded(estimate: Any) -> dict[str, Any]:

@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 
 Figure = dict[str, Any]
+Row = Mapping[str, Any]
+
+POINTS = 120
+"""Points of a learning curve at most."""
 CURVES = {
     "score": "proxy reward",
     "kl": "KL to own reference (nats per response)",
@@ -26,11 +30,9 @@ def all_figures(
         for name, title in panels.items()
         if any(name in row for seeds in curves.values() for row in seeds[0][:1])
     }
-    for score in summary["scores"]:
-        for number, model in enumerate(summary["kl_to"]):
-            figures[f"frontier-{number}-{score}"] = _frontier(score, model, summary, arms)
-        figures[f"histogram-{score}"] = _histogram(score, rows, arms)
-    return figures
+    return figures | {
+        f"histogram-{score}": _histogram(score, rows, arms) for score in summary["scores"]
+    }
 
 
 def colour(arm: str, arms: Sequence[str]) -> str:
@@ -46,46 +48,13 @@ def _curve(
     for arm, seeds in curves.items():
         if name not in seeds[0][0]:  # DPO logs other metrics
             continue
-        steps = [row["step"] for row in seeds[0]]
-        values = np.array([[row[name] for row in seed] for seed in seeds])
-        for seed in values:
-            data.append(_line(steps, seed, colour(arm, arms), width=1, opacity=0.3))
+        own = [thinned(seed, POINTS) for seed in seeds]
+        steps = [row["step"] for row in own[0]]
+        values = np.array([[row[name] for row in seed] for seed in own])
+        if len(seeds) > 1:
+            data.append(_seeds(steps, values, colour(arm, arms)))
         data.append(_line(steps, values.mean(axis=0), colour(arm, arms), width=2.5, name=arm))
     return {"data": data, "layout": layout(title, "update", "")}
-
-
-def _frontier(score: str, model: str, summary: Mapping[str, Any], arms: Sequence[str]) -> Figure:
-    """A score against the KL to a model."""
-    data, kl = [], f"kl_to_{model}"
-    for arm, record in summary["arms"].items():
-        mean = record["mean"]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": arm,
-                "x": [mean[kl]["mean"]],
-                "y": [mean[score]["mean"]],
-                "error_x": error_bar([mean[kl]]),
-                "error_y": error_bar([mean[score]]),
-                "marker": {"color": colour(arm, arms), "size": 13},
-            }
-        )
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "showlegend": False,
-                "x": [seed[kl] for seed in record["seeds"]],
-                "y": [seed[score] for seed in record["seeds"]],
-                "text": [f"{arm} seed {seed['seed']}" for seed in record["seeds"]],
-                "marker": {"color": colour(arm, arms), "size": 7, "symbol": "circle-open"},
-            }
-        )
-    return {
-        "data": data,
-        "layout": layout(score, f"KL to {model} (nats per response)", score),
-    }
 
 
 def _histogram(
@@ -105,6 +74,14 @@ def _histogram(
     return {"data": data, "layout": layout(score, score, "share of replies")}
 
 
+def _seeds(steps: Sequence[int], values: np.ndarray, slot: str) -> dict[str, Any]:
+    """Faint lines of all seeds as one trace, a gap between two: a trace a seed takes ten times as long to draw."""
+    line = _line([], [], slot, width=1, opacity=0.3)
+    line["x"] = [*steps, None] * len(values)
+    line["y"] = [y for seed in values for y in [*map(short, seed), None]]
+    return line
+
+
 def _line(
     x: Iterable[float],
     y: Iterable[float],
@@ -117,14 +94,26 @@ def _line(
     return {
         "type": "scatter",
         "mode": "lines",
-        "x": [float(v) for v in x],
-        "y": [float(v) for v in y],
+        "x": [short(v) for v in x],
+        "y": [short(v) for v in y],
         "name": name,
         "showlegend": bool(name),
         "hoverinfo": "all" if name else "skip",
         "opacity": opacity,
         "line": {"color": slot, "width": width},
     }
+
+
+def short(value: float) -> float:
+    """Five significant digits: a plot shows no more, and a hundred runs must fit a page."""
+    return float(f"{value:.5g}")
+
+
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` of the rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
 
 
 def error_bar(estimates: Sequence[Mapping[str, float]]) -> dict[str, Any]:

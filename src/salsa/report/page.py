@@ -1,7 +1,7 @@
 """One self-contained HTML page: no network, phone and desktop, light and dark. Model text is always escaped."""
 
 import json
-import random
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,12 @@ from markupsafe import Markup
 
 from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
-from salsa.report import figures, judged_figures
+from salsa.report import alarms, figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
 from salsa.report import landscape as landscape_view
-from salsa.report.pairs import Pair, matrices, matrix, sentence
+from salsa.report.pairs import Pair, agreement, matrices, matrix, of_verdict, seed_tables, sentence
+from salsa.report.replies import side_by_side
 from salsa.stages.directory import RunDirectory
-
-COMPLETIONS = 24
-"""Prompts shown side by side, drawn at random with a fixed seed."""
 
 
 def write_report(
@@ -27,12 +25,15 @@ def write_report(
     *,
     key: str | None = None,
     forecast: Mapping[str, Any] | None = None,
+    landscape: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `report.json` and `report.html` into the run directory.
+    """Write `report.json` and `report.html` into the run directory; `landscape` is the content of `landscape.json`.
 
     `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
     """
-    summary = summarise(results) | {"forecast": forecast} | ({"key": key} if key else {})
+    summary = summarise(results) | {"forecast": forecast, "landscape": landscape}
+    if key:
+        summary["key"] = key
     rows = {
         name: [read_jsonl(one.path / "samples.jsonl") for one in of_arm]
         for name, of_arm in results.samples.items()
@@ -80,12 +81,21 @@ def render(
         verdicts: `results.verdict_rows` of every benchmark.
     """
     arms, benches = list(summary["arms"]), summary["benchmarks"]
-    forecast = summary.get("forecast")
-    plots = figures.all_figures(summary, rows, curves) | judged_figures.all_figures(
-        summary, verdicts
+    forecast, landscape = summary.get("forecast"), summary.get("landscape")
+    plots = (
+        figures.all_figures(summary, rows, curves)
+        | frontier.all_figures(summary, curves)
+        | judged_figures.all_figures(summary, verdicts)
     )
+    seeds = {arm: [one["seed"] for one in of["seeds"]] for arm, of in summary["arms"].items()}
+    raised = alarms.alarms_of(curves, seeds, summary["scores"][1:])
+    alarms.mark(plots, raised, curves, arms)
+    series = frontier.series(summary, curves)
     if forecast:
         plots |= forecast_view.all_figures(forecast)
+    if landscape:
+        plots |= landscape_view.all_figures(landscape)
+    replies = side_by_side(rows, summary["scores"], seeds[arms[0]])
     return render_template(
         "page.html",
         plots,
@@ -93,13 +103,22 @@ def render(
         headline=headline(summary),
         against=against_baseline(summary),
         matrices=matrices(summary["pairs"]),
+        seed_tables=seed_tables(summary["pairs"]),
         judged={name: matrix(bench["pairs"]) for name, bench in benches.items()},
         outside={
             name: sorted({p["baseline"] for p in bench["pairs"]} - set(arms))
             for name, bench in benches.items()
         },
-        completions=completions(rows),
+        replies=replies,
+        replies_json=Markup(script_json(replies)),
+        landscape=landscape,
         curves=bool(curves),
+        seeds=seeds[arms[0]],
+        alarms=raised,
+        watched=alarms.watched(curves),
+        yardsticks=frontier.yardsticks(summary, curves),
+        series=series,
+        series_json=Markup(script_json(series)),
         num_verdicts=len(verdicts),
         verdicts=Markup(script_json(packed(verdicts))),
         recipe_yaml=recipe_yaml,
@@ -116,6 +135,8 @@ def render_template(template: str, plots: Mapping[str, figures.Figure], **values
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
+    environment.filters["agreement"] = agreement
+    environment.filters["of_verdict"] = of_verdict
     environment.filters["slug"] = judged_figures.slug
     return environment.get_template(template).render(
         figures=Markup(script_json(plots)),
@@ -156,20 +177,6 @@ def against_baseline(summary: Mapping[str, Any]) -> dict[tuple[str, str], Pair]:
     }
 
 
-def completions(rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:
-    """Some prompts with the reply of each arm's first seed."""
-    first = {name: seeds[0] for name, seeds in rows.items()}
-    prompts = [row["prompt"] for row in next(iter(first.values()), ())]
-    chosen = sorted(random.Random(0).sample(range(len(prompts)), min(COMPLETIONS, len(prompts))))
-    return [
-        {
-            "prompt": prompts[i],
-            "replies": [{"arm": name} | dict(samples[i]) for name, samples in first.items()],
-        }
-        for i in chosen
-    ]
-
-
 def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Rows whose texts are numbers into one list: an answer is shown in many comparisons and stored once."""
     numbers: dict[str, int] = {}
@@ -187,6 +194,18 @@ def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value).replace("<", "\\u003c")
+    """JSON that cannot end the script element it stands in; what is not finite, which JSON has no word for, is null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    text = text.replace("<", "\\u003c")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@
     runs/<name>/stages/<stage>-<digest>/        a finished stage: outputs, metrics.jsonl, stage.json
     runs/<name>/stages/<stage>-<digest>.partial an unfinished one; `resume/` inside is its last checkpoint
     runs/<name>/hashes.json                     sha256 of every file that was read or written, by size and time
-    runs/<name>/report.html, report.json
+    runs/<name>/report.html, report.json        and forecast.*, landscape.* where they were asked for
 
 A stage's digest covers what decides its result: settings, input digests and the arithmetic (fp32 or bf16). How it is
 computed (micro-batches, threads, checkpoints, concurrency) is recorded beside it and is no part of it.
@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +103,7 @@ class RunDirectory:
 
         Args:
             recipe_text: the resolved recipe, kept as recipe.yaml.
-            force: replace another recipe; its report goes, its stages stay.
+            force: replace another recipe; its report, forecast and landscape go, its stages stay.
             decisive: what of a recipe's text must be equal for it to count as the same recipe.
 
         Raises:
@@ -184,8 +184,9 @@ class RunDirectory:
                     "Give --out another directory, or --force to replace the recipe and report there "
                     "(finished stages are kept and reused where they still apply)."
                 )
-            for name in ("report.html", "report.json"):  # they show the recipe that goes
-                (self.path / name).unlink(missing_ok=True)
+            for name in ("report", "forecast", "landscape"):  # they show the recipe that goes
+                for kind in ("html", "json"):
+                    (self.path / f"{name}.{kind}").unlink(missing_ok=True)
         with accessing(self.path, "write"):
             (self.path / "stages").mkdir(exist_ok=True)
             if before != text:
@@ -228,11 +229,11 @@ def policy_label(arm: str, seed: int) -> str:
     return f"rl {arm} seed {seed}"
 
 
-def report_key(run: RunDirectory) -> str:
-    """Digest of all that a run's report shows: the recipe and what the stages wrote."""
+def report_key(run: RunDirectory, shown: Iterable[Any] = ()) -> str:
+    """Digest of all that a run's report shows: the recipe, what the stages wrote, and what is `shown` besides."""
     outputs = sorted((stage.label, stage.digest, stage.record["output"]) for stage in run.finished)
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    return digest_of([recipe, outputs, versions()["salsa-rlhf"]])
+    return digest_of([recipe, outputs, versions()["salsa-rlhf"], *shown])
 
 
 def report_is_current(run: RunDirectory, key: str) -> bool:

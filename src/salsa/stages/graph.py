@@ -83,6 +83,12 @@ class Graph:
         """What a finished node wrote."""
         return self._outputs[node]
 
+    def made_from(self, nodes: Iterable[Node]) -> dict[str, str]:
+        """Label → output digest of all that finished `nodes` needed, they themselves not included."""
+        own = list(nodes)
+        needed = [node for node in _closure(own) if node not in own]
+        return {node.label: self._outputs[node].digest for node in needed}
+
     def finish(self, wanted: Iterable[Node]) -> None:
         """Finish `wanted` and all that they need.
 
