@@ -21,7 +21,7 @@ from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
-from salsa.stages.directory import RunDirectory, report_is_current, report_key
+from salsa.stages.directory import RunDirectory, report_key
 from salsa.stages.graph import Graph, Node
 
 Until = Literal["sft", "reward", "forecast", "landscape", "rl", "eval", "report"]
@@ -129,8 +129,8 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     graph.finish(chain(*stages.samples.values()))
     if until == "eval":
         return
-    key = report_key(graph.run)
-    if not report_is_current(graph.run, key):
+    key, current = report_key(graph.run)
+    if not current:
         from salsa.evaluate.summary import results_of
         from salsa.report.page import write_report
 

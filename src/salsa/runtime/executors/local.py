@@ -6,11 +6,10 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
-    from salsa.stages.directory import Job, Place
 
 
 class ProcessPool:
@@ -22,9 +21,9 @@ class ProcessPool:
         self._pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
     def submit(
-        self, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
+        self, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
     ) -> "Future[None]":
-        """Start the work in a process."""
+        """Start `work(place, job, engine)` in a process."""
         return self._pool.submit(_in_worker, self.threads, work, place, job, engine)
 
     def wait(self, handles: Sequence["Future[None]"]) -> "Future[None]":
@@ -41,7 +40,7 @@ class ProcessPool:
 
 
 def _in_worker(
-    threads: int, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
+    threads: int, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
 ) -> None:
     """What a worker process does with a call: prepare itself like the process that sent it, which stops it too."""
     from salsa.runtime.tracking import plain_lines
