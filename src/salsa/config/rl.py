@@ -27,14 +27,9 @@ from salsa.config.schema import (
 )
 
 _CRITIC_ONLY = (
-    "critic",
-    "critic_learning_rate",
-    "critic_warmup",
-    "vf_coef",
-    "gamma",
-    "gae_lambda",
+    "critic", "critic_learning_rate", "critic_warmup", "vf_coef", "gamma", "gae_lambda",
     "value_clip_range",
-)
+)  # fmt: skip
 
 
 class ArmConfig(Strict):
@@ -290,6 +285,5 @@ class RLSection(RLConfig):
             return kind(**{name: getattr(self, name) for name in given} | self.arms[arm].settings)
         except ValidationError as error:
             text = explain(error, kind)
-            raise ValueError(
-                f"arms.{arm}{': ' if ' ' in text.split('=')[0] else '.'}{text}"
-            ) from None
+            joint = ": " if " " in text.split("=")[0] else "."
+            raise ValueError(f"arms.{arm}{joint}{text}") from None

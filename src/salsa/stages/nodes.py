@@ -91,7 +91,7 @@ def policy(
         init=init,
         reference=reference,
         kl_to=_monitored(recipe, models),
-        reward=_source(recipe, reward),
+        reward=_rewards(recipe, reward)["proxy"],
         config=config,
         prompts=section.prompts,
         seed=seed,
@@ -227,15 +227,10 @@ def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]
     return replace(cast(Any, rule), models=tuple(models[model] for model in rule.models))
 
 
-def _source(recipe: Recipe, reward: Any) -> RewardSource:
-    """The training reward; its checkpoint is a node yet."""
-    return RewardSource(recipe.reward.functions, reward)
-
-
-def _rewards(recipe: Recipe, reward: Node | None) -> dict[str, RewardSource]:
-    """The training reward as `proxy`, and further scores by their names."""
+def _rewards(recipe: Recipe, reward: Any) -> dict[str, RewardSource]:
+    """The training reward, whose checkpoint is a node yet, as `proxy`; and further scores by their names."""
     others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
-    return {"proxy": _source(recipe, reward)} | others
+    return {"proxy": RewardSource(recipe.reward.functions, reward)} | others
 
 
 def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:

@@ -20,11 +20,9 @@ class ProcessPool:
         self.threads = max(1, (threads or os.cpu_count() or 1) // jobs)
         self._pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
-    def submit(
-        self, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
-    ) -> "Future[None]":
+    def submit(self, work: Callable[..., None], *call: Any) -> "Future[None]":
         """Start `work(place, job, engine)` in a process."""
-        return self._pool.submit(_in_worker, self.threads, work, place, job, engine)
+        return self._pool.submit(_in_worker, self.threads, work, *call)
 
     def wait(self, handles: Sequence["Future[None]"]) -> "Future[None]":
         """The first that has ended; raises what it raised."""
