@@ -60,31 +60,24 @@ def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | N
     parts = [models[path] for path in config.paths]
     if not parts:
         init = models[config.init]
-        labels = {
-            s: f"reward seed {s}" if len(config.seeds) > 1 else "reward" for s in config.seeds
-        }
+        label = "reward seed {}" if len(config.seeds) > 1 else "reward"
         parts = [
-            Node.of(jobs.RewardJob, label, init, preferences, config, seed)
-            for seed, label in labels.items()
+            Node.of(jobs.RewardJob, label.format(seed), init, preferences, config, seed)
+            for seed in config.seeds
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
 
 
 def policy(
-    recipe: Recipe,
-    arm_name: str,
-    seed: int,
-    models: Models,
-    reward: Node | None,
-    preferences: Node | None,
+    recipe: Recipe, name: str, seed: int, models: Models, reward: Node | None, pairs: Node | None
 ) -> Node:
-    """The policy of one arm and seed."""
-    section, arm = recipe.rl, recipe.rl.arms[arm_name]
-    label, config = policy_label(arm_name, seed), section.config_of(arm_name)
+    """The policy of the arm `name` and one seed."""
+    section, arm = recipe.rl, recipe.rl.arms[name]
+    label, config = policy_label(name, seed), section.config_of(name)
     init = models[arm.init]
     reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
-        return Node.of(jobs.DPOJob, label, init, *reference.models, preferences, config, seed)
+        return Node.of(jobs.DPOJob, label, init, *reference.models, pairs, config, seed)
     return Node.of(
         jobs.RLJob,
         label,
