@@ -144,18 +144,12 @@ def sampled(
     replies = Node.of(jobs.RepliesJob, f"replies {candidate}", model, asked)
     rewards = _rewards(recipe, reward)
     scores = Node.of(jobs.ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
-    logprobs = {
-        name: Node.of(
-            jobs.LogprobsJob,
-            f"logprobs {candidate} under {name}",
-            model,
-            replies,
-            models[name],
-            asked.temperature,
-        )
-        for name in recipe.eval.kl_to
-        if name != candidate
-    }
+    logprobs = {}
+    for name in recipe.eval.kl_to:
+        if name != candidate:
+            fields = (model, replies, models[name], asked.temperature)
+            label = f"logprobs {candidate} under {name}"
+            logprobs[name] = Node.of(jobs.LogprobsJob, label, *fields)
     return Sampled(replies, scores, logprobs)
 
 
@@ -192,11 +186,9 @@ def check_inputs(recipe: Recipe) -> None:
     from salsa.runtime.tracking import quiet_libraries
 
     quiet_libraries()
-    tokenizer = load_tokenizer(
-        resolve(recipe.model.path, revision=recipe.model.revision),
-        gguf_file=recipe.model.gguf_file,
-        chat_template=recipe.model.chat_template,
-    )
+    model, longest = recipe.model, recipe.rl.max_prompt_tokens
+    path = resolve(model.path, revision=model.revision)
+    tokenizer = load_tokenizer(path, gguf_file=model.gguf_file, chat_template=model.chat_template)
     if (source := recipe.sft.dataset) is not None:
         data.sft_rows(data.load_rows(source, data.SFT_COLUMNS), tokenizer, data.describe(source))
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
@@ -212,7 +204,7 @@ def check_inputs(recipe: Recipe) -> None:
     for function in functions:
         data.import_callable(function.call)
     for source in prompts:
-        data.load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
+        data.load_prompts(source, tokenizer, max_tokens=longest)
 
 
 def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
