@@ -21,7 +21,7 @@ from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
-from salsa.stages.directory import RunDirectory, report_is_current, report_key
+from salsa.stages.directory import RunDirectory, report_key
 from salsa.stages.graph import Graph, Node
 
 Until = Literal["sft", "reward", "forecast", "landscape", "rl", "eval", "report"]
@@ -131,8 +131,8 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
         return
     landscape = written(graph.run, "landscape")
     forecast = written(graph.run, "forecast") if recipe.forecast is None else None
-    key = report_key(graph.run, [one for one in (forecast, landscape) if one])
-    if not report_is_current(graph.run, key):
+    key, current = report_key(graph.run, [one for one in (forecast, landscape) if one])
+    if not current:
         from salsa.evaluate.results import results_of
         from salsa.report.page import write_report
 

@@ -50,24 +50,19 @@ def _sft_line(recipe: Recipe) -> str:
         return f"sft      {sft.count} finished checkpoints"
     each = sft.epochs if isinstance(sft.epochs, tuple) else (sft.epochs,)
     epochs = ", ".join(f"{number:g}" for number in each)
-    return (
-        f"sft      {sft.count} seeds x {epochs} epochs, {sft.batch_size} sequences a step; "
-        f"soup of {list(recipe.soup.ingredients)}"
-    )
+    of = f"{sft.count} seeds x {epochs} epochs, {sft.batch_size} sequences a step"
+    return f"sft      {of}; soup of {list(recipe.soup.ingredients)}"
 
 
 def _reward_line(recipe: Recipe) -> str:
-    reward = recipe.reward
+    reward, pairs = recipe.reward, recipe.preferences
     if reward.functions:
         return "reward   " + ", ".join(f"{f.weight:g} x {f.call}" for f in reward.functions)
-    if reward.paths:
-        return f"reward   finished: {', '.join(reward.paths)}" + _averaged(len(reward.paths))
-    pairs = recipe.preferences
     source = "synthetic preferences" if pairs and pairs.labeller else "preference pairs"
-    return (
-        f"reward   {reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
-        + _averaged(len(reward.seeds))
-    )
+    trained = f"{reward.epochs:g} epochs over {source}, {reward.batch_size} pairs a step"
+    what = f"finished: {', '.join(reward.paths)}" if reward.paths else trained
+    count = len(reward.paths or reward.seeds)
+    return f"reward   {what}" + (f"; the weight average of {count}" if count > 1 else "")
 
 
 def _own(recipe: Recipe, arm: str) -> str:
@@ -77,10 +72,6 @@ def _own(recipe: Recipe, arm: str) -> str:
         return f", DPO with beta {config.beta:g}"
     others = {k: v for k, v in recipe.rl.arms[arm].settings.items() if k != "kl_coef"}
     return f", beta {config.kl_coef:g}" + "".join(f", {k} {v}" for k, v in others.items())
-
-
-def _averaged(count: int) -> str:
-    return f"; the weight average of {count}" if count > 1 else ""
 
 
 def _memory_line(recipe: Recipe) -> str:

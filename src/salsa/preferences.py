@@ -105,7 +105,6 @@ def label_pairs(
         chosen, rejected = (a, b) if prefer_a else (b, a)
         agrees = bool((score_a >= score_b) == prefer_a)
         value: Any = list(prompt.messages) if prompt.messages else prompt.text
-        rows.append(
-            {"prompt": value, "chosen": chosen, "rejected": rejected, "label_agrees": agrees}
-        )
+        row = {"prompt": value, "chosen": chosen, "rejected": rejected, "label_agrees": agrees}
+        rows.append(row)
     return rows

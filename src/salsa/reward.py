@@ -48,9 +48,8 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     save_checkpoint(model, tokenizer, directory)
     if num_held_out:
         accuracy = _accuracy(RewardModel.load(directory, engine), rows[:num_held_out])
-        write_atomic(
-            directory / "accuracy.txt", f"{accuracy:.6f} on {num_held_out} held-out pairs\n"
-        )
+        text = f"{accuracy:.6f} on {num_held_out} held-out pairs\n"
+        write_atomic(directory / "accuracy.txt", text)
 
 
 def _accuracy(score: Scorer, rows: Sequence[Row]) -> float:

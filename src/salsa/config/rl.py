@@ -6,14 +6,7 @@ A key that would change nothing, or two keys that contradict each other, are err
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from salsa.config.dpo import DPOConfig
@@ -34,15 +27,9 @@ from salsa.config.schema import (
 )
 
 _CRITIC_ONLY = (
-    "critic",
-    "critic_learning_rate",
-    "critic_warmup",
-    "vf_coef",
-    "gamma",
-    "gae_lambda",
+    "critic", "critic_learning_rate", "critic_warmup", "vf_coef", "gamma", "gae_lambda",
     "value_clip_range",
-)
-_TRUNCATION = ("top_p", "top_k", "min_p")
+)  # fmt: skip
 
 
 class ArmConfig(Strict):
@@ -52,35 +39,24 @@ class ArmConfig(Strict):
     keys are DPO's (`salsa.config.dpo`).
     """
 
+    model_config = ConfigDict(extra="allow")
+
     init: ModelText
     """Where the policy starts: a model (`salsa.config.expressions`), e.g. sft[0], soup, base, a path."""
     reference: str
     """What the KL pulls towards: a model (plain PPO: sft[0]; SALSA: soup), mixture(…), ema(…), reset(…) or none."""
     method: Literal["rl", "dpo"] = "rl"
     """`rl`: as `rl:` says. `dpo`: direct preference optimisation on the recipe's preferences."""
-    settings: dict[str, Any] = Field(default={})
-    """The other keys of the arm, as they were written; not a key itself."""
 
     @model_validator(mode="before")
     @classmethod
-    def _collect(cls, values: Any) -> Any:
-        """Move all other keys into `settings`."""
-        if not isinstance(values, dict):
-            return values
-        own = {key: values[key] for key in ("init", "reference", "method") if key in values}
-        rest = {key: value for key, value in values.items() if key not in own}
-        nested = rest.pop("settings", {})  # when one ArmConfig is made from another's fields
-        kind = DPOConfig if own.get("method") == "dpo" else RLConfig
-        for key in rest:
-            if key not in kind.model_fields:
-                known = ["init", "reference", "method", *kind.model_fields]
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            kind = DPOConfig if values.get("method") == "dpo" else RLConfig
+            known = [*cls.model_fields, *kind.model_fields]
+            for key in (key for key in values if key not in known):
                 raise PydanticCustomError("unknown_key", "{key}", {"key": key, "known": known})
-        return own | {"settings": rest | nested}
-
-    @model_serializer(mode="wrap")
-    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = handler(self)
-        return values | values.pop("settings", {})
+        return values
 
     @model_validator(mode="after")
     def _parses(self) -> Self:
@@ -90,6 +66,11 @@ class ArmConfig(Strict):
                 f"reference={self.reference!r}: DPO needs one model that stands still, e.g. soup or sft[0]"
             )
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The other keys of the arm, as they were written."""
+        return self.model_extra or {}
 
     @property
     def rule(self) -> ReferenceRule[Model]:
@@ -192,7 +173,7 @@ class RLConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _no_truncation(cls, values: Any) -> Any:
-        for key in _TRUNCATION:
+        for key in ("top_p", "top_k", "min_p"):
             if isinstance(values, dict) and key in values:
                 raise ValueError(
                     f"{key} is refused: truncated sampling draws from another distribution than the logprobs "
@@ -304,6 +285,5 @@ class RLSection(RLConfig):
             return kind(**{name: getattr(self, name) for name in given} | self.arms[arm].settings)
         except ValidationError as error:
             text = explain(error, kind)
-            raise ValueError(
-                f"arms.{arm}{': ' if ' ' in text.split('=')[0] else '.'}{text}"
-            ) from None
+            joint = ": " if " " in text.split("=")[0] else "."
+            raise ValueError(f"arms.{arm}{joint}{text}") from None

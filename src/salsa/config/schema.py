@@ -155,11 +155,7 @@ def nearest(word: str, words: Any) -> str:
 
 
 def read_yaml(path: Path, broken: str, wanted: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ConfigError: it cannot be read, in which case the line has the words of `broken`, or is not what is `wanted`.
-    """
+    """The mapping in a YAML file; ConfigError says `broken` if it cannot be read, `wanted` if it is no mapping."""
     try:
         with accessing(path, "read"):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -84,10 +84,11 @@ class SweepConfig(Strict):
         seen: dict[str, str] = {}
         for chosen in itertools.product(*(axis.items() for axis in axes)):
             words = dict(zip(self.grid, (text for text, _ in chosen), strict=True))
-            settings = [*self.settings.items()]
-            settings += [setting for _, own in chosen for setting in own.items()]
             name = "_".join(_slug(text) for text in words.values())
-            overrides = [f"{key}={json.dumps(value)}" for key, value in settings]  # JSON is YAML
+            settings = [self.settings, *(own for _, own in chosen)]
+            overrides = [
+                f"{k}={json.dumps(v)}" for own in settings for k, v in own.items()
+            ]  # JSON is YAML
             recipe = Recipe.load(self.recipe, overrides).model_copy(update={"name": name})
             text = str(recipe.decisive() | {"name": "", "forecast": str(recipe.forecast)})
             if (other := seen.setdefault(text, name)) != name or name in points:
@@ -103,12 +104,9 @@ def _values(axis: str, values: list[Any] | Mapping[str, Setting]) -> dict[str, S
     """Text of each value → the settings it makes."""
     if isinstance(values, Mapping):
         return dict(values)
-    return {_text(axis, value): {axis: value} for value in values}
-
-
-def _text(axis: str, value: Any) -> str:
-    shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"{axis.rpartition('.')[2]}={shown}"
+    texts = (",".join(map(str, v)) if isinstance(v, list) else str(v) for v in values)
+    own = axis.rpartition(".")[2]
+    return {f"{own}={text}": {axis: v} for text, v in zip(texts, values, strict=True)}
 
 
 def _slug(text: str) -> str:

@@ -67,10 +67,8 @@ class _Report(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
-            numbers = {
-                name: value for name, value in logs.items() if isinstance(value, int | float)
-            }
-            self.tracker.log(state.global_step, numbers)
+            metrics = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+            self.tracker.log(state.global_step, metrics)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()

@@ -109,7 +109,16 @@ class RunDirectory:
         Raises:
             ConfigError: another process holds it, or it belongs to another recipe and `force` is off.
         """
-        self._check_ours()
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(
+                f"{self.path}: is a file. Choose another output directory with --out."
+            )
+        with accessing(self.path, "read"):
+            names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
+        if names and not names & {"stages", ".lock", "recipe.yaml"}:
+            raise ConfigError(
+                f"{self.path}: holds files that are not a run's. Choose another directory with --out."
+            )
         with accessing(self.path, "write"):
             self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / ".lock", self.path):
@@ -161,18 +170,6 @@ class RunDirectory:
                 f"{record['output'][:12]}). Delete that directory and run the recipe again to rebuild it."
             )
         return Stage(place.label, place.final, record, reused=True)
-
-    def _check_ours(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(
-                f"{self.path}: is a file. Choose another output directory with --out."
-            )
-        with accessing(self.path, "read"):
-            names = {p.name for p in self.path.iterdir()} if self.path.exists() else set()
-        if names and not names & {"stages", ".lock", "recipe.yaml"}:
-            raise ConfigError(
-                f"{self.path}: holds files that are not a run's. Choose another directory with --out."
-            )
 
     def _take_recipe(self, text: str, force: bool, decisive: Callable[[str], Any]) -> None:
         file = self.path / "recipe.yaml"
@@ -229,20 +226,16 @@ def policy_label(arm: str, seed: int) -> str:
     return f"rl {arm} seed {seed}"
 
 
-def report_key(run: RunDirectory, shown: Iterable[Any] = ()) -> str:
-    """Digest of all that a run's report shows: the recipe, what the stages wrote, and what is `shown` besides."""
+def report_key(run: RunDirectory, shown: Iterable[Any] = ()) -> tuple[str, bool]:
+    """Digest of all that a report shows (the recipe, what the stages wrote, what is `shown` besides); is it there?"""
     outputs = sorted((stage.label, stage.digest, stage.record["output"]) for stage in run.finished)
     recipe = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    return digest_of([recipe, outputs, versions()["salsa-rlhf"], *shown])
-
-
-def report_is_current(run: RunDirectory, key: str) -> bool:
-    """Whether the report that is there shows just that."""
+    key = digest_of([recipe, outputs, versions()["salsa-rlhf"], *shown])
     try:
         report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return report.get("key") == key and (run.path / "report.html").exists()
+        return key, False
+    return key, report.get("key") == key and (run.path / "report.html").exists()
 
 
 def _cpu() -> str:

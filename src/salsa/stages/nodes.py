@@ -61,38 +61,31 @@ def reward(recipe: Recipe, models: Models, preferences: Node | None) -> Node | N
     parts = [models[path] for path in config.paths]
     if not parts:
         init = models[config.init]
-        labels = {
-            s: f"reward seed {s}" if len(config.seeds) > 1 else "reward" for s in config.seeds
-        }
+        label = "reward seed {}" if len(config.seeds) > 1 else "reward"
         parts = [
-            Node.of(jobs.RewardJob, label, init, preferences, config, seed)
-            for seed, label in labels.items()
+            Node.of(jobs.RewardJob, label.format(seed), init, preferences, config, seed)
+            for seed in config.seeds
         ]
     return parts[0] if len(parts) == 1 else models.average("reward soup", parts, heads="average")
 
 
 def policy(
-    recipe: Recipe,
-    arm_name: str,
-    seed: int,
-    models: Models,
-    reward: Node | None,
-    preferences: Node | None,
+    recipe: Recipe, name: str, seed: int, models: Models, reward: Node | None, pairs: Node | None
 ) -> Node:
-    """The policy of one arm and seed."""
-    section, arm = recipe.rl, recipe.rl.arms[arm_name]
-    label, config = policy_label(arm_name, seed), section.config_of(arm_name)
+    """The policy of the arm `name` and one seed."""
+    section, arm = recipe.rl, recipe.rl.arms[name]
+    label, config = policy_label(name, seed), section.config_of(name)
     init = models[arm.init]
     reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
-        return Node.of(jobs.DPOJob, label, init, *reference.models, preferences, config, seed)
+        return Node.of(jobs.DPOJob, label, init, *reference.models, pairs, config, seed)
     return Node.of(
         jobs.RLJob,
         label,
         init=init,
         reference=reference,
         kl_to=_monitored(recipe, models),
-        reward=_source(recipe, reward),
+        reward=_rewards(recipe, reward)["proxy"],
         config=config,
         prompts=section.prompts,
         seed=seed,
@@ -152,18 +145,12 @@ def sampled(
     replies = Node.of(jobs.RepliesJob, f"replies {candidate}", model, asked)
     rewards = _rewards(recipe, reward)
     scores = Node.of(jobs.ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
-    logprobs = {
-        name: Node.of(
-            jobs.LogprobsJob,
-            f"logprobs {candidate} under {name}",
-            model,
-            replies,
-            models[name],
-            asked.temperature,
-        )
-        for name in recipe.eval.kl_to
-        if name != candidate
-    }
+    logprobs = {}
+    for name in recipe.eval.kl_to:
+        if name != candidate:
+            fields = (model, replies, models[name], asked.temperature)
+            label = f"logprobs {candidate} under {name}"
+            logprobs[name] = Node.of(jobs.LogprobsJob, label, *fields)
     return Sampled(replies, scores, logprobs)
 
 
@@ -200,11 +187,9 @@ def check_inputs(recipe: Recipe) -> None:
     from salsa.runtime.tracking import quiet_libraries
 
     quiet_libraries()
-    tokenizer = load_tokenizer(
-        resolve(recipe.model.path, revision=recipe.model.revision),
-        gguf_file=recipe.model.gguf_file,
-        chat_template=recipe.model.chat_template,
-    )
+    model, longest = recipe.model, recipe.rl.max_prompt_tokens
+    path = resolve(model.path, revision=model.revision)
+    tokenizer = load_tokenizer(path, gguf_file=model.gguf_file, chat_template=model.chat_template)
     if (source := recipe.sft.dataset) is not None:
         data.sft_rows(data.load_rows(source, data.SFT_COLUMNS), tokenizer, data.describe(source))
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
@@ -220,7 +205,7 @@ def check_inputs(recipe: Recipe) -> None:
     for function in functions:
         data.import_callable(function.call)
     for source in prompts:
-        data.load_prompts(source, tokenizer, max_tokens=recipe.rl.max_prompt_tokens)
+        data.load_prompts(source, tokenizer, max_tokens=longest)
 
 
 def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
@@ -228,15 +213,10 @@ def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]
     return replace(cast(Any, rule), models=tuple(models[model] for model in rule.models))
 
 
-def _source(recipe: Recipe, reward: Any) -> RewardSource:
-    """The training reward; its checkpoint is a node yet."""
-    return RewardSource(recipe.reward.functions, reward)
-
-
-def _rewards(recipe: Recipe, reward: Node | None) -> dict[str, RewardSource]:
-    """The training reward as `proxy`, and further scores by their names."""
+def _rewards(recipe: Recipe, reward: Any) -> dict[str, RewardSource]:
+    """The training reward, whose checkpoint is a node yet, as `proxy`; and further scores by their names."""
     others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
-    return {"proxy": _source(recipe, reward)} | others
+    return {"proxy": RewardSource(recipe.reward.functions, reward)} | others
 
 
 def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:

@@ -6,11 +6,10 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
-    from salsa.stages.directory import Job, Place
 
 
 class ProcessPool:
@@ -21,11 +20,9 @@ class ProcessPool:
         self.threads = max(1, (threads or os.cpu_count() or 1) // jobs)
         self._pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
-    def submit(
-        self, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
-    ) -> "Future[None]":
-        """Start the work in a process."""
-        return self._pool.submit(_in_worker, self.threads, work, place, job, engine)
+    def submit(self, work: Callable[..., None], *call: Any) -> "Future[None]":
+        """Start `work(place, job, engine)` in a process."""
+        return self._pool.submit(_in_worker, self.threads, work, *call)
 
     def wait(self, handles: Sequence["Future[None]"]) -> "Future[None]":
         """The first that has ended; raises what it raised."""
@@ -41,7 +38,7 @@ class ProcessPool:
 
 
 def _in_worker(
-    threads: int, work: Callable[..., None], place: "Place", job: "Job", engine: "Engine | None"
+    threads: int, work: Callable[..., None], place: Any, job: Any, engine: "Engine | None"
 ) -> None:
     """What a worker process does with a call: prepare itself like the process that sent it, which stops it too."""
     from salsa.runtime.tracking import plain_lines
