@@ -235,6 +235,10 @@ def spec_of(words: EvalWords) -> EvalSpec:
     values = _read_spec(words.spec) if words.spec else {}
     if words.models:
         values["models"] = _models(words.models)
+    judge = words.judge or ""
+    kind = "replay" if judge.endswith(".jsonl") else "path"
+    if judge.startswith(("http://", "https://")):
+        kind = "url"
     sections: dict[str, dict[str, Any]] = {
         "prompts": {"source": words.prompts},
         "mt_bench": _files(
@@ -245,7 +249,7 @@ def spec_of(words: EvalWords) -> EvalSpec:
             words.arena_hard, "arena_hard", ARENA_HARD_SOURCE, questions="question.jsonl",
             judge_prompt="judge_config.yaml",
         ),
-        "judge": _judge(words.judge) | {"model": words.judge_model},
+        "judge": {kind: judge, "model": words.judge_model},
         "rewards": dict(map(_reward, words.rewards)),
     }  # fmt: skip
     for name, section in sections.items():
@@ -331,14 +335,6 @@ def _files(folder: Path | None, benchmark: str, source: str, **names: str) -> di
             )
         files[name] = str(path)
     return files
-
-
-def _judge(word: str | None) -> dict[str, str]:
-    if not word:
-        return {}
-    if word.startswith(("http://", "https://")):
-        return {"url": word}
-    return {"replay" if word.endswith(".jsonl") else "path": word}
 
 
 def _reward(word: str) -> tuple[str, dict[str, str]]:
