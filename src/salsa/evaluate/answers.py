@@ -57,7 +57,7 @@ class Writer:
         self.max_new_tokens, self.tokenizer = max_new_tokens, load_tokenizer(path)
         policy = LanguageModel.load(path, engine)
         self.sampler = LocalSampler(policy)
-        self.context = getattr(policy.backbone.config, "max_position_embeddings", None)
+        self.context = getattr(policy.backbone.config, "max_position_embeddings", None) or 10**9
 
     def replies(
         self,
@@ -97,9 +97,7 @@ class Writer:
             DataError: a prompt leaves the model no room to answer.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
-        room = self.max_new_tokens
-        if self.context is not None:
-            room = min(room, self.context - longest)
+        room = min(self.max_new_tokens, self.context - longest)
         if room < 1:
             raise DataError(
                 f"{self.path}: a conversation of {longest} tokens fills the model's {self.context} positions. "
@@ -128,7 +126,7 @@ class LocalJudge(Judge):
         """One forward pass after another; a conversation that leaves no room for a judgment is refused."""
         writer = self._writer
         prompts = [as_prompt({"messages": list(m)}, writer.tokenizer, "judge") for m in batch]
-        room = (writer.context or 10**9) - writer.max_new_tokens
+        room = writer.context - writer.max_new_tokens
         fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
         replies = iter(self._replies(fitting) if fitting else ())
         return [

@@ -36,7 +36,7 @@ from salsa.evaluate.judge import (
 )
 from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
-from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
+from salsa.evaluate.spec import EvalSpec, JudgeConfig
 from salsa.models import load_tokenizer, same_vocabulary
 from salsa.rewards import RewardSource
 from salsa.runtime.tracking import quiet_libraries, round_metric, say
@@ -148,7 +148,12 @@ class _Evaluation:
         """Arm → seed → responses to the held-out prompts, scored."""
         spec, config = self.spec, self.spec.prompts
         assert config is not None
-        rewards = {name: _source(reward) for name, reward in spec.rewards.items()}
+        rewards = {
+            name: RewardSource((RewardFunction(call=reward.call),))
+            if reward.call is not None
+            else RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))
+            for name, reward in spec.rewards.items()
+        }
         measured = {spec.kl_to: Checkpoint.of(resolve(spec.kl_to))} if spec.kl_to else {}
         samples: dict[str, list[Checkpoint]] = {}
         for arm, seed, label, checkpoint in self.entrants:
@@ -230,9 +235,3 @@ def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
         **{key: value for key, value in vars(totals).items() if key not in ("asked", "reused")},
         "cost": None if cost is None else round_metric(cost),
     }
-
-
-def _source(reward: RewardModel) -> RewardSource:
-    if reward.call is not None:
-        return RewardSource((RewardFunction(call=reward.call),))
-    return RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))

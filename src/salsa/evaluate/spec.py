@@ -183,11 +183,7 @@ class EvalSpec(Strict):
 
     @classmethod
     def read(cls, values: dict[str, Any], where: str) -> "EvalSpec":
-        """The evaluation that `values` describe.
-
-        Raises:
-            ConfigError: a value is wrong; one line that says which.
-        """
+        """The evaluation that `values` describe; ConfigError, in one line, if a value is wrong."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
