@@ -130,22 +130,22 @@ def evaluate(
 ) -> None:
     """Evaluate a recipe's arms, or any checkpoints: answers, rewards, KL, judges, and a report."""
     from salsa.errors import ConfigError
-    from salsa.evaluate.spec import EvalWords, spec_of
+    from salsa.evaluate.spec import spec_of
 
-    words = EvalWords(
-        models=what or (), rewards=reward or (), settings=settings or (), spec=spec, prompts=prompts,
-        mt_bench=mt_bench, arena_hard=arena_hard, judge=judge, judge_model=judge_model, kl_to=kl_to,
-        baseline=baseline,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "spec": spec, "prompts": prompts, "mt_bench": mt_bench, "arena_hard": arena_hard, "judge": judge,
+        "judge_model": judge_model, "rewards": reward or (), "kl_to": kl_to, "baseline": baseline,
+        "settings": settings or (),
+    }  # fmt: skip
     if what and what[0].endswith((".yaml", ".yml")):
-        if words != EvalWords(models=what):
+        if any(options.values()):
             raise ConfigError(
                 f"{what[0]} is a recipe, and these options are for checkpoints. Run it, then give its run directory: "
                 "salsa eval runs/NAME --judge …"
             )
         _stage_command("eval")(Path(what[0]), what[1:], out, force=force)
         return
-    asked = spec_of(words)
+    asked = spec_of(what or (), **options)
     from salsa.evaluate.checkpoints import evaluate_checkpoints
 
     evaluate_checkpoints(asked, out or Path("runs") / asked.name, force=force)

@@ -14,7 +14,7 @@ from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.answers import GREEDY, Writer, _batches
 from salsa.evaluate.benchmarks import JudgePrompt, Question, pairings
 from salsa.evaluate.checkpoints import evaluate_checkpoints
-from salsa.evaluate.spec import EvalWords, run_arms, spec_of
+from salsa.evaluate.spec import run_arms, spec_of
 from salsa.runtime.engine import Engine
 from tests.judge_server import JudgeServer
 
@@ -78,7 +78,7 @@ def verdict(prompt: str) -> str:
 
 
 def words(bench, models, url, **more):
-    return EvalWords(
+    return dict(
         models=models, mt_bench=bench / "mt", arena_hard=bench / "arena", judge=url, judge_model="org/m",
         settings=["mt_bench.max_new_tokens=8", "arena_hard.max_new_tokens=8", "judge.concurrency=4"], **more,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def test_everything_of_three_arms_and_nothing_twice(bench, make_checkpoint, tmp_
     out = tmp_path / "out"
     with JudgeServer(verdict) as server:
         spec = spec_of(
-            words(
+            **words(
                 bench, models, server.url, prompts=str(bench / "held.jsonl"), rewards=["gold=tests.rewards:letters"],
                 kl_to=models[0].partition("=")[2], baseline="ppo",
             )
@@ -155,14 +155,9 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
     ]
     write(bench / "gpt.jsonl", outside)
     asked = words(bench, models, "http://127.0.0.1:9/v1")
-    asked = EvalWords(
-        **{
-            **vars(asked),
-            "settings": [*asked.settings, f"arena_hard.baseline={bench / 'gpt.jsonl'}"],
-        }
-    )
+    asked["settings"].append(f"arena_hard.baseline={bench / 'gpt.jsonl'}")
     with JudgeServer(verdict) as server:
-        spec = spec_of(EvalWords(**{**vars(asked), "judge": server.url}))
+        spec = spec_of(**asked | {"judge": server.url})
         out = evaluate_checkpoints(spec, tmp_path / "out")
     report = json.loads((out / "report.json").read_text())
     (pair,) = report["benchmarks"]["MT-Bench"]["pairs"]
@@ -179,7 +174,7 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
 def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, tmp_path):
     models = [f"a={make_checkpoint('llama', 0).path}", f"b={make_checkpoint('llama', 1).path}"]
     with JudgeServer(lambda prompt: "I cannot say.") as server:
-        out = evaluate_checkpoints(spec_of(words(bench, models, server.url)), tmp_path / "out")
+        out = evaluate_checkpoints(spec_of(**words(bench, models, server.url)), tmp_path / "out")
     report = json.loads((out / "report.json").read_text())
     assert report["benchmarks"]["MT-Bench"]["pairs"] == []
     assert any("no verdict at all" in note for note in report["notes"])
@@ -188,7 +183,7 @@ def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, t
 def test_a_judge_that_rates_everything_alike_is_told(bench, make_checkpoint, tmp_path):
     models = [f"a={make_checkpoint('llama', 0).path}", f"b={make_checkpoint('llama', 1).path}"]
     with JudgeServer(lambda prompt: "[[3]] [[A]] [[A=B]]") as server:
-        out = evaluate_checkpoints(spec_of(words(bench, models, server.url)), tmp_path / "out")
+        out = evaluate_checkpoints(spec_of(**words(bench, models, server.url)), tmp_path / "out")
     notes = json.loads((out / "report.json").read_text())["notes"]
     assert any("every rating of a is 3." in note for note in notes)
     assert any("only 0% of the verdicts survive" in note for note in notes)
@@ -197,13 +192,11 @@ def test_a_judge_that_rates_everything_alike_is_told(bench, make_checkpoint, tmp
 def test_a_model_in_this_process_judges(bench, make_checkpoint, tmp_path):
     a, b = make_checkpoint("llama", 0).path, make_checkpoint("llama", 1).path
     spec = spec_of(
-        EvalWords(
-            models=[f"a={a}", f"b={b}"], prompts=str(bench / "held.jsonl"), judge=str(a),
-            settings=[
-                f"prompts.judge_prompts={bench / 'judge_prompts.jsonl'}",
-                "judge.max_tokens=4", "prompts.max_new_tokens=4",
-            ],
-        )
+        [f"a={a}", f"b={b}"], prompts=str(bench / "held.jsonl"), judge=str(a),
+        settings=[
+            f"prompts.judge_prompts={bench / 'judge_prompts.jsonl'}",
+            "judge.max_tokens=4", "prompts.max_new_tokens=4",
+        ],
     )  # fmt: skip
     out = evaluate_checkpoints(spec, tmp_path / "out")
     rows = [json.loads(line) for line in (out / "judgments.jsonl").read_text().splitlines()]
@@ -296,7 +289,9 @@ def test_bad_files_say_where_to_get_good_ones(
     bench, make_checkpoint, tmp_path, file, rows, message
 ):
     write(bench / file, rows)
-    spec = spec_of(words(bench, [f"a={make_checkpoint('llama', 0).path}"], "http://127.0.0.1:9/v1"))
+    spec = spec_of(
+        **words(bench, [f"a={make_checkpoint('llama', 0).path}"], "http://127.0.0.1:9/v1")
+    )
     with pytest.raises(DataError) as caught:
         evaluate_checkpoints(spec, tmp_path / "out")
     assert message in str(caught.value)
@@ -325,14 +320,14 @@ def test_bad_files_say_where_to_get_good_ones(
 )  # fmt: skip
 def test_words_that_cannot_be_meant(given, message):
     with pytest.raises(ConfigError) as caught:
-        spec_of(EvalWords(**given))
+        spec_of(**given)
     assert message in str(caught.value)
 
 
 def test_a_spec_file_and_its_overrides(tmp_path):
     file = tmp_path / "e.yaml"
     file.write_text("models: {a: [x]}\nprompts: {source: p.jsonl}\nrewards: {r: {call: 'm:f'}}\n")
-    spec = spec_of(EvalWords(models=(), spec=file, settings=["prompts.temperature=0.5"]))
+    spec = spec_of((), spec=file, settings=["prompts.temperature=0.5"])
     assert spec.models == {"a": ("x",)} and spec.prompts.temperature == 0.5 and spec.against == "a"
 
 
@@ -361,10 +356,10 @@ def test_models_with_other_vocabularies_have_no_kl(bench, make_checkpoint, tmp_p
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
-    spec = spec_of(EvalWords(
-        models=[f"a={other.path}"], prompts=str(bench / "held.jsonl"), rewards=["gold=tests.rewards:letters"],
+    spec = spec_of(
+        [f"a={other.path}"], prompts=str(bench / "held.jsonl"), rewards=["gold=tests.rewards:letters"],
         kl_to=str(changed),
-    ))  # fmt: skip
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="differ in vocabulary"):
         evaluate_checkpoints(spec, tmp_path / "out")
 

@@ -1,13 +1,16 @@
-"""Answers of a policy to conversations of one or two turns: fixed seeds, a temperature each, resumable by the batch."""
+"""What a model in this process says: a policy's answers to one or two turns, resumable by the batch, or judgments."""
 
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, write_jsonl
+from salsa.artifacts import append_jsonl, drop_half_line, read_jsonl, resolve, write_jsonl
 from salsa.data import Message, Prompt, as_prompt
 from salsa.errors import DataError
 from salsa.evaluate import arena_hard, mtbench
+from salsa.evaluate.judge import Judge, Refusal, Reply
+from salsa.evaluate.spec import JudgeConfig
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
@@ -54,7 +57,7 @@ class Writer:
         self.max_new_tokens, self.tokenizer = max_new_tokens, load_tokenizer(path)
         policy = LanguageModel.load(path, engine)
         self.sampler = LocalSampler(policy)
-        self.context = getattr(policy.backbone.config, "max_position_embeddings", None)
+        self.context = getattr(policy.backbone.config, "max_position_embeddings", None) or 10**9
 
     def replies(
         self,
@@ -94,9 +97,7 @@ class Writer:
             DataError: a prompt leaves the model no room to answer.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
-        room = self.max_new_tokens
-        if self.context is not None:
-            room = min(room, self.context - longest)
+        room = min(self.max_new_tokens, self.context - longest)
         if room < 1:
             raise DataError(
                 f"{self.path}: a conversation of {longest} tokens fills the model's {self.context} positions. "
@@ -107,6 +108,43 @@ class Writer:
         )
         generator = self.engine.generator(seed, number)
         return self.sampler.generate([p.ids for p in prompts], sampling, generator).rollout
+
+
+class LocalJudge(Judge):
+    """Any chat model that transformers loads; greedy (or sampled) judgments, `concurrency` in a batch."""
+
+    def __init__(self, config: JudgeConfig, engine: Engine) -> None:
+        assert config.path is not None  # the schema
+        path = resolve(config.path)
+        self.model = config.model or path.resolve().name
+        self.batch_size = config.concurrency
+        self.parameters: dict[str, Any] = config.request | {"precision": engine.precision}
+        self._temperature = config.temperature
+        self._writer = Writer(path, config.max_tokens, config.concurrency, engine)
+
+    async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
+        """One forward pass after another; a conversation that leaves no room for a judgment is refused."""
+        writer = self._writer
+        prompts = [as_prompt({"messages": list(m)}, writer.tokenizer, "judge") for m in batch]
+        room = writer.context - writer.max_new_tokens
+        fitting = [prompt for prompt in prompts if len(prompt.ids) <= room]
+        replies = iter(self._replies(fitting) if fitting else ())
+        return [
+            Refusal(f"{len(prompt.ids)} tokens and a judgment exceed the model's context")
+            if len(prompt.ids) > room
+            else next(replies)
+            for prompt in prompts
+        ]
+
+    def _replies(self, prompts: Sequence[Prompt]) -> list[Reply]:
+        rollout = self._writer.batch(prompts, self._temperature, 0, 0)
+        texts = rollout.texts(self._writer.tokenizer)
+        lengths = rollout.lengths.tolist()
+        limit = self._writer.max_new_tokens
+        return [
+            Reply(text, "length" if length == limit else "stop", len(prompt.ids), length)
+            for prompt, text, length in zip(prompts, texts, lengths, strict=True)
+        ]
 
 
 def _batches(order: Sequence[int], temperatures: Sequence[float], size: int) -> list[list[int]]:

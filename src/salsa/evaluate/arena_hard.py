@@ -59,13 +59,8 @@ def summarise_pairs(
 ) -> PairsSummary:
     """Weighted win rates of every model against the baseline, from upstream's `model_judgment/<judge>/*.jsonl`.
 
-    Args:
-        path_or_rows: a file, the directory of one judge, or the rows.
-        judge: whose rows, if there are several judges'.
-        baseline: whom the models met, where the rows do not say (v0.1); `gpt-4-0314` if not given.
-        reparse: read the labels from the judge's texts instead of `score`.
-        lengths: model → question → characters of its answer, for the length statistics.
-        arms: model → (arm, training seed), to summarise arms of several checkpoints.
+    Arguments as of `mtbench.summarise_pairs`; and `baseline` is whom the models met, where the rows do not say (v0.1),
+    `gpt-4-0314` if not given.
 
     Raises:
         DataError: rows of another format, of both versions, of several judges, or without a single verdict.
@@ -225,11 +220,7 @@ class ArenaHard:
     load_answers = staticmethod(load_answers)
 
     def __init__(self, config: ArenaHardConfig) -> None:
-        """Read questions, prompt and the baseline's answers.
-
-        Raises:
-            DataError: a file is missing or malformed, or the baseline did not answer a question.
-        """
+        """Read all files; DataError if one is missing or malformed, or the baseline did not answer a question."""
         self.questions: Sequence[Question] = load_questions(config.questions, config.temperature)
         self.max_new_tokens = config.max_new_tokens
         self._prompt = load_judge_prompt(config.judge_prompt)

@@ -20,6 +20,7 @@ from salsa.artifacts import Checkpoint, read_jsonl, resolve
 from salsa.config import RewardFunction
 from salsa.data import Prompt, as_prompt, describe, load_rows
 from salsa.errors import ConfigError, DataError
+from salsa.evaluate.answers import LocalJudge
 from salsa.evaluate.arena_hard import ArenaHard
 from salsa.evaluate.benchmarks import Answers, Bench, Benchmark, Match, Question, pairings
 from salsa.evaluate.judge import (
@@ -35,7 +36,7 @@ from salsa.evaluate.judge import (
 )
 from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
-from salsa.evaluate.spec import EvalSpec, JudgeConfig, RewardModel
+from salsa.evaluate.spec import EvalSpec, JudgeConfig
 from salsa.models import load_tokenizer, same_vocabulary
 from salsa.rewards import RewardSource
 from salsa.runtime.tracking import quiet_libraries, round_metric, say
@@ -66,18 +67,13 @@ class _Evaluation:
     def __init__(self, spec: EvalSpec, run: RunDirectory) -> None:
         self.spec, self.run = spec, run
         self.graph = Graph(run, precision=spec.precision)
-        self.models = {  # arm → label → checkpoint, one a training seed
-            arm: {
-                arm if spec.num_seeds == 1 else f"{arm}-seed-{seed}": Checkpoint.of(resolve(path))
-                for seed, path in enumerate(paths)
-            }
+        one = spec.num_seeds == 1
+        self.entrants = [  # arm, training seed, label, checkpoint
+            (arm, seed, arm if one else f"{arm}-seed-{seed}", Checkpoint.of(resolve(path)))
             for arm, paths in spec.models.items()
-        }
-        self.entrants = [
-            (arm, seed, label, checkpoint)
-            for arm, own in self.models.items()
-            for seed, (label, checkpoint) in enumerate(own.items())
+            for seed, path in enumerate(paths)
         ]
+        self.models = {arm: [e[2] for e in self.entrants if e[0] == arm] for arm in spec.models}
         self.totals = Totals()
         self.benchmarks: list[Benchmark] = []
         if spec.mt_bench is not None:
@@ -87,7 +83,14 @@ class _Evaluation:
         self._prompts = self._read_prompts()
         file = spec.prompts and spec.prompts.judge_prompts
         self._judge_prompts = load_judge_prompts(file) if file else None
-        self.judge = make_judge(spec.judge, self.graph) if spec.judge else None
+        self.judge: Judge | None = None
+        if (judge := spec.judge) is not None:
+            if judge.url is not None:
+                self.judge = EndpointJudge(judge)
+            elif judge.replay is not None:
+                self.judge = ReplayJudge(judge.replay, judge.model)
+            else:
+                self.judge = LocalJudge(judge, self.graph.engine())
 
     def results(self) -> Results:
         """All the work, and what it measured."""
@@ -100,7 +103,7 @@ class _Evaluation:
             name=spec.name,
             baseline=spec.against,
             arms={
-                arm: Arm(list(own), range(len(own)), [c.digest for c in own.values()])
+                arm: Arm(own, range(len(own)), [e[3].digest for e in self.entrants if e[0] == arm])
                 for arm, own in self.models.items()
             },
             recipe=spec.model_dump(mode="json"),
@@ -145,7 +148,12 @@ class _Evaluation:
         """Arm → seed → responses to the held-out prompts, scored."""
         spec, config = self.spec, self.spec.prompts
         assert config is not None
-        rewards = {name: _source(reward) for name, reward in spec.rewards.items()}
+        rewards = {
+            name: RewardSource((RewardFunction(call=reward.call),))
+            if reward.call is not None
+            else RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))
+            for name, reward in spec.rewards.items()
+        }
         measured = {spec.kl_to: Checkpoint.of(resolve(spec.kl_to))} if spec.kl_to else {}
         samples: dict[str, list[Checkpoint]] = {}
         for arm, seed, label, checkpoint in self.entrants:
@@ -202,9 +210,8 @@ class _Evaluation:
 
     def _match(self) -> Match:
         assert self.judge is not None  # the schema: benchmarks need a judge
-        models = {arm: list(own) for arm, own in self.models.items()}
-        baseline, pairs = self.spec.against, pairings(models, self.spec.against)
-        return Match(models[baseline], pairs, self.judge.model, self._ask, self.run.path)
+        baseline, pairs = self.spec.against, pairings(self.models, self.spec.against)
+        return Match(self.models[baseline], pairs, self.judge.model, self._ask, self.run.path)
 
     def _ask(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         assert self.judge is not None
@@ -219,17 +226,6 @@ class _Evaluation:
         return self.graph[node]
 
 
-def make_judge(config: JudgeConfig, graph: Graph) -> Judge:
-    """The backend that `config` names."""
-    if config.url is not None:
-        return EndpointJudge(config)
-    if config.replay is not None:
-        return ReplayJudge(config.replay, config.model)
-    from salsa.evaluate.local_judge import LocalJudge
-
-    return LocalJudge(config, graph.engine())
-
-
 def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
     """The judge's name and parameters, and what judging took."""
     cost = totals.cost(config.price)
@@ -239,9 +235,3 @@ def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
         **{key: value for key, value in vars(totals).items() if key not in ("asked", "reused")},
         "cost": None if cost is None else round_metric(cost),
     }
-
-
-def _source(reward: RewardModel) -> RewardSource:
-    if reward.call is not None:
-        return RewardSource((RewardFunction(call=reward.call),))
-    return RewardSource(checkpoint=Checkpoint.of(resolve(str(reward.path))))

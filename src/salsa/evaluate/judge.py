@@ -1,7 +1,7 @@
 """Ask a judge: bounded concurrency, retries, and a cache that a kill cannot spoil.
 
 A judge is anything with `model`, `parameters`, `batch_size` and `ask`. Three exist: an OpenAI-compatible endpoint here,
-a model in this process (`salsa.evaluate.local_judge`), and the replay of a judgments file here.
+a model in this process (`salsa.evaluate.answers`), and the replay of a judgments file here.
 
 The cache is append-only jsonl, a line a judgment, keyed by sha256 of model, parameters and messages. A judgment is
 written, in one piece, the moment it arrives: a kill loses what was under way and nothing else, and the same command
@@ -120,13 +120,6 @@ class JudgmentCache:
                             f"{path}: line {number} is no cached judgment. Remove that line."
                         ) from error
 
-    @staticmethod
-    def key(judge: Judge, messages: Sequence[Message]) -> str:
-        """sha256 over all that decides a judgment."""
-        return digest_of(
-            {"model": judge.model, "parameters": judge.parameters, "messages": list(messages)}
-        )
-
     def write(self, key: str, judge: Judge, reply: Reply) -> None:
         """Append one judgment, as one whole line."""
         append_jsonl(self.path, [{"key": key, "model": judge.model, **asdict(reply)}])
@@ -145,7 +138,8 @@ def judge_all(
         WorkFailed: some requests failed after all retries; what was judged is in the cache.
         ConfigError: the judge cannot be asked at all (no such model, no valid key).
     """
-    keys = [cache.key(judge, messages) for messages in requests]
+    asked = {"model": judge.model, "parameters": judge.parameters}
+    keys = [digest_of({**asked, "messages": list(messages)}) for messages in requests]
     missing = {k: m for k, m in zip(keys, requests, strict=True) if k not in cache.replies}
     totals = Totals(reused=len(set(keys)) - len(missing))
     refusals: dict[str, Refusal] = {}

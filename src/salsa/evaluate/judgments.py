@@ -108,19 +108,15 @@ class PairsSummary:
 
 
 def read_rows(source: PathOrRows) -> list[Row]:
-    """Rows of a jsonl file, of every jsonl file in a directory, or as given.
-
-    Raises:
-        DataError: nothing there, or a line that is no JSON object.
-    """
+    """Rows of a jsonl file, of all in a directory, or as given; DataError for none, or one that is no JSON object."""
+    where, rows = "rows", []
     if not isinstance(source, str | Path):
         rows = [Row(f"row {n}", values) for n, values in enumerate(source, start=1)]
     else:
-        path = Path(source)
+        where, path = str(source), Path(source)
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise DataError(f"{path}: no such file. Give a jsonl file, or a directory of them.")
-        rows = []
         for file in files:
             with file.open(encoding="utf-8", errors="replace") as lines:
                 rows += [Row(f"{file}: line {n}", v) for n, v in parse_jsonl(lines, str(file))]
@@ -128,7 +124,7 @@ def read_rows(source: PathOrRows) -> list[Row]:
         if not isinstance(row.values, Mapping):
             raise DataError(f"{row.where} is {type(row.values).__name__}, not an object.")
     if not rows:
-        raise DataError(f"{source if isinstance(source, str | Path) else 'rows'}: no judgments.")
+        raise DataError(f"{where}: no judgments.")
     return rows
 
 
@@ -162,11 +158,7 @@ def judge_of(row: Row) -> str:
 
 
 def of_one_judge(rows: Sequence[Row], judge: str | None) -> tuple[list[Row], str]:
-    """Rows of `judge`, or of the only judge there is.
-
-    Raises:
-        DataError: several judges and none chosen, or none of the chosen one's rows.
-    """
+    """Rows of `judge`, or of the only judge; DataError if there are several and none is chosen, or no row of it."""
     names = Counter(judge_of(row) for row in rows)
     if judge is None and len(names) > 1:
         judges = ", ".join(f"{name} ({count})" for name, count in names.items())

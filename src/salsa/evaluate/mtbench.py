@@ -324,8 +324,7 @@ def load_questions(
 def load_answers(path: Path | str) -> dict[Any, tuple[str, ...]]:
     """Question → a model's answers, a turn each, from upstream's `model_answer/<model>.jsonl`.
 
-    Raises:
-        DataError: a row of another shape, or two different answers to one question.
+    DataError for a row of another shape, or for two different answers to one question.
     """
     answers: dict[Any, tuple[str, ...]] = {}
     for row in _rows(path, "answers"):
@@ -401,11 +400,7 @@ class MTBench:
 
     @classmethod
     def load(cls, config: MTBenchConfig) -> "MTBench":
-        """Read questions and prompts.
-
-        Raises:
-            DataError: a file is missing or malformed, or a prompt that will be needed is not there.
-        """
+        """Read all files; DataError if one is missing or malformed, or lacks a prompt that will be needed."""
         questions = load_questions(config.questions, config.references, config.corrections)
         bench = cls(questions, load_judge_prompts(config.judge_prompts), config.max_new_tokens)
         for question, turn in bench._turns():

@@ -40,10 +40,7 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
         prompts = [prompts[number] for number in job.only]
     sampler = LocalSampler(policy)
     sampling = sampling_for(
-        job.policy.path,
-        tokenizer,
-        max_new_tokens=job.max_new_tokens,
-        temperature=job.temperature,
+        job.policy.path, tokenizer, max_new_tokens=job.max_new_tokens, temperature=job.temperature
     )
     generator = engine.generator(job.seed)
     rows: list[dict] = []

@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy import stats
 
 
@@ -53,8 +52,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
         raise ValueError(
             f"mcnemar: {len(a)} and {len(b)} values. Give one of each for every prompt."
         )
-    first, second = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    only_a = sum(bool(x) > bool(y) for x, y in zip(a, b, strict=True))
+    only_b = sum(bool(x) < bool(y) for x, y in zip(a, b, strict=True))
     return McNemar(only_a, only_b, _binomial(only_a, only_b))
 
 

@@ -5,7 +5,6 @@ Torch-free: a slip of the pen is told before anything loads.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -184,11 +183,7 @@ class EvalSpec(Strict):
 
     @classmethod
     def read(cls, values: dict[str, Any], where: str) -> "EvalSpec":
-        """The evaluation that `values` describe.
-
-        Raises:
-            ConfigError: a value is wrong; one line that says which.
-        """
+        """The evaluation that `values` describe; ConfigError, in one line, if a value is wrong."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -209,44 +204,43 @@ class EvalSpec(Strict):
         return len(next(iter(self.models.values())))
 
 
-@dataclass(frozen=True)
-class EvalWords:
-    """Options of `salsa eval` as they were typed."""
-
-    models: Sequence[str]
-    spec: Path | None = None
-    prompts: str | None = None
-    mt_bench: Path | None = None
-    arena_hard: Path | None = None
-    judge: str | None = None
-    judge_model: str | None = None
-    rewards: Sequence[str] = ()
-    kl_to: str | None = None
-    baseline: str | None = None
-    settings: Sequence[str] = ()
-
-
-def spec_of(words: EvalWords) -> EvalSpec:
-    """The evaluation that the words ask for.
+def spec_of(
+    models: Sequence[str],
+    *,
+    spec: Path | None = None,
+    prompts: str | None = None,
+    mt_bench: Path | None = None,
+    arena_hard: Path | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    rewards: Sequence[str] = (),
+    kl_to: str | None = None,
+    baseline: str | None = None,
+    settings: Sequence[str] = (),
+) -> EvalSpec:
+    """The evaluation that the options of `salsa eval` ask for, as they were typed.
 
     Raises:
         ConfigError: something is missing or cannot be meant.
     """
-    values = _read_spec(words.spec) if words.spec else {}
-    if words.models:
-        values["models"] = _models(words.models)
+    values = _read_spec(spec) if spec else {}
+    if models:
+        values["models"] = _models(models)
+    kind = "replay" if judge and judge.endswith(".jsonl") else "path"
+    if judge and judge.startswith(("http://", "https://")):
+        kind = "url"
     sections: dict[str, dict[str, Any]] = {
-        "prompts": {"source": words.prompts},
+        "prompts": {"source": prompts},
         "mt_bench": _files(
-            words.mt_bench, "mt_bench", MT_BENCH_SOURCE, questions="question.jsonl",
+            mt_bench, "mt_bench", MT_BENCH_SOURCE, questions="question.jsonl",
             references="reference_answer/gpt-4.jsonl", judge_prompts="judge_prompts.jsonl",
         ),
         "arena_hard": _files(
-            words.arena_hard, "arena_hard", ARENA_HARD_SOURCE, questions="question.jsonl",
+            arena_hard, "arena_hard", ARENA_HARD_SOURCE, questions="question.jsonl",
             judge_prompt="judge_config.yaml",
         ),
-        "judge": _judge(words.judge) | {"model": words.judge_model},
-        "rewards": dict(map(_reward, words.rewards)),
+        "judge": {kind: judge, "model": judge_model},
+        "rewards": dict(map(_reward, rewards)),
     }  # fmt: skip
     for name, section in sections.items():
         if given := {key: value for key, value in section.items() if value}:
@@ -254,10 +248,10 @@ def spec_of(words: EvalWords) -> EvalSpec:
             if not isinstance(known, dict):
                 raise ConfigError(f"{name} is a value, not a section.")
             known.update(given)
-    values |= {k: v for k in ("kl_to", "baseline") if (v := getattr(words, k))}
-    for setting in words.settings:
+    values |= {k: v for k, v in (("kl_to", kl_to), ("baseline", baseline)) if v}
+    for setting in settings:
         apply_override(values, setting)
-    return EvalSpec.read(values, str(words.spec or "salsa eval"))
+    return EvalSpec.read(values, str(spec or "salsa eval"))
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
@@ -304,15 +298,13 @@ def run_arms(run: Path) -> dict[str, list[str]]:
     policies = {}
     for arm, record in report["arms"].items():
         wanted = [seed["policy"] for seed in record["seeds"]]
-        if not record["trained"]:
-            wanted = [output for output in wanted if output in by_output]
         missing = [output for output in wanted if output not in by_output]
-        if missing:
+        if missing and record["trained"]:
             raise ConfigError(
                 f"{run}: the policy of {arm} ({missing[0][:12]}) is gone. Run its recipe again, or name directories."
             )
-        if wanted:
-            policies[arm] = [by_output[output] for output in wanted]
+        if found := [by_output[output] for output in wanted if output in by_output]:
+            policies[arm] = found
     return policies
 
 
@@ -331,14 +323,6 @@ def _files(folder: Path | None, benchmark: str, source: str, **names: str) -> di
             )
         files[name] = str(path)
     return files
-
-
-def _judge(word: str | None) -> dict[str, str]:
-    if not word:
-        return {}
-    if word.startswith(("http://", "https://")):
-        return {"url": word}
-    return {"replay" if word.endswith(".jsonl") else "path": word}
 
 
 def _reward(word: str) -> tuple[str, dict[str, str]]:
