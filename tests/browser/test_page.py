@@ -102,6 +102,7 @@ def test_a_thousand_verdicts_are_browsed_at_once(evaluated, show, width):
     assert page.run(COUNT.format(".said h3")) >= 5  # questions, two answers, two games
     assert page.run(COUNT.format(".row")) == 25
     assert milliseconds < 500
+    assert page.run(COUNT.format("p.legend")) == 0  # few names stand over each plot
     assert page.run(COUNT.format(".js-plotly-plot .main-svg")) >= 5
 
 
@@ -307,4 +308,7 @@ def test_a_hundred_runs_answer_within_two_seconds(browser, tmp_path):
     drawn = page.seconds()
     assert answered < 2 and page.complaints() == []
     assert page.run("document.documentElement.scrollWidth") <= 380
+    legend = page.run("document.querySelector('[data-plots=curve]').previousSibling.textContent")
+    assert legend == "".join(f"arm-{i}" for i in range(10))  # once, not over every plot
+    assert page.run(COUNT.format(".plot .legend")) == 0
     assert drawn < 5

@@ -10,9 +10,9 @@ for (const box of document.querySelectorAll("[data-plots]")) {  // a plot for ea
   const names = new Map();
   for (const id of Object.keys(figures).filter(id => id.startsWith(box.dataset.plots + "-"))) {
     const plot = element("div", "plot"); plot.id = id; box.append(plot);
-    for (const trace of named(figures[id])) names.set(trace.name, [trace.line?.color ?? trace.marker?.color].flat()[0]);
+    if (named(figures[id]).length > MOST_NAMES) for (const trace of named(figures[id])) names.set(trace.name, [trace.line?.color ?? trace.marker?.color].flat()[0]);
   }
-  if (names.size > MOST_NAMES) {
+  if (names.size) {
     const legend = element("p", "legend");
     for (const [name, slot] of names) { const one = element("span"); one.append(dot(String(slot).slice("slot-".length)), name); legend.append(one); }
     box.before(legend);
