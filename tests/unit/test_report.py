@@ -138,7 +138,8 @@ def test_a_sweep_unfolds_the_clusters_of_a_verdict():
     verdict = effect | {"rl.kl_coef": "0.1"} | judged
     made = sweep_page(
         {
-            "name": "test", "recipe": "r", "points": ["a", "b"], "rows": rows, "verdicts": [verdict], "frontiers": [], "notes": [],
+            "name": "test", "recipe": "r", "points": ["a", "b"], "rows": rows, "verdicts": [verdict],
+            "frontiers": [], "notes": [],
             "axes": {"pair": ["pair-0", "pair-1"], "rl.kl_coef": ["0.1", "0.3"]},
         }
     )  # fmt: skip
