@@ -45,11 +45,15 @@ def test_a_killed_forecast_goes_on_and_gives_the_same(inputs, finished, tmp_path
     shown = salsa(inputs, "run", "tiny.yaml", *ASKED, "-o", str(straight))
     assert shown.returncode == 0, shown.stderr
     assert "replies soup: reused" in shown.stderr
-    assert json.loads((straight / "report.json").read_text())["forecast"] == made
+    shown = json.loads((straight / "report.json").read_text())["forecast"]
+    assert [row["arm"] for row in shown.pop("trained")] == ["ppo", "salsa", "salsa3"]
+    assert shown == made
+    assert "What training reached of it" in (straight / "report.html").read_text()
     assert "What each reference is worth before RL" in (straight / "report.html").read_text()
     plain = salsa(inputs, "run", "tiny.yaml", "-o", str(killed))  # its recipe asks for no forecast
     assert plain.returncode == 0, plain.stderr
-    assert json.loads((killed / "report.json").read_text())["forecast"] == made
+    shown = json.loads((killed / "report.json").read_text())["forecast"]
+    assert shown.pop("trained") and shown == made
 
 
 def test_bad_candidates_and_too_few_samples_are_one_line(inputs, finished, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from salsa.analysis.gap import gaps
 from salsa.artifacts import read_jsonl, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import alarms, figures, frontier, judged_figures
@@ -31,7 +32,9 @@ def write_report(
 
     `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
     """
-    summary = summarise(results) | {"forecast": forecast, "landscape": landscape}
+    summary = summarise(results) | {"forecast": None, "landscape": landscape}
+    if forecast:
+        summary["forecast"] = {**forecast, "trained": gaps(forecast, summary)}
     if key:
         summary["key"] = key
     rows = {
