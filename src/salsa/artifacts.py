@@ -47,9 +47,9 @@ class Checkpoint:
                 )
             return cls(path, hashes.tree(path) if hashes else sha256_tree(path))
 
-    def verify(self, *, known: Mapping[str, str] | None = None) -> None:
-        """Raise CheckpointError if the files are no longer those that were hashed; `known` as of `sha256_tree`."""
-        if (digest := sha256_tree(self.path, known=known)) != self.digest:
+    def verify(self, **how: Any) -> None:
+        """Raise CheckpointError if the files are no longer those that were hashed; options as of `sha256_tree`."""
+        if (digest := sha256_tree(self.path, **how)) != self.digest:
             raise CheckpointError(
                 f"{self.path}: changed since it was made (digest {digest[:12]}, recorded {self.digest[:12]}). "
                 "Delete that directory and run the recipe again to rebuild it."
@@ -158,11 +158,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank.
-
-    Raises:
-        DataError: a line is not JSON; the message names it.
-    """
+    """(line number, value) of every line that is not blank; DataError names one that is not JSON."""
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -228,14 +228,10 @@ def soup(
     debug: Debug = False,
 ) -> None:
     """Average checkpoints into one: an ordinary Hugging Face directory."""
-    options = {
-        "weights": weights, "method": method, "base": base, "alpha": alpha, "score": score,
-        "dtype": dtype, "heads": heads, "take_from": take_from, "normalize": normalize,
-        "extrapolate": extrapolate, "force": force,
-    }  # fmt: skip
-    from salsa.soup.terminal import SoupCommand
+    options = {name: value for name, value in locals().items() if name != "debug"}
+    from salsa.soup.terminal import run_soup
 
-    SoupCommand(ingredients, out, points, as_json, dry_run, options).run()
+    run_soup(**options)
 
 
 def main() -> None:

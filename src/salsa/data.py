@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,8 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
     for row in rows:
         prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
         if prompt is None and isinstance(chosen, list):
-            shared = 0
-            while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-                shared += 1
+            turns = zip(chosen, rejected, strict=False)
+            shared = len(list(takewhile(lambda pair: pair[0] == pair[1], turns)))
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if prompt is None:
             raise DataError(

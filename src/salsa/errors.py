@@ -44,11 +44,7 @@ _PERMISSION_DENIED = {
 def accessing(
     path: Path, action: Literal["read", "write"], error: type[SalsaError] = ConfigError
 ) -> Iterator[None]:
-    """Turn the system's refusal to read or write what a user named into one line that says what to do.
-
-    Raises:
-        SalsaError: of the kind `error`, if the system refuses.
-    """
+    """Turn the system's refusal to read or write what a user named into an `error`, a line that says what to do."""
     try:
         yield
     except OSError as refused:

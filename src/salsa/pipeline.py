@@ -111,24 +111,20 @@ def run_recipe(
 
 
 def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
-    graph.finish(stages.sft)
-    if until == "sft":
-        return
-    graph.finish(stages.reward)
-    if until == "reward":
-        return
+    for name, first in (("sft", stages.sft), ("reward", stages.reward)):
+        graph.finish(first)
+        if until == name:
+            return
     if recipe.forecast is not None or until == "forecast":
         graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
     if until == "forecast":
         return write_forecast(recipe, graph, stages.forecast)
     if until == "landscape":
         return write_landscape(recipe, graph, stages.landscape)
-    graph.finish(chain(*stages.policies.values()))
-    if until == "rl":
-        return
-    graph.finish(chain(*stages.samples.values()))
-    if until == "eval":
-        return
+    for name, of_arms in (("rl", stages.policies), ("eval", stages.samples)):
+        graph.finish(chain(*of_arms.values()))
+        if until == name:
+            return
     landscape = written(graph.run, "landscape")
     forecast = written(graph.run, "forecast") if recipe.forecast is None else None
     key, current = report_key(graph.run, [one for one in (forecast, landscape) if one])

@@ -9,6 +9,7 @@ from scipy import stats
 
 from salsa.artifacts import read_jsonl
 from salsa.evaluate.results import summarise
+from salsa.report.figures import all_figures
 from salsa.report.page import against_baseline, headline, render, script_json
 from salsa.report.pairs import agreement, matrix, seed_tables
 from salsa.report.sweep import page as sweep_page
@@ -58,6 +59,15 @@ def page(summary):
         for name in ("ppo", "salsa")
     }
     return render(summary, rows, curves, f"name: {ATTACK}")
+
+
+def test_an_arm_that_logged_nothing_has_no_curve(summary):
+    rows = {name: [[{"prompt": "a", "response": "b", "proxy": 0.1}]] for name in summary["arms"]}
+    short, logged = [[]], [[{"step": 1, "score": 0.1, "kl": 0.0, "length": 3.0, "entropy": 1.0}]]
+    plots = all_figures(summary, rows, {"ppo": short, "salsa": logged})
+    assert [line["name"] for line in plots["curve-score"]["data"]] == ["salsa"]
+    assert "curve-" not in "".join(all_figures(summary, rows, {"ppo": short}))
+    assert render(summary, rows, {"ppo": short, "salsa": logged}, "name: a")
 
 
 def test_model_text_is_escaped_everywhere(page):

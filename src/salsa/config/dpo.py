@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from salsa.config.schema import Count, Execution, Positive, Strict, check_divides
+from salsa.config.schema import Count, Execution, Positive, Strict
 
 
 class DPOConfig(Strict):
@@ -27,5 +27,5 @@ class DPOConfig(Strict):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
+        self.check_divides("microbatch_size", "batch_size")
         return self

@@ -98,11 +98,7 @@ class ReferenceRule(Generic[M]):
 
 
 def parse_model(text: str) -> Model:
-    """A model expression.
-
-    Raises:
-        ValueError: it names no model; the message says what may be written.
-    """
+    """A model expression; ValueError, which says what may be written, for what names no model."""
     text = text.strip()
     if text in ("base", "soup"):
         return Base() if text == "base" else RecipeSoup()
@@ -183,12 +179,7 @@ def text_of(model: Model) -> str:
 
 
 def sft_indices(model: Model, recipe_soup: tuple[int, ...]) -> tuple[int, ...]:
-    """Indices of the SFT models that a model is made of; none for `base` and paths.
-
-    Args:
-        model: the expression.
-        recipe_soup: ingredients of the recipe's `soup`.
-    """
+    """Indices of the SFT models that a model is made of, `soup` of `recipe_soup`; none for `base` and paths."""
     match model:
         case SFT(index):
             return (index,)

@@ -22,7 +22,6 @@ from salsa.config.schema import (
     Positive,
     Seeds,
     Strict,
-    check_divides,
     explain,
 )
 
@@ -183,15 +182,14 @@ class RLConfig(Strict):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        check_divides(self.rollout_size, self.group_size, "group_size", "rollout_size")
-        check_divides(self.rollout_size, self.minibatch_size, "minibatch_size", "rollout_size")
+        self.check_divides("group_size", "rollout_size")
+        self.check_divides("minibatch_size", "rollout_size")
         if self.algorithm != "ppo":
             if self.group_size < 2:
                 raise ValueError(
                     f"algorithm={self.algorithm} compares the responses to one prompt. Set group_size to 2 or more"
                 )
-            without = f"with algorithm={self.algorithm}, which has no critic"
-            self.check_unset(_CRITIC_ONLY, without)
+            self.check_unset(_CRITIC_ONLY, f"with algorithm={self.algorithm}, which has no critic")
         if self.vf_coef is not None and self.critic == "separate":
             raise ValueError(
                 f"vf_coef={self.vf_coef:g} changes nothing for a separate critic, which has an Adam of its own. "

@@ -53,6 +53,14 @@ class Strict(BaseModel):
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}={value} changes nothing {why}. Remove it")
 
+    def check_divides(self, part: str, whole: str) -> None:
+        """ValueError, with the divisors to choose from, if a `part` that is set does not divide `whole`."""
+        size, total = getattr(self, part), getattr(self, whole)
+        if size is not None and total % size:
+            *others, last = (str(d) for d in range(1, total + 1) if total % d == 0)
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"{part}={size} does not divide {whole}={total}. Use {choice}.")
+
     def _marked(self, *markers: str) -> set[str]:
         """Names of the fields that carry one of the markers."""
         fields = type(self).model_fields.items()
@@ -74,12 +82,7 @@ def _check_models(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
-def _check_model(value: str) -> str:
-    parse_model(value)
-    return value
-
-
-ModelText = Annotated[str, AfterValidator(_check_model)]
+ModelText = Annotated[str, AfterValidator(lambda text: _check_models((text,))[0])]
 """A model expression, as text."""
 Models = AfterValidator(_check_models)
 """Marks a tuple of different model expressions; after the bounds of its length."""
@@ -138,14 +141,6 @@ class RewardFunction(Strict):
                 f"concurrency={self.concurrency} changes nothing while one call takes all responses. Set batch_size"
             )
         return self
-
-
-def check_divides(whole: int, part: int | None, part_name: str, whole_name: str) -> None:
-    """ValueError, with the divisors to choose from, if a given `part` does not divide `whole`."""
-    if part is not None and whole % part:
-        *others, last = (str(d) for d in range(1, whole + 1) if whole % d == 0)
-        choice = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"{part_name}={part} does not divide {whole_name}={whole}. Use {choice}.")
 
 
 def nearest(word: str, words: Any) -> str:

@@ -4,16 +4,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from salsa.config.schema import (
-    Count,
-    DataSource,
-    Execution,
-    Input,
-    Positive,
-    Seeds,
-    Strict,
-    check_divides,
-)
+from salsa.config.schema import Count, DataSource, Execution, Input, Positive, Seeds, Strict
 
 
 class SFTConfig(Strict):
@@ -48,7 +39,7 @@ class SFTConfig(Strict):
             raise ValueError(
                 f"epochs has {len(self.epochs)} values for {self.count} models. Give one for all, or one for each"
             )
-        check_divides(self.batch_size, self.microbatch_size, "microbatch_size", "batch_size")
+        self.check_divides("microbatch_size", "batch_size")
         return self
 
     @property

@@ -46,7 +46,7 @@ def _curve(
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():
-        if name not in seeds[0][0]:  # DPO logs other metrics
+        if not any(name in row for row in seeds[0][:1]):  # DPO logs other metrics, a short run none
             continue
         own = [thinned(seed, POINTS) for seed in seeds]
         steps = [row["step"] for row in own[0]]

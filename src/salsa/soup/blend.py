@@ -70,19 +70,17 @@ class Blend:
         """
         total = sum(self.sources[0].tensors[key].size for key in self.stored)
         done = 0
-        written: Future[None] | None = None
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            written: Future[None] = writing.submit(lambda: None)
             for piece, raws in self._read_ahead(reading):
                 result = self._mix(piece, raws)
                 if writer is not None and result is not None:
-                    if written is not None:
-                        written.result()
+                    written.result()
                     written = writing.submit(writer.write, result)
                 if progress is not None and piece.write:
                     done += piece.stop - piece.start
                     progress(done, total)
-            if written is not None:
-                written.result()
+            written.result()
         for key, tally in self.tallies.items():
             tally.settle(self._factors[key], with_base=self.base is not None)
         return self.tallies
@@ -134,7 +132,8 @@ class Blend:
             base = values[-1] if self.base is not None else None
             tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
             if not (np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all()):
-                self._refuse_infinite(key, values)
+                for source, row in zip(self.sources, values, strict=True):
+                    source.check_finite(key, row)
         if not piece.write:
             return None
         if key not in self._factors:
@@ -147,13 +146,6 @@ class Blend:
         if not np.isfinite(result).all():
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
         return result
-
-    def _refuse_infinite(self, key: str, values: np.ndarray) -> None:
-        for source, row in zip(self.sources, values, strict=True):
-            if not np.isfinite(row).all():
-                raise CheckpointError(
-                    f"{source.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
-                )
 
 
 def weighted_sum(

@@ -234,22 +234,14 @@ def _reading(path: Path, trouble: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: it is no regular file, or holds no JSON object.
-    """
+    """A JSON object from a file; CheckpointError if it is no regular file, or holds no JSON object."""
     text = read_text(path)
     with _reading(path, "cannot be read as JSON"):
         return _parsed(text)
 
 
 def read_text(path: Path) -> str:
-    """A text file that may be anything: a directory, a pipe, a film.
-
-    Raises:
-        CheckpointError: it cannot be read as text.
-    """
+    """A text file that may be anything: a directory, a pipe, a film; CheckpointError if it is no text."""
     with _reading(path, "cannot be read"):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise ValueError("no regular file")

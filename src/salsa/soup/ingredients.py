@@ -77,12 +77,15 @@ class Ingredient:
         """Elements of a tensor, flat; stored ones lie in the head of `buffer`."""
         return self.weights.read(self.tensors[key], start, stop, buffer)
 
-    def digest(self) -> str:
-        """sha256 of the directory's content.
+    def check_finite(self, key: str, values: np.ndarray) -> None:
+        """Raise CheckpointError if NaN or Inf is among the values of a tensor."""
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
+            )
 
-        Raises:
-            CheckpointError: it is not the `expected` one.
-        """
+    def digest(self) -> str:
+        """sha256 of the directory's content; CheckpointError if it is not the `expected` one."""
         hashes = self.weights.sha256()
         if self.expected is None:
             return sha256_tree(self.path, known=hashes)
@@ -254,13 +257,11 @@ def _vocabulary(ingredient: Ingredient) -> dict[str, Any]:
             "merges": [m if isinstance(m, str) else " ".join(map(str, m)) for m in merges],
             "added tokens": {str(t.get("id")): (t.get("content"), t.get("special")) for t in added},
         }
-    values: dict[str, Any] = {}
-    for name in ("vocab.json", "added_tokens.json"):
-        if (file := ingredient.file(name)).exists():
-            values[name] = read_json(file)
+    parsed = [ingredient.file(name) for name in ("vocab.json", "added_tokens.json")]
     names = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
-    there = {name: ingredient.file(name) for name in names}
-    return values | {name: file.read_bytes() for name, file in there.items() if file.is_file()}
+    whole = [ingredient.file(name) for name in names]
+    values: dict[str, Any] = {file.name: read_json(file) for file in parsed if file.exists()}
+    return values | {file.name: file.read_bytes() for file in whole if file.is_file()}
 
 
 def _example(old: Any, new: Any) -> str:

@@ -94,10 +94,7 @@ class Adapter(Ingredient):
         buffer = np.empty(tensor.size * FLOATS[tensor.dtype].itemsize, np.uint8)
         flat = self.weights.read(tensor, 0, tensor.size, buffer)
         values = flat.reshape(tensor.shape).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{self.path}: {key} holds NaN or Inf. A soup needs sound ingredients."
-            )
+        self.check_finite(key, values)
         return values
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,54 +18,46 @@ _PROGRESS_AFTER = 200_000_000
 """Elements from which a progress bar is worth its line."""
 
 
-@dataclass(frozen=True)
-class SoupCommand:
-    """What was typed; lists still as text."""
-
-    ingredients: Sequence[str]
-    out: Path | None
-    points: str | None
-    as_json: bool
-    dry_run: bool
-    options: Mapping[str, Any]
-
-    def run(self) -> None:
-        """Do it and print what came of it."""
-        options = dict(self.options)
-        options["weights"] = _numbers("--weights", options["weights"])
-        if options["score"] is not None:
-            options["score"] = partial(command_score, options["score"])
-        if (options["method"] == "interpolate") != (self.points is not None):
-            raise ConfigError("--points belongs to --method interpolate, which needs it.")
-        if self.out is None and not self.dry_run:
-            raise ConfigError("Missing option --out: the directory to make (or --dry-run).")
-        if self.points is not None:
-            return self._interpolate(options)
-        with _progress() as progress:
-            if self.out is None or self.dry_run:
-                options["allow_identical"] = options.pop("force")
-                record = measure_soup(self.ingredients, progress=progress, **options)
-            else:
-                made = make_soup(self.ingredients, out=self.out, progress=progress, **options)
-                record = json.loads((made.path / "soup.json").read_text())
-        if self.as_json:
-            print(json.dumps(record, indent=1))
-            return
-        _show(record)
-        if not self.dry_run:
-            print(f"{self.out}  sha256 {record['sha256'][:12]}")
-
-    def _interpolate(self, options: dict[str, Any]) -> None:
-        points = _numbers("--points", self.points)
-        if len(self.ingredients) != 2 or options["weights"] is not None or self.dry_run:
+def run_soup(
+    ingredients: Sequence[str],
+    *,
+    out: Path | None,
+    points: str | None,
+    as_json: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Do what was typed, lists still as text, and print what came of it; options as of `make_soup`."""
+    weights = options["weights"] = _numbers("--weights", options["weights"])
+    if options["score"] is not None:
+        options["score"] = partial(command_score, options["score"])
+    if (options["method"] == "interpolate") != (points is not None):
+        raise ConfigError("--points belongs to --method interpolate, which needs it.")
+    if out is None and not dry_run:
+        raise ConfigError("Missing option --out: the directory to make (or --dry-run).")
+    if (places := _numbers("--points", points)) is not None:
+        if len(ingredients) != 2 or weights is not None or dry_run or out is None:
             raise ConfigError(
                 "--method interpolate takes two models and --points, no weights and no dry run."
             )
-        assert points is not None and self.out is not None
         kept = ("base", "dtype", "heads", "take_from", "extrapolate", "force")
         own = {name: options[name] for name in kept}
-        for made in interpolate(*self.ingredients, points=points, out=self.out, **own):
+        for made in interpolate(*ingredients, points=places, out=out, **own):
             print(f"{made.path}  sha256 {made.digest[:12]}")
+        return
+    with _progress() as progress:
+        if out is None or dry_run:
+            options["allow_identical"] = options.pop("force")
+            record = measure_soup(ingredients, progress=progress, **options)
+        else:
+            made = make_soup(ingredients, out=out, progress=progress, **options)
+            record = json.loads((made.path / "soup.json").read_text())
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    _show(record)
+    if not dry_run:
+        print(f"{out}  sha256 {record['sha256'][:12]}")
 
 
 def command_score(command: str, path: Path) -> float:

@@ -32,7 +32,7 @@ from salsa.artifacts import (
     versions,
     write_atomic,
 )
-from salsa.errors import CheckpointError, ConfigError, accessing
+from salsa.errors import ConfigError, accessing
 from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
@@ -129,11 +129,7 @@ class RunDirectory:
                 self.hashes.save()
 
     def check_precision(self, precision: str) -> None:
-        """Refuse to compute everything anew in another arithmetic than the one that was finished here.
-
-        Raises:
-            ConfigError: `precision` is not `auto`, and finished stages were computed in another.
-        """
+        """ConfigError if `precision` is not `auto` and would compute anew what was finished here in another."""
         for file in sorted(self.path.glob("stages/*/stage.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
             other = record.get("precision", precision)
@@ -148,28 +144,20 @@ class RunDirectory:
         identity = {"layout": LAYOUT_VERSION, "stage": job.label, **job.identity()}
         if job.needs_engine:
             identity["precision"] = precision
-        digest = digest_of(identity)
-        final = stage_path(self.path, job.label, digest)
-        return Place(job.label, final, identity | {"digest": digest})
+        identity["digest"] = digest_of(identity)
+        return Place(job.label, stage_path(self.path, job.label, identity["digest"]), identity)
 
     def find(self, place: Place) -> Stage | None:
-        """The finished stage there, its bytes verified; None if it is not finished.
-
-        Raises:
-            CheckpointError: its files are no longer those that were written.
-        """
+        """The finished stage there, if any; CheckpointError if its files are no longer those that were written."""
         if not (place.final / "stage.json").exists():
             if not (place.partial / "stage.json").exists():
                 return None
             os.replace(place.partial, place.final)  # killed just before the rename
         shutil.rmtree(place.final / "resume", ignore_errors=True)  # killed just after it
         record = json.loads((place.final / "stage.json").read_text(encoding="utf-8"))
-        if (digest := self.hashes.tree(place.final)) != record["output"]:
-            raise CheckpointError(
-                f"{place.final}: changed since it was made (digest {digest[:12]}, recorded "
-                f"{record['output'][:12]}). Delete that directory and run the recipe again to rebuild it."
-            )
-        return Stage(place.label, place.final, record, reused=True)
+        stage = Stage(place.label, place.final, record, reused=True)
+        stage.checkpoint.verify(hashed=self.hashes.sha256)
+        return stage
 
     def _take_recipe(self, text: str, force: bool, decisive: Callable[[str], Any]) -> None:
         file = self.path / "recipe.yaml"

@@ -102,8 +102,7 @@ class Graph:
         for node in waiting:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
-                with filling(place, job, engine) as directory:
-                    job.run(directory, engine)
+                perform(place, job, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Reference = ReferenceRule[Checkpoint]
 
-
 T = TypeVar("T")
 Undecisive = Annotated[T, None]
 """A job's field that does not decide its result."""
@@ -430,15 +429,9 @@ class LandscapeJob(Job):
 
     def identity(self) -> dict[str, Any]:
         """The models, the places, and everything that is measured there."""
+        named = {"model": dict(enumerate(self.models)), "kl_to": self.kl_to, "score": self.rewards}
         loss = {} if self.validation is None else {"validation": self.validation}
-        return identity_from(
-            **vars(self.asked),
-            alphas=self.alphas,
-            model=dict(enumerate(self.models)),
-            kl_to=self.kl_to,
-            score=self.rewards,
-            **loss,
-        )
+        return identity_from(**vars(self.asked), alphas=self.alphas, **named, **loss)
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Write `places.jsonl`, a row a place; resumable."""
@@ -457,11 +450,7 @@ def identity_of(reference: Reference) -> str:
 
 
 def moved_reference(policy: Checkpoint) -> Checkpoint:
-    """Where a moving reference ended, beside the policy it followed.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
+    """Where a moving reference ended, beside the policy it followed; CheckpointError if it is not there."""
     path = policy.path / "reference"
     if not path.is_dir():
         raise CheckpointError(f"{path}: the moving reference is missing. Run this arm again.")

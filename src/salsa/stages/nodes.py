@@ -79,12 +79,14 @@ def policy(
     reference = _nodes_of(arm.rule, models)
     if isinstance(config, DPOConfig):
         return Node.of(jobs.DPOJob, label, init, *reference.models, pairs, config, seed)
+    soup = recipe.soup.ingredients
+    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
     return Node.of(
         jobs.RLJob,
         label,
         init=init,
         reference=reference,
-        kl_to=_monitored(recipe, models),
+        kl_to={name: models[name] for name in ("base", *(f"sft[{i}]" for i in sorted(used)))},
         reward=_rewards(recipe, reward)["proxy"],
         config=config,
         prompts=section.prompts,
@@ -217,10 +219,3 @@ def _rewards(recipe: Recipe, reward: Any) -> dict[str, RewardSource]:
     """The training reward, whose checkpoint is a node yet, as `proxy`; and further scores by their names."""
     others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
     return {"proxy": RewardSource(recipe.reward.functions, reward)} | others
-
-
-def _monitored(recipe: Recipe, models: Models) -> dict[str, Node]:
-    """The base and every SFT model that goes into any arm: the models whose KL is logged."""
-    soup = recipe.soup.ingredients
-    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
-    return {name: models[name] for name in ("base", *(f"sft[{i}]" for i in sorted(used)))}
