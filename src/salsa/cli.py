@@ -228,7 +228,9 @@ def soup(
     debug: Debug = False,
 ) -> None:
     """Average checkpoints into one: an ordinary Hugging Face directory."""
-    options = {name: value for name, value in locals().items() if name != "debug"}
+    options = {
+        k: v for k, v in locals().items() if k != "debug"
+    }  # what was asked, before any other local
     from salsa.soup.terminal import run_soup
 
     run_soup(**options)
