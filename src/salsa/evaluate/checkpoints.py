@@ -67,7 +67,7 @@ class _Evaluation:
     def __init__(self, spec: EvalSpec, run: RunDirectory) -> None:
         self.spec, self.run = spec, run
         self.graph = Graph(run, precision=spec.precision)
-        one = spec.num_seeds == 1
+        one = len(spec.models[spec.against]) == 1
         self.entrants = [  # arm, training seed, label, checkpoint
             (arm, seed, arm if one else f"{arm}-seed-{seed}", Checkpoint.of(resolve(path)))
             for arm, paths in spec.models.items()
