@@ -91,11 +91,7 @@ class Writer:
     def batch(
         self, prompts: Sequence[Prompt], temperature: float, seed: int, number: int
     ) -> Rollout:
-        """Replies to one batch of prompts, drawn from (seed, number).
-
-        Raises:
-            DataError: a prompt leaves the model no room to answer.
-        """
+        """Replies to one batch, drawn from (seed, number); DataError if a prompt leaves no room to answer."""
         longest = max(len(prompt.ids) for prompt in prompts)
         room = min(self.max_new_tokens, self.context - longest)
         if room < 1:

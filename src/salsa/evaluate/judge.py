@@ -264,13 +264,10 @@ class EndpointJudge(Judge):
         choice = response.choices[0]
         if not isinstance(choice.message.content, str):
             raise ValueError(f"content is {type(choice.message.content).__name__}, not text")
-        usage = response.usage
-        return Reply(
-            self._clean(choice.message.content, whole=True),
-            choice.finish_reason,
-            int(getattr(usage, "prompt_tokens", 0) or 0),
-            int(getattr(usage, "completion_tokens", 0) or 0),
-        )
+        names = ("prompt_tokens", "completion_tokens")
+        tokens = {name: int(getattr(response.usage, name, 0) or 0) for name in names}
+        text = self._clean(choice.message.content, whole=True)
+        return Reply(text, choice.finish_reason, **tokens)
 
     def _status(self, error: Any) -> Refusal:
         reason = self._clean(f"{self._host}: HTTP {error.status_code}: {error.message}")

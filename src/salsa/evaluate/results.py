@@ -67,13 +67,7 @@ class Results:
 def results_of(
     recipe: Recipe, stages: Sequence[Stage], samples: Mapping[str, Sequence[Checkpoint]]
 ) -> Results:
-    """What a finished run measured.
-
-    Args:
-        recipe: the run's.
-        stages: all of its finished stages.
-        samples: arm → seed → the directory of `samples.jsonl`.
-    """
+    """What a finished run measured; `samples`: arm → seed → the directory of `samples.jsonl`."""
     policies = {
         s.path: s.record["inputs"]["policy"] for s in stages if "policy" in s.record["inputs"]
     }
@@ -225,10 +219,9 @@ def pairs_of(
     rows = []
     for baseline, candidate in combinations(arms, 2):
         own, other = tables[candidate][score], tables[baseline][score]
-        rate = two_level_win_rate(own, other)
         rows.append(
             {"score": score, "candidate": candidate, "baseline": baseline}
-            | _rate(rate)
+            | _rate(two_level_win_rate(own, other))
             | {"difference": rounded(two_level_mean(own - other))}
             | {"by_seed": _by_seed(own, other)}
         )
@@ -240,10 +233,10 @@ def _by_seed(own: np.ndarray, other: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for one, against in zip(own[:, None], other[:, None], strict=True):
         rate = rounded(two_level_win_rate(one, against))
-        difference = rounded(two_level_mean(one - against))
+        mean = rounded(two_level_mean(one - against))
+        difference = {key: mean[key] for key in ("mean", "low", "high")}
         rows.append(
-            {key: rate[key] for key in ("rate", "low", "high")}
-            | {"difference": {key: difference[key] for key in ("mean", "low", "high")}}
+            {key: rate[key] for key in ("rate", "low", "high")} | {"difference": difference}
         )
     return rows if len(rows) > 1 else []
 
