@@ -21,7 +21,6 @@ from salsa.types import Rollout
 GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
 
-
 ROWS = {"mt_bench": mtbench.answer_row, "arena_hard": arena_hard.answer_row}
 """Benchmark → a row of `answers.jsonl` in upstream's format."""
 

@@ -66,7 +66,6 @@ class Judge(Protocol):
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """One reply a conversation; raises Unreachable."""
-        ...
 
     async def close(self) -> None:
         """Let go of connections, if there are any."""
@@ -109,11 +108,10 @@ class JudgmentCache:
             say(f"{path}: dropped half a line that an interrupted write had left")
         if path.exists():
             with path.open(encoding="utf-8") as lines:
+                names = [f.name for f in fields(Reply)]
                 for number, row in parse_jsonl(lines, str(path)):
                     try:
-                        reply = Reply(
-                            **{f.name: row[f.name] for f in fields(Reply) if f.name in row}
-                        )
+                        reply = Reply(**{name: row[name] for name in names if name in row})
                         self.replies.setdefault(row["key"], reply)
                     except (LookupError, TypeError) as error:
                         raise DataError(

@@ -287,5 +287,4 @@ def grouped(keyed: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
 
 def _rates(keyed: Iterable[tuple[Any, Comparison]]) -> dict[Any, WinRate]:
     """The rate of every group in which there is a verdict."""
-    groups = grouped(keyed)
-    return {key: rate(own) for key, own in groups.items() if any(c.scores for c in own)}
+    return {key: rate(own) for key, own in grouped(keyed).items() if any(c.scores for c in own)}

@@ -11,7 +11,7 @@ from salsa.artifacts import Checkpoint, read_jsonl, versions
 from salsa.config import Recipe, RLConfig
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.benchmarks import Bench
-from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary
+from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary, grouped
 from salsa.evaluate.significance import holm, mcnemar
 from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_metric
@@ -287,10 +287,8 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
     )
     few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
     notes = [seeds + (few if 1 < count < 4 else "")]
-    computed: dict[str, list[str]] = {}
-    for stage in results.stages:
-        if (precision := stage.record.get("precision")) is not None:
-            computed.setdefault(precision, []).append(stage.label)
+    computed = grouped((stage.record.get("precision"), stage.label) for stage in results.stages)
+    computed.pop(None, None)
     if len(computed) > 1:
         parts = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in computed.items())
         notes.append(
@@ -318,14 +316,12 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
 
 def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     """Rates and ratings of one benchmark; a judge that never gave a verdict is told, and the rest still stands."""
-    pairs: list[PairSummary] = []
-    counts: dict[str, int] = {}
     singles: dict[str, Any] | None = None
     try:
         summary = pairs_summary(bench, arms)
         pairs, counts = list(summary.pairs.values()), dict(summary.counts)
     except NoVerdict as error:
-        counts[f"comparisons and no verdict at all ({error})"] = len(bench.pairs)
+        pairs, counts = [], {f"comparisons and no verdict at all ({error})": len(bench.pairs)}
     if bench.singles:
         categories = {question.id: question.category for question in bench.questions}
         try:
