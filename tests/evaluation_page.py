@@ -47,7 +47,7 @@ def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[di
                 lead = worth[0] - worth[1] + 0.4
                 text = "[[A]]" if lead > 0.3 else "[[B]]" if lead < -0.3 else "[[C]]"
             replies.append(Reply(f"{ATTACK} {text}" if rng.random() > 0.02 else "I cannot say."))
-        return replies
+        return replies, Totals()
 
     pairs = [("sft", "ppo"), ("salsa", "ppo"), ("salsa", "sft")]
     match, played = Match(["ppo"], pairs, "judge", ask, Path()), MTBench(questions, prompts)

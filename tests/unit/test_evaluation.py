@@ -290,8 +290,8 @@ def test_bad_files_say_where_to_get_good_ones(
 ):
     write(bench / file, rows)
     spec = spec_of(
-        **words(bench, [f"a={make_checkpoint('llama', 0).path}"], "http://127.0.0.1:9/v1")
-    )
+        **words(bench, [f"{m}={make_checkpoint('llama', 0).path}" for m in "ab"], "http://127.0.0.1:9/v1")
+    )  # fmt: skip
     with pytest.raises(DataError) as caught:
         evaluate_checkpoints(spec, tmp_path / "out")
     assert message in str(caught.value)
@@ -322,6 +322,36 @@ def test_words_that_cannot_be_meant(given, message):
     with pytest.raises(ConfigError) as caught:
         spec_of(**given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["mt_bench", "arena_hard", "prompts.judge_prompts"])
+def test_one_model_meets_nobody_and_no_judge_is_paid(bench, make_checkpoint, tmp_path, asked):
+    settings = ["mt_bench.max_new_tokens=4", "arena_hard.max_new_tokens=4"]
+    what = {
+        "mt_bench": {"mt_bench": bench / "mt", "settings": settings[:1]},
+        "arena_hard": {"arena_hard": bench / "arena", "settings": settings[1:]},
+        "prompts.judge_prompts": {
+            "prompts": str(bench / "held.jsonl"),
+            "settings": [f"{asked}={bench / 'judge_prompts.jsonl'}", "prompts.max_new_tokens=4"],
+        },
+    }[asked]
+    models = [f"a={make_checkpoint('llama', 0).path}"]
+    with JudgeServer(verdict) as server:
+        with pytest.raises(ConfigError) as caught:
+            spec = spec_of(models, judge=server.url, judge_model="m", **what)
+            evaluate_checkpoints(spec, tmp_path / "out")
+        assert not server.attempts
+    assert f"{asked} compares models in pairs, and there is only 'a'; give a second" in str(
+        caught.value
+    )
+
+
+def test_one_model_may_meet_an_outside_baseline(bench):
+    spec = spec_of(
+        ["a=x"], arena_hard=bench / "arena", judge="http://x/v1", judge_model="m",
+        settings=["arena_hard.baseline=gpt.jsonl"],
+    )  # fmt: skip
+    assert spec.against == "a" and spec.arena_hard.baseline == "gpt.jsonl"
 
 
 def test_a_spec_file_and_its_overrides(tmp_path):

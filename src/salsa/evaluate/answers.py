@@ -21,7 +21,6 @@ from salsa.types import Rollout
 GREEDY = 1e-8
 """The temperature that stands for 0: the sampler divides logits by it, and the largest takes all."""
 
-
 ROWS = {"mt_bench": mtbench.answer_row, "arena_hard": arena_hard.answer_row}
 """Benchmark → a row of `answers.jsonl` in upstream's format."""
 
@@ -91,11 +90,7 @@ class Writer:
     def batch(
         self, prompts: Sequence[Prompt], temperature: float, seed: int, number: int
     ) -> Rollout:
-        """Replies to one batch of prompts, drawn from (seed, number).
-
-        Raises:
-            DataError: a prompt leaves the model no room to answer.
-        """
+        """Replies to one batch, drawn from (seed, number); DataError if a prompt leaves no room to answer."""
         longest = max(len(prompt.ids) for prompt in prompts)
         room = min(self.max_new_tokens, self.context - longest)
         if room < 1:

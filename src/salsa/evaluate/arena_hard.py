@@ -95,8 +95,10 @@ def summarise_pairs(
         labels = [_label(games[n], reparse, counts) if n < len(games) else None for n in (0, 1)]
         counts["rows without two games"] += len(games) != 2
         counts["games without a verdict"] += labels.count(None)
-        scores = () if version == 2 and None in labels else _scores(labels)
-        baseline_first, model_first = (_PLACE[_SCORES[x][0]] if x else None for x in labels)
+        read = [_SCORES[label] if label else None for label in labels]
+        kept = [] if version == 2 and None in read else read
+        scores = tuple((s[0] if n == 1 else 1 - s[0], s[1]) for n, s in enumerate(kept) if s)
+        baseline_first, model_first = (_PLACE[s[0]] if s else None for s in read)
         comparisons.append(
             Comparison(
                 question=values[key],
@@ -136,12 +138,6 @@ def _label(game: Any, reparse: bool, counts: Counter[str]) -> str | None:
     counts["unknown verdicts"] += meaning is None
     counts["verdicts that differ from their text"] += isinstance(text, str) and parsed != meaning
     return meaning
-
-
-def _scores(labels: Sequence[str | None]) -> tuple[tuple[float, float], ...]:
-    """(the model's score, weight) of each game with a verdict."""
-    found = [(number, *_SCORES[label]) for number, label in enumerate(labels) if label]
-    return tuple((score if number == 1 else 1 - score, weight) for number, score, weight in found)
 
 
 def load_questions(path: Path | str, temperature: float = 0.0) -> list[Question]:

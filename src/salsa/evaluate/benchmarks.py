@@ -5,14 +5,14 @@ seed of one arm meets the k-th of the other. Against Arena-Hard's common baselin
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
 from salsa.artifacts import write_jsonl
 from salsa.errors import DataError
-from salsa.evaluate.judge import Message, Refusal, Reply
+from salsa.evaluate.judge import Message, Refusal, Reply, Totals
 
 Answers = Mapping[str, Mapping[Any, Sequence[str]]]
 """Model → question → its answers, a turn each."""
@@ -63,7 +63,7 @@ class Bench:
     singles: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Match:
     """Who plays, who judges, and where the rows go."""
 
@@ -72,9 +72,11 @@ class Match:
     pairs: Sequence[tuple[str, str]]
     """(candidate, baseline) of all pairs of arms."""
     judge: str
-    ask: Callable[[Sequence[Sequence[Message]]], Sequence[Reply | Refusal]]
+    ask: Callable[[Sequence[Sequence[Message]]], tuple[Sequence[Reply | Refusal], Totals]]
     """Ask the judge about many conversations."""
     directory: Path
+    totals: Totals = field(default_factory=Totals)
+    """What judging took so far."""
 
     @property
     def judge_slug(self) -> str:
@@ -87,7 +89,9 @@ class Match:
     ) -> Iterator[tuple[list[Message], str, dict[str, str]]]:
         """Each conversation, the judge's text, and why there is none: `{"error": …}` and an empty text."""
         asked = list(conversations)
-        for conversation, reply in zip(asked, self.ask(asked), strict=True):
+        replies, totals = self.ask(asked)
+        self.totals = self.totals + totals
+        for conversation, reply in zip(asked, replies, strict=True):
             if isinstance(reply, Refusal):
                 yield conversation, "", {"error": reply.reason}
             else:

@@ -46,11 +46,9 @@ class LengthBias:
 
 
 def position_bias(games: Sequence[tuple[str | None, str | None]]) -> PositionBias:
-    """Bias towards a place.
+    """Bias towards a place, from both games' verdicts by *place*: `first`, `second`, `tie` or None (no verdict).
 
-    Args:
-        games: per comparison the two games' verdicts by *place*: `first`, `second`, `tie` or None (no verdict). The
-            answers change places between the games, so `first` then `second` is one consistent winner.
+    The answers change places between the games, so `first` then `second` is one consistent winner.
     """
     verdicts = [verdict for pair in games for verdict in pair if verdict is not None]
     both = [(one, two) for one, two in games if one is not None and two is not None]

@@ -12,6 +12,7 @@ The same command again reuses what is finished; `salsa.evaluate.results` turns r
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,7 @@ from salsa.errors import ConfigError, DataError
 from salsa.evaluate.answers import LocalJudge
 from salsa.evaluate.arena_hard import ArenaHard
 from salsa.evaluate.benchmarks import Answers, Bench, Benchmark, Match, Question, pairings
-from salsa.evaluate.judge import (
-    EndpointJudge,
-    Judge,
-    JudgmentCache,
-    Message,
-    Refusal,
-    ReplayJudge,
-    Reply,
-    Totals,
-    judge_all,
-)
+from salsa.evaluate.judge import EndpointJudge, Judge, JudgmentCache, ReplayJudge, Totals, judge_all
 from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig
@@ -46,11 +37,7 @@ from salsa.stages.jobs import AnswersJob, EvalJob
 
 
 def evaluate_checkpoints(spec: EvalSpec, out: Path, *, force: bool = False) -> Path:
-    """Evaluate what `spec` names into the directory `out`; returns it. Resumable.
-
-    Raises:
-        SalsaError: bad input, or work that failed; what is finished is kept.
-    """
+    """Evaluate what `spec` names into the directory `out`; returns it. After a SalsaError, what is finished is kept."""
     directory = RunDirectory(out)
     with directory.opened(spec.to_yaml(), force=force) as run:
         quiet_libraries()
@@ -67,14 +54,13 @@ class _Evaluation:
     def __init__(self, spec: EvalSpec, run: RunDirectory) -> None:
         self.spec, self.run = spec, run
         self.graph = Graph(run, precision=spec.precision)
-        one = spec.num_seeds == 1
+        one = len(spec.models[spec.against]) == 1
         self.entrants = [  # arm, training seed, label, checkpoint
             (arm, seed, arm if one else f"{arm}-seed-{seed}", Checkpoint.of(resolve(path)))
             for arm, paths in spec.models.items()
             for seed, path in enumerate(paths)
         ]
         self.models = {arm: [e[2] for e in self.entrants if e[0] == arm] for arm in spec.models}
-        self.totals = Totals()
         self.benchmarks: list[Benchmark] = []
         if spec.mt_bench is not None:
             self.benchmarks.append(MTBench.load(spec.mt_bench))
@@ -83,22 +69,17 @@ class _Evaluation:
         self._prompts = self._read_prompts()
         file = spec.prompts and spec.prompts.judge_prompts
         self._judge_prompts = load_judge_prompts(file) if file else None
-        self.judge: Judge | None = None
-        if (judge := spec.judge) is not None:
-            if judge.url is not None:
-                self.judge = EndpointJudge(judge)
-            elif judge.replay is not None:
-                self.judge = ReplayJudge(judge.replay, judge.model)
-            else:
-                self.judge = LocalJudge(judge, self.graph.engine())
+        self.match = self._match(spec.judge) if spec.judge else None
 
     def results(self) -> Results:
         """All the work, and what it measured."""
-        spec = self.spec
+        spec, match = self.spec, self.match
         samples = self._samples() if self._prompts else {}
-        benches = [b.judged(self._answers(b), self._match()) for b in self.benchmarks]
-        if samples and self._judge_prompts and self.judge:
-            benches.append(self._judge_samples(samples))
+        benches = []
+        if match is not None:  # benchmarks need a judge, the schema says
+            benches = [b.judged(self._answers(b, match), match) for b in self.benchmarks]
+            if samples and self._judge_prompts:
+                benches.append(self._judge_samples(samples, match))
         return Results(
             name=spec.name,
             baseline=spec.against,
@@ -111,7 +92,7 @@ class _Evaluation:
             scores=tuple(spec.rewards) if samples else (),
             kl_to=(spec.kl_to,) if samples and spec.kl_to else (),
             benches=benches,
-            judge=judge_record(spec.judge, self.totals) if spec.judge else None,
+            judge=judge_record(spec.judge, match.totals) if spec.judge and match else None,
             stages=self.run.finished,
         )
 
@@ -173,7 +154,7 @@ class _Evaluation:
             samples.setdefault(arm, []).append(self._finish(job))
         return samples
 
-    def _answers(self, benchmark: Benchmark) -> Answers:
+    def _answers(self, benchmark: Benchmark, match: Match) -> Answers:
         """The answers to a benchmark; also written to `<folder>/model_answer` in upstream's format."""
         answers = {}
         for _, seed, label, checkpoint in self.entrants:
@@ -189,11 +170,11 @@ class _Evaluation:
                 seed=self.spec.seed + seed,
             )
             rows = read_jsonl(self._finish(job).path / "answers.jsonl")
-            file = self._match().write(f"{benchmark.folder}/model_answer", label, rows)
+            file = match.write(f"{benchmark.folder}/model_answer", label, rows)
             answers[label] = benchmark.load_answers(file)
         return answers
 
-    def _judge_samples(self, samples: Mapping[str, Sequence[Checkpoint]]) -> Bench:
+    def _judge_samples(self, samples: Mapping[str, Sequence[Checkpoint]], match: Match) -> Bench:
         """The responses to the held-out prompts, judged in pairs by MT-Bench's prompts."""
         assert self._judge_prompts is not None
         prompts = next(iter(self._prompts.values()))
@@ -203,22 +184,22 @@ class _Evaluation:
             for label, one in zip(self.models[arm], of_arm, strict=True):
                 rows = read_jsonl(one.path / "samples.jsonl")
                 answers[label] = {i: (row["response"],) for i, row in enumerate(rows)}
-        match = self._match()
         pairs = MTBench(questions, self._judge_prompts).pair_rows(answers, match)
         match.write("prompts/model_judgment", f"{match.judge_slug}_pair", pairs)
         return Bench("held-out prompts", questions, answers, pairs, [])
 
-    def _match(self) -> Match:
-        assert self.judge is not None  # the schema: benchmarks need a judge
-        baseline, pairs = self.spec.against, pairings(self.models, self.spec.against)
-        return Match(self.models[baseline], pairs, self.judge.model, self._ask, self.run.path)
-
-    def _ask(self, conversations: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
-        assert self.judge is not None
+    def _match(self, config: JudgeConfig) -> Match:
+        judge: Judge
+        if config.url is not None:
+            judge = EndpointJudge(config)
+        elif config.replay is not None:
+            judge = ReplayJudge(config.replay, config.model)
+        else:
+            judge = LocalJudge(config, self.graph.engine())
         cache = JudgmentCache(self.run.path / "judgments.jsonl")
-        replies, totals = judge_all(conversations, self.judge, cache, f"judge {self.judge.model}")
-        self.totals = self.totals + totals
-        return replies
+        ask = partial(judge_all, judge=judge, cache=cache, label=f"judge {judge.model}")
+        baseline, pairs = self.spec.against, pairings(self.models, self.spec.against)
+        return Match(self.models[baseline], pairs, judge.model, ask, self.run.path)
 
     def _finish(self, job: Job) -> Checkpoint:
         node = Node(job.label, (), lambda: job)

@@ -66,7 +66,6 @@ class Judge(Protocol):
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """One reply a conversation; raises Unreachable."""
-        ...
 
     async def close(self) -> None:
         """Let go of connections, if there are any."""
@@ -109,11 +108,10 @@ class JudgmentCache:
             say(f"{path}: dropped half a line that an interrupted write had left")
         if path.exists():
             with path.open(encoding="utf-8") as lines:
+                names = [f.name for f in fields(Reply)]
                 for number, row in parse_jsonl(lines, str(path)):
                     try:
-                        reply = Reply(
-                            **{f.name: row[f.name] for f in fields(Reply) if f.name in row}
-                        )
+                        reply = Reply(**{name: row[name] for name in names if name in row})
                         self.replies.setdefault(row["key"], reply)
                     except (LookupError, TypeError) as error:
                         raise DataError(
@@ -264,13 +262,10 @@ class EndpointJudge(Judge):
         choice = response.choices[0]
         if not isinstance(choice.message.content, str):
             raise ValueError(f"content is {type(choice.message.content).__name__}, not text")
-        usage = response.usage
-        return Reply(
-            self._clean(choice.message.content, whole=True),
-            choice.finish_reason,
-            int(getattr(usage, "prompt_tokens", 0) or 0),
-            int(getattr(usage, "completion_tokens", 0) or 0),
-        )
+        names = ("prompt_tokens", "completion_tokens")
+        tokens = {name: int(getattr(response.usage, name, 0) or 0) for name in names}
+        text = self._clean(choice.message.content, whole=True)
+        return Reply(text, choice.finish_reason, **tokens)
 
     def _status(self, error: Any) -> Refusal:
         reason = self._clean(f"{self._host}: HTTP {error.status_code}: {error.message}")

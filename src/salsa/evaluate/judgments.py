@@ -207,7 +207,7 @@ def summarise(
         raise NoVerdict(
             f"{judge}: none of {len(comparisons)} comparisons has a verdict. Look at the judge's texts."
         )
-    pairs = _grouped(((c.candidate, c.baseline), c) for c in comparisons)
+    pairs = grouped(((c.candidate, c.baseline), c) for c in comparisons)
     sets = [{(c.question, c.turn, c.seed) for c in own} for own in pairs.values()]
     totals = {**counts, "comparisons without a verdict": sum(not c.scores for c in comparisons)}
     totals["questions that not every pair was judged on"] = num_unshared(sets)
@@ -277,14 +277,14 @@ def _placed(comparison: Comparison, lengths: Lengths, arms: Arms) -> Comparison:
     return replace(comparison, candidate=candidate, baseline=baseline, seed=seed, lengths=both)
 
 
-def _grouped(keyed: Iterable[tuple[Any, Comparison]]) -> dict[Any, list[Comparison]]:
-    groups: dict[Any, list[Comparison]] = {}
-    for key, comparison in keyed:
-        groups.setdefault(key, []).append(comparison)
+def grouped(keyed: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Key → its things, both in the order of their first."""
+    groups: dict[Any, list[Any]] = {}
+    for key, thing in keyed:
+        groups.setdefault(key, []).append(thing)
     return groups
 
 
 def _rates(keyed: Iterable[tuple[Any, Comparison]]) -> dict[Any, WinRate]:
     """The rate of every group in which there is a verdict."""
-    groups = _grouped(keyed)
-    return {key: rate(own) for key, own in groups.items() if any(c.scores for c in own)}
+    return {key: rate(own) for key, own in grouped(keyed).items() if any(c.scores for c in own)}

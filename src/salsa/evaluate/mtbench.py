@@ -112,10 +112,25 @@ def summarise_pairs(
     order: dict[frozenset[str], tuple[str, str]] = {}
     comparisons = []
     for row in rows:
-        comparison = _comparison(row, categories or {}, reparse, counts)
-        pair = (comparison.candidate, comparison.baseline)
-        first = order.setdefault(frozenset(pair), pair)
-        comparisons.append(comparison if first == pair else comparison.turned())
+        question, pair = row.values["question_id"], (row.values["model_1"], row.values["model_2"])
+        one = _place(row, "g1", ("model_1", "model_2"), reparse, counts)
+        two = _place(row, "g2", ("model_2", "model_1"), reparse, counts)
+        scores: tuple[tuple[float, float], ...] = ()
+        if one is not None and two is not None:
+            agreed = one == SWAPPED[two]
+            scores = (({"first": 1.0, "second": 0.0, "tie": 0.5}[one] if agreed else 0.5, 1.0),)
+        comparison = Comparison(
+            question=question,
+            turn=_turn(row),
+            category=(categories or {}).get(question, ""),
+            candidate=pair[0],
+            baseline=pair[1],
+            games=(one, two),
+            scores=scores,
+            missing=0 if scores else 1,
+        )
+        as_first_met = order.setdefault(frozenset(pair), pair) == pair
+        comparisons.append(comparison if as_first_met else comparison.turned())
     return judgments.summarise(comparisons, judge, counts, lengths, arms)
 
 
@@ -167,7 +182,7 @@ def summarise_singles(
             for a, b in combinations(ratings, 2)
             if (shared := {k: x - ratings[b][k] for k, x in ratings[a].items() if k in ratings[b]})
         },
-        counts={name: count for name, count in counts.items() if count},
+        counts=dict(+counts),
     )
 
 
@@ -201,28 +216,6 @@ def _turn(row: Row) -> int:
     if isinstance(turn, bool) or turn not in (1, 2):
         raise DataError(f"{row.where}: turn is {turn!r}; MT-Bench has turns 1 and 2.")
     return int(turn)
-
-
-def _comparison(
-    row: Row, categories: Mapping[Any, str], reparse: bool, counts: Counter[str]
-) -> Comparison:
-    values = row.values
-    first = _place(row, "g1", ("model_1", "model_2"), reparse, counts)
-    second = _place(row, "g2", ("model_2", "model_1"), reparse, counts)
-    scores: tuple[tuple[float, float], ...] = ()
-    if first is not None and second is not None:
-        agreed = first == SWAPPED[second]
-        scores = (({"first": 1.0, "second": 0.0, "tie": 0.5}[first] if agreed else 0.5, 1.0),)
-    return Comparison(
-        question=values["question_id"],
-        turn=_turn(row),
-        category=categories.get(values["question_id"], ""),
-        candidate=values["model_1"],
-        baseline=values["model_2"],
-        games=(first, second),
-        scores=scores,
-        missing=0 if scores else 1,
-    )
 
 
 def _place(
@@ -287,11 +280,8 @@ def _mean(ratings: Ratings) -> Estimate:
 
 def _means(ratings: Ratings, group: Callable[[tuple[Any, int, int]], Any]) -> dict[Any, Estimate]:
     """The mean of every group of ratings, in the groups' order; what is in group None is in no mean."""
-    groups: dict[Any, Ratings] = {}
-    for key, value in ratings.items():
-        if (name := group(key)) is not None:
-            groups.setdefault(name, {})[key] = value
-    return {name: _mean(groups[name]) for name in sorted(groups)}
+    groups = judgments.grouped((group(item[0]), item) for item in ratings.items())
+    return {name: _mean(dict(groups[name])) for name in sorted(groups.keys() - {None})}
 
 
 def load_questions(
@@ -487,8 +477,7 @@ def _question(
     """A question in FastChat's format, or in that of the hub's `mt_bench_prompts`."""
     values = row.values
     if "prompt_id" in values:
-        own = {"question_id": values["prompt_id"], "turns": values.get("prompt")}
-        values = {**values, **own}
+        values = {**values, "question_id": values["prompt_id"], "turns": values.get("prompt")}
     judgments.need(Row(row.where, values), "MT-Bench question", "question_id", "category", "turns")
     key, category, turns = values["question_id"], str(values["category"]), values["turns"]
     texts = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)

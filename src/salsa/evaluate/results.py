@@ -11,7 +11,7 @@ from salsa.artifacts import Checkpoint, read_jsonl, versions
 from salsa.config import Recipe, RLConfig
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.benchmarks import Bench
-from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary
+from salsa.evaluate.judgments import Arms, NoVerdict, PairsSummary, PairSummary, grouped
 from salsa.evaluate.significance import holm, mcnemar
 from salsa.evaluate.winrate import two_level_mean, two_level_win_rate
 from salsa.runtime.tracking import round_metric
@@ -67,13 +67,7 @@ class Results:
 def results_of(
     recipe: Recipe, stages: Sequence[Stage], samples: Mapping[str, Sequence[Checkpoint]]
 ) -> Results:
-    """What a finished run measured.
-
-    Args:
-        recipe: the run's.
-        stages: all of its finished stages.
-        samples: arm → seed → the directory of `samples.jsonl`.
-    """
+    """What a finished run measured; `samples`: arm → seed → the directory of `samples.jsonl`."""
     policies = {
         s.path: s.record["inputs"]["policy"] for s in stages if "policy" in s.record["inputs"]
     }
@@ -225,10 +219,9 @@ def pairs_of(
     rows = []
     for baseline, candidate in combinations(arms, 2):
         own, other = tables[candidate][score], tables[baseline][score]
-        rate = two_level_win_rate(own, other)
         rows.append(
             {"score": score, "candidate": candidate, "baseline": baseline}
-            | _rate(rate)
+            | _rate(two_level_win_rate(own, other))
             | {"difference": rounded(two_level_mean(own - other))}
             | {"by_seed": _by_seed(own, other)}
         )
@@ -240,10 +233,10 @@ def _by_seed(own: np.ndarray, other: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for one, against in zip(own[:, None], other[:, None], strict=True):
         rate = rounded(two_level_win_rate(one, against))
-        difference = rounded(two_level_mean(one - against))
+        mean = rounded(two_level_mean(one - against))
+        difference = {key: mean[key] for key in ("mean", "low", "high")}
         rows.append(
-            {key: rate[key] for key in ("rate", "low", "high")}
-            | {"difference": {key: difference[key] for key in ("mean", "low", "high")}}
+            {key: rate[key] for key in ("rate", "low", "high")} | {"difference": difference}
         )
     return rows if len(rows) > 1 else []
 
@@ -294,10 +287,8 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
     )
     few = " With so few seeds they are wide; more seeds narrow them faster than more prompts."
     notes = [seeds + (few if 1 < count < 4 else "")]
-    computed: dict[str, list[str]] = {}
-    for stage in results.stages:
-        if (precision := stage.record.get("precision")) is not None:
-            computed.setdefault(precision, []).append(stage.label)
+    computed = grouped((stage.record.get("precision"), stage.label) for stage in results.stages)
+    computed.pop(None, None)
     if len(computed) > 1:
         parts = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in computed.items())
         notes.append(
@@ -325,14 +316,12 @@ def _notes(results: Results, judged: Mapping[str, Mapping[str, Any]]) -> list[st
 
 def _bench(bench: Bench, arms: Arms) -> dict[str, Any]:
     """Rates and ratings of one benchmark; a judge that never gave a verdict is told, and the rest still stands."""
-    pairs: list[PairSummary] = []
-    counts: dict[str, int] = {}
     singles: dict[str, Any] | None = None
     try:
         summary = pairs_summary(bench, arms)
         pairs, counts = list(summary.pairs.values()), dict(summary.counts)
     except NoVerdict as error:
-        counts[f"comparisons and no verdict at all ({error})"] = len(bench.pairs)
+        pairs, counts = [], {f"comparisons and no verdict at all ({error})": len(bench.pairs)}
     if bench.singles:
         categories = {question.id: question.category for question in bench.questions}
         try:

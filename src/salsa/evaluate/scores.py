@@ -4,17 +4,16 @@ KL is the sum over a response's tokens of the exact KL between next-token distri
 in nats per response, averaged over responses that the policy sampled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from salsa.artifacts import Checkpoint, write_jsonl
-from salsa.data import Prompt, load_prompts
+from salsa.data import load_prompts
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
-from salsa.rewards import Scorer, sum_of
+from salsa.rewards import sum_of
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler
 from salsa.runtime.tracking import round_metric, tracker
@@ -51,7 +50,20 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
             batch = prompts[start : start + job.batch_size]
             rollout = sampler.generate([p.ids for p in batch], sampling, generator).rollout
             kl = _kl(job, measured, models, rollout)
-            new = _rows(batch, rollout, kl, scorers, tokenizer, sampling.eos_ids)
+            texts, ended = rollout.texts(tokenizer), rollout.ended(sampling.eos_ids).tolist()
+            with torch.no_grad():
+                columns = {name: scorer(batch, texts) for name, scorer in scorers.items()}
+            columns |= {f"kl_{name}": values for name, values in kl.items()}
+            new = [
+                {
+                    "prompt": prompt.text,
+                    "response": texts[i],
+                    **{name: round_metric(values[i]) for name, values in columns.items()},
+                    "length": int(rollout.lengths[i]),
+                    "ended": ended[i],
+                }
+                for i, prompt in enumerate(batch)
+            ]
             rows += new
             metrics = {name: sum(row[name] for row in new) / len(new) for name in shown}
             log.log(start // job.batch_size + 1, metrics)
@@ -82,29 +94,3 @@ def _kl(
                 for row in zip(*parts, strict=True)
             ]
     return columns
-
-
-@torch.no_grad()
-def _rows(
-    prompts: Sequence[Prompt],
-    rollout: Rollout,
-    kl: Mapping[str, Sequence[float]],
-    scorers: Mapping[str, Scorer],
-    tokenizer: PreTrainedTokenizerBase,
-    eos_ids: Sequence[int],
-) -> list[dict]:
-    """Rows of one batch of prompts."""
-    texts = rollout.texts(tokenizer)
-    scores = {name: scorer(prompts, texts) for name, scorer in scorers.items()}
-    ended = rollout.ended(eos_ids).tolist()
-    return [
-        {
-            "prompt": prompt.text,
-            "response": texts[i],
-            **{name: round_metric(values[i]) for name, values in scores.items()},
-            **{f"kl_{name}": round_metric(values[i]) for name, values in kl.items()},
-            "length": int(rollout.lengths[i]),
-            "ended": ended[i],
-        }
-        for i, prompt in enumerate(prompts)
-    ]

@@ -68,6 +68,4 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _binomial(wins: int, losses: int) -> float:
-    if wins + losses == 0:
-        return 1.0
-    return float(stats.binomtest(wins, wins + losses, 0.5).pvalue)
+    return float(stats.binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0

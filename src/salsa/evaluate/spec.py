@@ -11,16 +11,9 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from salsa.config import DataSource, RewardFunction, Strict
 from salsa.config.recipe import apply_override
-from salsa.config.schema import (
-    Count,
-    DataSource,
-    NonNegative,
-    Positive,
-    RewardFunction,
-    Strict,
-    explain,
-)
+from salsa.config.schema import Count, NonNegative, Positive, explain
 from salsa.errors import ConfigError
 
 MT_BENCH_SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
@@ -158,27 +151,35 @@ class EvalSpec(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.baseline is not None and self.baseline not in self.models:
-            raise ValueError(
-                f"baseline={self.baseline!r} is none of the models ({', '.join(self.models)})"
-            )
-        if not (self.prompts or self.mt_bench or self.arena_hard):
-            raise ValueError("nothing to answer; give prompts, mt_bench or arena_hard")
-        if (self.mt_bench or self.arena_hard) and self.judge is None:
-            raise ValueError("MT-Bench and Arena-Hard need a judge")
-        counts = {len(paths) for paths in self.models.values()}
-        if len(counts) > 1:
-            raise ValueError(
-                "every arm needs equally many checkpoints (the k-th seed of one meets the k-th of another)"
-            )
-        if self.prompts and not (self.rewards or (self.judge and self.prompts.judge_prompts)):
-            raise ValueError("prompts need a reward, or a judge with prompts.judge_prompts")
-        if self.judge and not (
-            self.mt_bench or self.arena_hard or (self.prompts and self.prompts.judge_prompts)
-        ):
-            raise ValueError("the judge has nothing to judge; give prompts.judge_prompts")
-        if self.kl_to is not None and self.prompts is None:
-            raise ValueError("kl_to is measured on prompts; give prompts")
+        arena, benchmark = self.arena_hard, self.mt_bench or self.arena_hard
+        judged_prompts = self.prompts and self.prompts.judge_prompts
+        pairwise = {
+            "mt_bench": self.mt_bench,
+            "arena_hard": arena and arena.baseline is None,
+            "prompts.judge_prompts": judged_prompts and self.judge,
+        }
+        alone = len(self.models) == 1 and next((name for name in pairwise if pairwise[name]), None)
+        another = "model, or arena_hard.baseline" if alone == "arena_hard" else "model"
+        mistakes = {
+            f"baseline={self.baseline!r} is none of the models ({', '.join(self.models)})":
+                self.baseline is not None and self.baseline not in self.models,
+            "nothing to answer; give prompts, mt_bench or arena_hard":
+                not (self.prompts or benchmark),
+            "MT-Bench and Arena-Hard need a judge": benchmark and not self.judge,
+            "every arm needs equally many checkpoints (the k-th seed of one meets the k-th of another)":
+                len({len(paths) for paths in self.models.values()}) > 1,
+            "prompts need a reward, or a judge with prompts.judge_prompts":
+                self.prompts and not (self.rewards or (self.judge and judged_prompts)),
+            "the judge has nothing to judge; give prompts.judge_prompts":
+                self.judge and not (benchmark or judged_prompts),
+            "kl_to is measured on prompts; give prompts":
+                self.kl_to is not None and self.prompts is None,
+            f"{alone} compares models in pairs, and there is only {self.against!r}; give a second {another}":
+                alone,
+        }  # fmt: skip
+        for mistake, made in mistakes.items():
+            if made:
+                raise ValueError(mistake)
         return self
 
     @classmethod
@@ -198,11 +199,6 @@ class EvalSpec(Strict):
         """The baseline arm."""
         return self.baseline or next(iter(self.models))
 
-    @property
-    def num_seeds(self) -> int:
-        """Checkpoints per arm."""
-        return len(next(iter(self.models.values())))
-
 
 def spec_of(
     models: Sequence[str],
@@ -218,11 +214,7 @@ def spec_of(
     baseline: str | None = None,
     settings: Sequence[str] = (),
 ) -> EvalSpec:
-    """The evaluation that the options of `salsa eval` ask for, as they were typed.
-
-    Raises:
-        ConfigError: something is missing or cannot be meant.
-    """
+    """What the options of `salsa eval` ask for, as typed; ConfigError if something is missing or cannot be meant."""
     values = _read_spec(spec) if spec else {}
     if models:
         values["models"] = _models(models)
@@ -231,11 +223,11 @@ def spec_of(
         kind = "url"
     sections: dict[str, dict[str, Any]] = {
         "prompts": {"source": prompts},
-        "mt_bench": _files(
+        "mt_bench": {} if mt_bench is None else _files(
             mt_bench, "mt_bench", MT_BENCH_SOURCE, questions="question.jsonl",
             references="reference_answer/gpt-4.jsonl", judge_prompts="judge_prompts.jsonl",
         ),
-        "arena_hard": _files(
+        "arena_hard": {} if arena_hard is None else _files(
             arena_hard, "arena_hard", ARENA_HARD_SOURCE, questions="question.jsonl",
             judge_prompt="judge_config.yaml",
         ),
@@ -280,10 +272,9 @@ def _models(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run_arms(run: Path) -> dict[str, list[str]]:
-    """Arm → its policies' directories, a training seed each, of a finished run; `sft` is where it measures KL to.
+    """Arm → its policies' directories, a training seed each; `sft` is where the run measures KL to.
 
-    Raises:
-        ConfigError: the run has no report yet, or a policy is no longer there.
+    ConfigError: the run has no report yet, or a policy is no longer there.
     """
     file = run / "report.json"
     if not file.is_file():
@@ -308,11 +299,9 @@ def run_arms(run: Path) -> dict[str, list[str]]:
     return policies
 
 
-def _files(folder: Path | None, benchmark: str, source: str, **names: str) -> dict[str, str]:
+def _files(folder: Path, benchmark: str, source: str, **names: str) -> dict[str, str]:
     """A benchmark's files in upstream's layout; judge_prompts.jsonl may lie beside FastChat's `folder`."""
-    files: dict[str, str] = {}
-    if folder is None:
-        return files
+    files = {}
     for name, file in names.items():
         path = folder / file
         if name == "judge_prompts" and not path.exists():
