@@ -29,15 +29,13 @@ def plan(recipe: Recipe) -> str:
         f"of {rl.rollout_size} episodes{groups} ({rl.num_updates * rl.rollout_size} in all), "
         f"{steps} optimizer steps of {rl.minibatch} episodes, in forward passes of "
         f"{rl.microbatch_tokens} tokens",
-    ]
-    for name, arm in rl.arms.items():
-        lines.append(
+        *(
             f"         {name:<10} starts at {arm.init}, pulled towards {arm.reference}{_own(recipe, name)}"
-        )
-    lines.append(
+            for name, arm in rl.arms.items()
+        ),
         f"eval     {len(rl.arms) + 1} models x {len(rl.seeds)} seeds against "
-        f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}"
-    )
+        f"{recipe.eval.baseline}, KL to {', '.join(recipe.eval.kl_to)}",
+    ]
     if forecast is not None:
         candidates = ", ".join(recipe.candidates())
         lines.append(f"forecast {forecast.num_samples} replies a prompt of each of {candidates}")

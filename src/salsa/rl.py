@@ -10,27 +10,27 @@ equal weights give a KL of exactly 0.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from salsa import objectives
 from salsa.alarms import Alarms
-from salsa.artifacts import Checkpoint, read_jsonl, write_atomic
+from salsa.artifacts import read_jsonl, write_atomic
 from salsa.config import RLConfig
-from salsa.config.expressions import ReferenceRule
 from salsa.data import Prompt, draw_prompts
-from salsa.errors import CheckpointError, WorkFailed
-from salsa.models import LanguageModel, load_tokenizer, same_vocabulary, sampling_for
+from salsa.errors import WorkFailed
+from salsa.models import LanguageModel
 from salsa.objectives import Moments
-from salsa.rewards import Scorer, begin
+from salsa.rewards import begin
 from salsa.rl_models import (
+    PolicySampler,
     Progress,
     RLModels,
-    load_models,
+    RLSetup,
+    load,
     load_progress,
     save_models,
     save_progress,
@@ -38,53 +38,10 @@ from salsa.rl_models import (
 from salsa.runtime.engine import Engine
 from salsa.runtime.meter import Meter, Work, forward_flops
 from salsa.runtime.packing import num_distinct, packs_of
-from salsa.runtime.sampler import LocalSampler, Sampler
 from salsa.runtime.tracking import say, tracker
-from salsa.types import Experience, Generation, Rollout, Sampling, UpdateStats, rows_of
+from salsa.types import Experience, Rollout, UpdateStats, rows_of
 
 SHOWN = ("score", "kl", "length", "tokens_per_second_rollout")
-
-
-@dataclass(frozen=True)
-class RLSetup:
-    """What one RL run is made of: an arm and a seed, with prompts and rewards loaded."""
-
-    label: str
-    init: Checkpoint
-    reference: Checkpoint | ReferenceRule[Checkpoint]
-    """What the KL pulls towards; a bare checkpoint is a reference that stands still."""
-    critic_init: Checkpoint
-    """A sequence classifier (the reward model), or a language model whose trunk gets a new head."""
-    config: RLConfig
-    prompts: Sequence[Prompt]
-    reward: Scorer | Mapping[str, Scorer]
-    """What is maximised; of several, by name, the sum, and each is logged."""
-    seed: int
-    monitors: Mapping[str, Scorer] = field(default_factory=dict)
-    """Further scores to log, e.g. `gold`; they do not train anything."""
-    kl_to: Mapping[str, Checkpoint] = field(default_factory=dict)
-    """Name → model whose KL is logged every `monitor_kl_every` updates: the ingredients and the base."""
-
-    @property
-    def rewards(self) -> Mapping[str, Scorer]:
-        """The rewards by name."""
-        return {"reward": self.reward} if callable(self.reward) else self.reward
-
-    @property
-    def rule(self) -> ReferenceRule[Checkpoint]:
-        """The reference as a rule."""
-        if isinstance(self.reference, ReferenceRule):
-            return self.reference
-        return ReferenceRule((self.reference,))
-
-
-@dataclass(frozen=True)
-class PolicySampler:
-    """How the policy is sampled from, and its tokenizer."""
-
-    sampler: Sampler
-    sampling: Sampling
-    tokenizer: PreTrainedTokenizerBase
 
 
 def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> None:
@@ -146,9 +103,8 @@ def collect_rollout(
     Raises:
         WorkFailed: the sampler holds other weights than the policy.
     """
-    generation: Generation = source.sampler.generate(
-        [prompt.ids for prompt in prompts], source.sampling, generator
-    )
+    ids = [prompt.ids for prompt in prompts]
+    generation = source.sampler.generate(ids, source.sampling, generator)
     if generation.version != (version := policy.version()):
         raise WorkFailed(
             f"the sampler held weights {generation.version[:12]}, the policy has {version[:12]}: its samples are "
@@ -178,30 +134,17 @@ def compute_experience(
     }
     raw_scores = torch.stack(list(parts.values())).sum(dim=0)
     scores, moments = objectives.shape_scores(
-        raw_scores,
-        ended,
-        progress.moments,
-        normalize=config.normalize_scores,
-        score_clip=config.score_clip,
-        missing_eos_penalty=config.missing_eos_penalty,
-    )
+        raw_scores, ended, progress.moments, normalize=config.normalize_scores,
+        score_clip=config.score_clip, missing_eos_penalty=config.missing_eos_penalty,
+    )  # fmt: skip
+    kl_coef = progress.kl_coef if config.kl_in == "reward" else 0.0
     rewards = objectives.token_rewards(
-        scores,
-        logprobs,
-        ref_logprobs,
-        mask,
-        kl_coef=progress.kl_coef if config.kl_in == "reward" else 0.0,
-        kl_kind=config.kl_kind,
+        scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, kl_kind=config.kl_kind
     )
     advantages, returns = objectives.estimate_advantages(
-        rewards,
-        values,
-        mask,
-        algorithm=config.algorithm,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        group_size=config.group_size,
-    )
+        rewards, values, mask, algorithm=config.algorithm, gamma=config.gamma,
+        gae_lambda=config.gae_lambda, group_size=config.group_size,
+    )  # fmt: skip
     experience = Experience(
         rollout, logprobs, ref_logprobs, values, scores, rewards, advantages, returns
     )
@@ -273,12 +216,9 @@ def update(
                 if "policy" in group:
                     logprobs = models.policy.logprobs(micro.rollout, config.temperature)
                     clipped = objectives.policy_loss(
-                        logprobs,
-                        micro.logprobs,
-                        micro.advantages,
-                        mask,
+                        logprobs, micro.logprobs, micro.advantages, mask,
                         clip_range=config.clip_range,
-                    )
+                    )  # fmt: skip
                     losses.append(clipped.loss)
                     parts |= {
                         "policy_loss": clipped.loss,
@@ -308,9 +248,8 @@ def update(
             models.zero_grad()
         models.reference.after_step(models.policy)
         steps.append({name: float(value) for name, value in metrics.items()})
-    return UpdateStats(
-        **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    )
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return UpdateStats(**means)
 
 
 def minibatches(
@@ -335,10 +274,8 @@ def microbatches(
 
 def packs(rollout: Rollout, config: RLConfig) -> list[Tensor]:
     """Row numbers of each forward pass: rows that begin alike together, `microbatch_tokens` distinct ones at once."""
-    here = rollout.response.device
-    return [
-        torch.tensor(pack, device=here) for pack in packs_of(rollout.rows, config.microbatch_tokens)
-    ]
+    packed = packs_of(rollout.rows, config.microbatch_tokens)
+    return [torch.tensor(pack, device=rollout.response.device) for pack in packed]
 
 
 def advance(
@@ -349,49 +286,13 @@ def advance(
     was_reset = models.reference.after_update(models.policy, number)
     if was_reset and models.reference.rule.reset_optimizer:
         models.reset_optimizers()
-    if config.adaptive_kl is not None:
+    if (rule := config.adaptive_kl) is not None:
         kl_coef = objectives.adapted_kl_coef(
-            kl_coef,
-            metrics["kl"],
-            target=config.adaptive_kl.target,
-            horizon=config.adaptive_kl.horizon,
+            kl_coef, metrics["kl"], target=rule.target, horizon=rule.horizon,
             num_episodes=config.rollout_size,
-        )
+        )  # fmt: skip
     rewards = (*progress.rewards, metrics["reward"])
     return replace(progress, update=number, kl_coef=kl_coef, rewards=rewards)
-
-
-def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
-    """The run's models, and how its policy is sampled.
-
-    Raises:
-        CheckpointError: the models do not share a vocabulary, or one is not what its digest says.
-    """
-    named = {"critic": setup.critic_init} | {
-        f"reference {i}" if i else "reference": c for i, c in enumerate(setup.rule.models)
-    }
-    for name, checkpoint in named.items():
-        if not same_vocabulary(setup.init.path, checkpoint.path):
-            raise CheckpointError(
-                f"{setup.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
-            )
-    config, tokenizer = setup.config, load_tokenizer(setup.init.path)
-    sampling = sampling_for(
-        setup.init.path,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-    )
-    models = load_models(
-        config,
-        engine,
-        init=setup.init,
-        critic_init=setup.critic_init,
-        reference=setup.rule,
-        pad_id=sampling.pad_id,
-        seed=setup.seed,
-    )
-    return models, PolicySampler(LocalSampler(models.policy), sampling, tokenizer)
 
 
 def _forward(
@@ -416,12 +317,9 @@ def _forward(
 
 def _decay_learning_rates(models: RLModels, config: RLConfig, number: int) -> None:
     """Linearly from the configured rates to 0 over the updates."""
-    rates = {
-        "policy": config.learning_rate,
-        "critic": config.critic_learning_rate or config.learning_rate,
-    }
-    for name, learner in models.learners.items():
-        learner.optimizer.param_groups[0]["lr"] = rates[name] * (1 - number / config.num_updates)
+    for optimizer in (learner.optimizer for learner in models.learners.values()):
+        rate = optimizer.defaults["lr"]
+        optimizer.param_groups[0]["lr"] = rate * (1 - number / config.num_updates)
 
 
 def _return_to_best(models: RLModels, progress: Progress, states: Path, label: str) -> None:

@@ -1,6 +1,6 @@
-"""The models of one RL run, how they are loaded, and what a checkpoint keeps of them."""
+"""What one RL run is made of, how its models are loaded, and what a checkpoint keeps of them."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,58 @@ from transformers import PreTrainedTokenizerBase
 from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
 from salsa.config.expressions import ReferenceRule
-from salsa.errors import WorkFailed
-from salsa.models import LanguageModel, ValueModel
+from salsa.data import Prompt
+from salsa.errors import CheckpointError, WorkFailed
+from salsa.models import LanguageModel, ValueModel, load_tokenizer, same_vocabulary, sampling_for
 from salsa.objectives import Moments
 from salsa.references import Reference
+from salsa.rewards import Scorer
 from salsa.runtime.checkpoint import load_state, prune_states, save_state, saved_steps, state_file
 from salsa.runtime.engine import Engine
+from salsa.runtime.sampler import LocalSampler, Sampler
+from salsa.types import Sampling
+
+
+@dataclass(frozen=True)
+class RLSetup:
+    """What one RL run is made of: an arm and a seed, with prompts and rewards loaded."""
+
+    label: str
+    init: Checkpoint
+    reference: Checkpoint | ReferenceRule[Checkpoint]
+    """What the KL pulls towards; a bare checkpoint is a reference that stands still."""
+    critic_init: Checkpoint
+    """A sequence classifier (the reward model), or a language model whose trunk gets a new head."""
+    config: RLConfig
+    prompts: Sequence[Prompt]
+    reward: Scorer | Mapping[str, Scorer]
+    """What is maximised; of several, by name, the sum, and each is logged."""
+    seed: int
+    monitors: Mapping[str, Scorer] = field(default_factory=dict)
+    """Further scores to log, e.g. `gold`; they do not train anything."""
+    kl_to: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """Name → model whose KL is logged every `monitor_kl_every` updates: the ingredients and the base."""
+
+    @property
+    def rewards(self) -> Mapping[str, Scorer]:
+        """The rewards by name."""
+        return {"reward": self.reward} if callable(self.reward) else self.reward
+
+    @property
+    def rule(self) -> ReferenceRule[Checkpoint]:
+        """The reference as a rule."""
+        if isinstance(self.reference, ReferenceRule):
+            return self.reference
+        return ReferenceRule((self.reference,))
+
+
+@dataclass(frozen=True)
+class PolicySampler:
+    """How the policy is sampled from, and its tokenizer."""
+
+    sampler: Sampler
+    sampling: Sampling
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -104,25 +150,29 @@ class Progress:
         return sum(self.rewards) / len(self.rewards)
 
 
-def load_models(
-    config: RLConfig,
-    engine: Engine,
-    *,
-    init: Checkpoint,
-    critic_init: Checkpoint,
-    reference: ReferenceRule[Checkpoint],
-    pad_id: int,
-    seed: int,
-) -> RLModels:
-    """Load policy, critic and reference, with adapters where `config.lora` says so.
+def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
+    """The run's models, with adapters where `config.lora` says so, and how its policy is sampled.
 
     Raises:
-        CheckpointError: one cannot be loaded, or a reference is not what its digest says.
+        CheckpointError: the models do not share a vocabulary, one cannot be loaded or is not what its digest says.
     """
+    init, critic_init, config, seed = setup.init, setup.critic_init, setup.config, setup.seed
+    named = {"critic": critic_init} | {
+        f"reference {i}" if i else "reference": c for i, c in enumerate(setup.rule.models)
+    }
+    for name, checkpoint in named.items():
+        if not same_vocabulary(init.path, checkpoint.path):
+            raise CheckpointError(
+                f"{setup.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
+            )
+    tokenizer, length = load_tokenizer(init.path), config.max_new_tokens
+    sampling = sampling_for(
+        init.path, tokenizer, max_new_tokens=length, temperature=config.temperature
+    )
     recompute, lora = config.gradient_checkpointing, config.lora
     policy = LanguageModel.load(init.path, engine, learns=True, recompute=recompute)
-    shared = {init.digest: policy.shared()} if lora and not reference.moves else {}
-    references = Reference(reference, engine, shared)
+    shared = {init.digest: policy.shared()} if lora and not setup.rule.moves else {}
+    reference = Reference(setup.rule, engine, shared)
     critic = None
     if config.algorithm == "ppo" and config.critic == "head":
         critic = ValueModel.head_on(policy)
@@ -130,15 +180,17 @@ def load_models(
         critic = ValueModel.adapters_on(policy, lora, seed + 1)
     elif config.algorithm == "ppo":
         critic = ValueModel.load(
-            critic_init.path, engine, pad_id=pad_id, new_head_seed=seed, recompute=recompute
-        )
+            critic_init.path, engine, pad_id=sampling.pad_id, new_head_seed=seed,
+            recompute=recompute,
+        )  # fmt: skip
     if lora is not None:
         policy.add_adapters(lora, seed)
     learners = {"policy": Learner.of(policy, config.learning_rate)}
     if critic is not None:
         rate = config.critic_learning_rate or config.learning_rate
         learners["critic"] = Learner.of(critic, rate)
-    return RLModels(policy, critic, references, learners)
+    models = RLModels(policy, critic, reference, learners)
+    return models, PolicySampler(LocalSampler(policy), sampling, tokenizer)
 
 
 def save_models(
@@ -163,7 +215,7 @@ def save_progress(
         progress = replace(progress, best=(progress.update, progress.reward))
     progress = replace(progress, rewards=())
     for name, learner in models.learners.items():
-        if not _finite(learner.model.trained().values()):
+        if not all(weight.isfinite().all() for weight in learner.model.trained().values()):
             raise WorkFailed(
                 f"{directory}: the {name}'s weights hold NaN or Inf after update {progress.update}. "
                 "The last checkpoint is kept; try a smaller rl.learning_rate."
@@ -192,7 +244,3 @@ def load_progress(models: RLModels, directory: Path, update: int | None = None) 
     for name, learner in models.learners.items():
         learner.load_state(state[name])
     return Progress(**state["progress"] | {"moments": Moments(*state["progress"]["moments"])})
-
-
-def _finite(weights: Iterable[Tensor]) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in weights)

@@ -19,14 +19,13 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     import trl
 
     tokenizer = load_tokenizer(job.base.path)
-    where = describe(job.dataset)
-    rows = load_rows(job.dataset, SFT_COLUMNS)
+    rows = sft_rows(load_rows(job.dataset, SFT_COLUMNS), tokenizer, describe(job.dataset))
     arguments = common_arguments(job, directory, engine)
     model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**arguments, completion_only_loss=True),
-        train_dataset=datasets.Dataset.from_list(sft_rows(rows, tokenizer, where)),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
     train(trainer, directory, job.label, ("loss", "mean_token_accuracy"))

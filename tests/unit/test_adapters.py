@@ -12,7 +12,7 @@ from salsa.errors import ConfigError
 from salsa.models import LanguageModel
 from salsa.models.weights import add_adapters, merged, shared_copy
 from salsa.resolve import Models
-from salsa.rl_models import load_models
+from salsa.rl_models import load
 from salsa.runtime.engine import Engine
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory
@@ -75,10 +75,7 @@ def test_gradients_are_the_chain_rule_of_the_full_ones(adapted):
 
 def test_only_adapters_learn_and_all_share_one_base(job):
     """Policy, critic and a reference that is the start: one set of base tensors."""
-    lora = changed(job, lora={"rank": 2}).config
-    actors = load_models(
-        lora, FP32, init=job.init, critic_init=job.critic_init, reference=job.rule, pad_id=0, seed=0
-    )
+    actors, _ = load(changed(job, lora={"rank": 2}), FP32)
     is_base = lambda name: "embed" in name or "base_layer" in name
     owned = lambda model: {p.data_ptr() for n, p in model.named_parameters() if is_base(n)}
     base = owned(actors.policy)

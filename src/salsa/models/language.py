@@ -150,9 +150,8 @@ class LanguageModel(MixedPrecisionModule):
             distribution = _logits(self.backbone, hidden, temperature).log_softmax(dim=-1)
             logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             parts.append((logprobs, -(distribution.exp() * distribution).sum(dim=-1)))
-        return TokenStats(
-            *(rollout.unflatten(torch.cat(part)) for part in zip(*parts, strict=True))
-        )
+        columns = (torch.cat(part) for part in zip(*parts, strict=True))
+        return TokenStats(*map(rollout.unflatten, columns))
 
     def _chunks(self, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
         """The hidden states before the response tokens, and these, LOGITS_CHUNK at a time."""

@@ -82,11 +82,7 @@ class ValueModel(MixedPrecisionModule):
 
     def values(self, rollout: Rollout) -> Float[Tensor, "B R"]:
         """V(x, y_<t): the head, in fp32, on the hidden state before each response token; 0 outside the mask."""
-
-        def work() -> Tensor:
-            hidden = response_hidden(self.trunk, rollout)
-            return rollout.unflatten(scalar(self.score, hidden))
-
+        work = lambda: rollout.unflatten(scalar(self.score, response_hidden(self.trunk, rollout)))
         return self(work)
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, like: Path) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 
 Figure = dict[str, Any]
 Row = Mapping[str, Any]
+Runs = Mapping[str, Sequence[Sequence[Row]]]
+"""Arm → seed → its samples, or the metrics of its training."""
 
 POINTS = 120
 """Points of a learning curve at most."""
@@ -18,9 +20,7 @@ CURVES = {
 }
 
 
-def all_figures(
-    summary: Mapping[str, Any], rows: Mapping[str, Any], curves: Mapping[str, Any]
-) -> dict[str, Figure]:
+def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
     """Element id → figure."""
     arms = list(summary["arms"])
     held_out = summary["scores"][1:]
@@ -40,9 +40,7 @@ def colour(arm: str, arms: Sequence[str]) -> str:
     return f"slot-{arms.index(arm)}"
 
 
-def _curve(
-    name: str, title: str, curves: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]
-) -> Figure:
+def _curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():
@@ -57,9 +55,7 @@ def _curve(
     return {"data": data, "layout": layout(title, "update", "")}
 
 
-def _histogram(
-    score: str, rows: Mapping[str, Sequence[Sequence[Mapping]]], arms: Sequence[str]
-) -> Figure:
+def _histogram(score: str, rows: Runs, arms: Sequence[str]) -> Figure:
     """Shares per bin as outlines, so that arms can be told apart where they overlap."""
     values = {
         arm: np.array([row[score] for seed in seeds for row in seed]) for arm, seeds in rows.items()
@@ -76,20 +72,13 @@ def _histogram(
 
 def _seeds(steps: Sequence[int], values: np.ndarray, slot: str) -> dict[str, Any]:
     """Faint lines of all seeds as one trace, a gap between two: a trace a seed takes ten times as long to draw."""
-    line = _line([], [], slot, width=1, opacity=0.3)
-    line["x"] = [*steps, None] * len(values)
-    line["y"] = [y for seed in values for y in [*map(short, seed), None]]
-    return line
+    x = [*steps, None] * len(values)
+    y = [y for seed in values for y in [*map(short, seed), None]]
+    return _line([], [], slot, width=1) | {"x": x, "y": y, "opacity": 0.3}
 
 
 def _line(
-    x: Iterable[float],
-    y: Iterable[float],
-    slot: str,
-    *,
-    width: float,
-    name: str = "",
-    opacity: float = 1.0,
+    x: Iterable[float], y: Iterable[float], slot: str, *, width: float, name: str = ""
 ) -> dict[str, Any]:
     return {
         "type": "scatter",
@@ -99,7 +88,7 @@ def _line(
         "name": name,
         "showlegend": bool(name),
         "hoverinfo": "all" if name else "skip",
-        "opacity": opacity,
+        "opacity": 1.0,
         "line": {"color": slot, "width": width},
     }
 

@@ -25,7 +25,9 @@ def all_figures(
         rated = bench["singles"]["arms"] if bench["singles"] else {}
         ratings = {arm: one["by_category"] for arm, one in rated.items()}
         if any(ratings.values()):
-            figures[f"{slug(name)}-bars"] = category_bars(ratings, arms)
+            bars = [_bars(arm, groups, colour(arm, arms)) for arm, groups in ratings.items()]
+            axes = layout("rating by category", "", "1 to 10")
+            figures[f"{slug(name)}-bars"] = {"data": bars, "layout": axes}
             figures[f"{slug(name)}-radar"] = category_radar(ratings, arms)
         others = set(arms) - {summary["baseline"]}
         shown = [pair for pair in bench["pairs"] if pair["baseline"] not in others]
@@ -35,10 +37,8 @@ def all_figures(
             names = [pair["candidate"], pair["baseline"]]
             own = [row for row in judged if row["bench"] == name and sides(row) == names]
             if own:
-                title = f"{names[0]} against {names[1]}: length"
-                figures[f"{slug(name)}-length-{number}"] = length_against_verdict(
-                    own, title, colour(names[0], arms)
-                )
+                title, slot = f"{names[0]} against {names[1]}: length", colour(names[0], arms)
+                figures[f"{slug(name)}-length-{number}"] = length_against_verdict(own, title, slot)
     return figures
 
 
@@ -47,14 +47,8 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def category_bars(ratings: Ratings, arms: Sequence[str]) -> Figure:
-    """Mean rating by category, an arm a colour, with 95 % intervals."""
-    data = [_bars(arm, groups, colour(arm, arms)) for arm, groups in ratings.items()]
-    return {"data": data, "layout": layout("rating by category", "", "1 to 10")}
-
-
 def _bars(name: str, estimates: Mapping[str, Mapping[str, float]], slot: str) -> dict[str, Any]:
-    """A bar per category, with its interval."""
+    """A bar per category, with its 95 % interval."""
     return {
         "type": "bar",
         "name": name,
@@ -66,19 +60,13 @@ def _bars(name: str, estimates: Mapping[str, Mapping[str, float]], slot: str) ->
 
 
 def category_radar(ratings: Ratings, arms: Sequence[str]) -> Figure:
-    """The same means as a radar, closed."""
+    """Mean rating by category as a radar, an arm a colour, closed."""
     data = []
     for arm, groups in ratings.items():
         names = [*groups, next(iter(groups))]
-        data.append(
-            {
-                "type": "scatterpolar",
-                "name": arm,
-                "theta": names,
-                "r": [groups[name]["mean"] for name in names],
-                "line": {"color": colour(arm, arms), "width": 2},
-            }
-        )
+        means = [groups[name]["mean"] for name in names]
+        line = {"color": colour(arm, arms), "width": 2}
+        data.append({"type": "scatterpolar", "name": arm, "theta": names, "r": means, "line": line})
     polar = {"polar": {"radialaxis": {"range": [0, 10]}, "domain": {"y": [0, 0.86]}}}
     return {"data": data, "layout": layout("rating by category", "", "") | polar}
 

@@ -69,8 +69,8 @@ def _write(run: RunDirectory, name: str, record: Mapping[str, Any], html: str) -
 
 def render(
     summary: Mapping[str, Any],
-    rows: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
-    curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    rows: figures.Runs,
+    curves: figures.Runs,
     recipe_yaml: str,
     verdicts: Sequence[Mapping[str, Any]] = (),
 ) -> str:
@@ -138,8 +138,7 @@ def render_template(template: str, plots: Mapping[str, figures.Figure], **values
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
-    environment.filters["agreement"] = agreement
-    environment.filters["of_verdict"] = of_verdict
+    environment.filters |= {"agreement": agreement, "of_verdict": of_verdict}
     environment.filters["slug"] = judged_figures.slug
     return environment.get_template(template).render(
         figures=Markup(script_json(plots)),
@@ -198,11 +197,7 @@ def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in; what is not finite, which JSON has no word for, is null."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(value))
-    text = text.replace("<", "\\u003c")
+    text = json.dumps(_finite(value)).replace("<", "\\u003c")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

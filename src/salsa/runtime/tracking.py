@@ -60,12 +60,11 @@ class Tracker:
         known = metrics or {}
         text = "  ".join(f"{name} {known[name]:.4g}" for name in self.show if name in known)
         self.progress.update(self.task, completed=step)
-        if text:
-            self.progress.update(self.task, shown=text)
-        if not self.progress.disable:
+        if not text:
             return
-        now = time.monotonic()
-        if text and (now - self._last_line >= PLAIN_SECONDS or step == self.total):
+        self.progress.update(self.task, shown=text)
+        due = (now := time.monotonic()) - self._last_line >= PLAIN_SECONDS
+        if self.progress.disable and (due or step == self.total):
             left = (now - self.started) / max(step - self.first_step, 1) * (self.total - step)
             say(f"{self.label}: {step}/{self.total}  {text}  {left:.0f} s left")
             self._last_line = now

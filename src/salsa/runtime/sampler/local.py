@@ -77,9 +77,8 @@ class LocalSampler:
     def _generate_packed(self, prompts: Sequence[Sequence[int]], responses: "Responses") -> None:
         """Until every response has ended; long prompts first, equal ones together."""
         here, limit = responses.lengths.device, self.max_sequences
-        waiting = sorted(
-            range(len(prompts)), key=lambda row: (-len(prompts[row]), list(prompts[row]))
-        )
+        order = lambda row: (-len(prompts[row]), list(prompts[row]))
+        waiting = sorted(range(len(prompts)), key=order)
         cache = KVCache(self.model, min(limit, len(prompts)))
         logits = torch.empty(0, device=here)
         while waiting or len(cache.rows):
@@ -108,11 +107,9 @@ class LocalSampler:
                 token[unfinished] = responses.draw(rows[unfinished], scores[unfinished].float())
                 return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
+        limit, ends = responses.tokens.shape[1], responses.ends.tolist()
         options = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=responses.tokens.shape[1],
-            eos_token_id=responses.ends.tolist(),
-            pad_token_id=0,
+            do_sample=False, max_new_tokens=limit, eos_token_id=ends, pad_token_id=0
         )
         backbone: Any = self.model.backbone
         self.model(
