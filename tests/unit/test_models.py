@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from salsa import models
 from salsa.data import Prompt
 from salsa.errors import CheckpointError
-from salsa.models import LanguageModel, RewardModel, ValueModel, language
+from salsa.models import LanguageModel, RewardModel, ValueModel, language, load_tokenizer
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler.local import left_padded
 from salsa.types import Rollout, Sampling
@@ -169,3 +171,22 @@ def test_replies_end_at_the_tokenizers_eos_and_the_generation_configs(written, e
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
     sampling = models.sampling_for(tmp_path, tiny_tokenizer(), max_new_tokens=3, temperature=0.5)
     assert sampling == Sampling(3, 0.5, ends, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_saved_model_says_that_its_weights_are_fp32(make_checkpoint, tmp_path, precision):
+    """It said bfloat16 of fp32 weights where passes were in bf16: who loaded it by its word lost the digits."""
+    made = make_checkpoint("llama", 0)
+    model = LanguageModel.load(made.path, Engine.create(precision), learns=True)
+    model.save(load_tokenizer(made.path), tmp_path / "out")
+    assert '"dtype": "float32"' in (tmp_path / "out" / "config.json").read_text()
+    assert {w.dtype for w in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.float32
+    }
+    AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32).save_pretrained(
+        tmp_path / "theirs"
+    )
+    own, theirs = (tmp_path / name / "config.json" for name in ("out", "theirs"))
+    assert own.read_bytes() == theirs.read_bytes(), (
+        "nothing else differs from what transformers writes"
+    )
