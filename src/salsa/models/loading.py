@@ -121,7 +121,9 @@ def save_checkpoint(
         weights = {n: w.detach().contiguous() for n, w in (buffers | weights).items()}
     model.save_pretrained(out, state_dict=weights)
     if weights is not None:  # transformers writes the dtype of what computes, which may be bf16
-        config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
+        config = json.loads((out / "config.json").read_text(encoding="utf-8")) | {
+            "dtype": "float32"
+        }
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (out / "config.json").write_text(text, encoding="utf-8")
     tokenizer.init_kwargs.pop("local_files_only", None)
