@@ -98,6 +98,23 @@ def test_microbatches_weigh_by_their_real_tokens(job):
         assert share.item() == pytest.approx(micro.rollout.response_mask.sum().item() / 28)
 
 
+def test_many_microbatches_make_the_gradient_and_the_metrics_of_one(job):
+    """Responses of one and of six tokens: shares of rows, or none, would give another norm. Adam would hide it."""
+    made = []
+    for tokens in (1, 10_000):
+        one_step = changed(job, num_epochs=1, minibatch_size=8, microbatch_tokens=tokens)
+        models, experience, _ = first_experience(one_step)
+        mask = experience.rollout.response_mask.clone()
+        mask[:4, 1:] = False
+        rollout = replace(experience.rollout, response_mask=mask)
+        fields = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
+        masked = {name: getattr(experience, name) * mask for name in fields}
+        experience = replace(experience, rollout=rollout, **masked)
+        made.append(one_update(one_step, models, experience).metrics)
+    for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm"):
+        assert made[0][name] == pytest.approx(made[1][name], rel=1e-3, abs=1e-5), name
+
+
 # learning rates and optimizers
 
 
