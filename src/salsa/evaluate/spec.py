@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from salsa.config import DataSource, RewardFunction, Strict
 from salsa.config.recipe import apply_override
-from salsa.config.schema import Count, NonNegative, Positive, explain
+from salsa.config.schema import Count, NonNegative, Positive, explain, read_yaml
 from salsa.errors import ConfigError
 
 MT_BENCH_SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
@@ -215,7 +215,7 @@ def spec_of(
     settings: Sequence[str] = (),
 ) -> EvalSpec:
     """What the options of `salsa eval` ask for, as typed; ConfigError if something is missing or cannot be meant."""
-    values = _read_spec(spec) if spec else {}
+    values = read_yaml(spec, "cannot be read", "an evaluation is a mapping") if spec else {}
     if models:
         values["models"] = _models(models)
     kind = "replay" if judge and judge.endswith(".jsonl") else "path"
@@ -244,16 +244,6 @@ def spec_of(
     for setting in settings:
         apply_override(values, setting)
     return EvalSpec.read(values, str(spec or "salsa eval"))
-
-
-def _read_spec(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: an evaluation is a mapping, got {type(values).__name__}.")
-    return values
 
 
 def _models(words: Sequence[str]) -> dict[str, list[str]]:

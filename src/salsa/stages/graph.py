@@ -183,6 +183,12 @@ def perform(place: Place, job: Job, engine: "Engine | None") -> None:
 def _closure(wanted: Iterable[Node]) -> list[Node]:
     """The wanted nodes and all that they need, what is needed first."""
     order: dict[Node, None] = {}
-    for node in wanted:
-        order |= dict.fromkeys([*_closure(node.needs), node])
+
+    def visit(nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node not in order:  # what many nodes need is walked once
+                visit(node.needs)
+                order[node] = None
+
+    visit(wanted)
     return list(order)
