@@ -157,7 +157,7 @@ def sweep(
     out: Out = None,
     only: Annotated[str, Option(help="pattern of the points to finish, e.g. 'pair-0*'")] = "*",
     dry_run: Annotated[
-        bool, Option("--dry-run", help="list the points and the time that is left")
+        bool, Option("--dry-run", help="list the points, jobs and hours that are left")
     ] = False,
     jobs: Jobs = None,
     debug: Debug = False,
@@ -168,10 +168,12 @@ def sweep(
 
     config = SweepConfig.load(file)
     directory = out or Path("runs") / config.name
+    from salsa.pipeline import remaining, run_recipe
+
     if dry_run:
-        typer.echo("\n".join(plan_lines(points_of(config, directory, only))))
+        points = points_of(config, directory, only)
+        typer.echo("\n".join(plan_lines(points, directory, config.until, remaining)))
         return
-    from salsa.pipeline import run_recipe
 
     run_sweep(config, directory, run_recipe, only=only, jobs=jobs)
     typer.echo("\n".join(read_lines(directory)))

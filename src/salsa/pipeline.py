@@ -110,6 +110,17 @@ def run_recipe(
     return directory.path
 
 
+def remaining(recipe: Recipe, run: RunDirectory, until: Until = "report") -> dict[str, str]:
+    """Digest → label of the stages that are left to run, without running any; equal digests are one stage."""
+    stages = stages_of(recipe, run.hashes)
+    wanted = [*stages.sft, *stages.reward]
+    if recipe.forecast is not None or until == "forecast":
+        wanted += [node for candidate in stages.forecast.values() for node in candidate.all]
+    if until == "report":
+        wanted += chain(*stages.policies.values(), *stages.samples.values())
+    return Graph(run, precision=recipe.model.precision).remaining(wanted)
+
+
 def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     for name, first in (("sft", stages.sft), ("reward", stages.reward)):
         graph.finish(first)

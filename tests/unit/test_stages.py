@@ -215,6 +215,23 @@ def test_needs_are_finished_first_and_nothing_else_is(tmp_path):
     assert [stage.label for stage in run.finished] == ["a", "b", "c"]
 
 
+def test_what_is_left_is_counted_without_running_it(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.opened("recipe"):
+        nodes = chain("abc")
+        Graph(run).finish(nodes[:1])
+    left = Graph(run).remaining(nodes)
+    other = Graph(run).remaining(chain("abcd"))
+    assert DONE == ["a"] and list(left.values()) == ["b", "c"]
+    assert list(other.values()) == ["b", "c", "d"]
+    assert left.items() <= other.items(), "what both need has one digest"
+    beside = Node("ema", (nodes[1],), jobs.moved_reference)
+    nodes.append(Node("e", (beside,), lambda made: Writes("e", inputs={"of": made.digest})))
+    assert list(Graph(run).remaining(nodes[-1:]).values()) == ["b", "e"]
+    with pytest.raises(CheckpointError, match="moving reference is missing"):
+        Graph(run).remaining([Node("ema", (nodes[0],), jobs.moved_reference)])
+
+
 def test_work_is_prepared_only_if_there_is_any(tmp_path):
     calls = []
     for _ in range(2):

@@ -14,6 +14,7 @@ from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
 from salsa.artifacts import digest_of
 from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError
+from salsa.pipeline import remaining
 from salsa.stages.directory import stage_path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -93,9 +94,35 @@ def test_a_subset_is_finished_first_and_counted(tmp_path):
     out = run_sweep(made, tmp_path / "out", worker(effects, called), only="pair-[01]_*0.1")
     assert called == ["pair-0_kl_coef-0.1", "pair-1_kl_coef-0.1"]
     assert len(json.loads((out / "sweep.json").read_text())["points"]) == 2
-    lines = plan_lines(points_of(made, out))
-    assert lines[0] == "pair-0_kl_coef-0.1: finished" and lines[1].endswith("to do")
+    lines = plan_lines(points_of(made, out), out, "report", lambda recipe, *_: {recipe.name: "rl"})
+    assert lines[0] == "pair-0_kl_coef-0.1: finished" and lines[1].endswith("more jobs")
     assert "12 points, 10 to do" in lines[-2]
+
+
+def test_a_dry_run_counts_what_points_share_once(tmp_path):
+    """Two pairs at two β: 4 SFT models, 2 reward models, 2 soups; 2 arms x 1 seed at each point; SFT evaluated once."""
+    grid = {"pair": dict(list(PAIRS.items())[:2]), "rl.kl_coef": [0.1, 0.3]}
+    settings = {"rl.arms": ARMS, "rl.seeds": [0]}
+    made, out = config(tmp_path, grid=grid, settings=settings), tmp_path / "out"
+    line = plan_lines(points_of(made, out), out, "report", remaining)[-2]
+    assert line.startswith("4 points, 4 to do, 28 jobs: ")
+    for count in ("4 sft", "2 preferences", "2 reward", "2 soup", "8 rl", "10 eval"):
+        assert count in line
+    assert not out.exists()
+    for number, seconds in enumerate((60.0, 120.0)):
+        for stage in (
+            "sft[0]",
+            "preferences",
+            "reward",
+            "soup",
+            "rl ppo seed 0",
+            "eval ppo seed 0",
+        ):
+            record = out / "stages" / f"{stage}-{number}" / "stage.json"
+            record.parent.mkdir(parents=True)
+            record.write_text(json.dumps({"stage": stage, "seconds": seconds}))
+    line = plan_lines(points_of(made, out), out, "report", remaining)[-2]
+    assert line.endswith("about 0.7 h one after another")  # 28 jobs of a minute and a half
 
 
 def test_a_forecast_gives_an_effect_per_comparison_and_column():

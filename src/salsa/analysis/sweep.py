@@ -9,10 +9,13 @@ import csv
 import io
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from salsa.analysis.frontier import Policy, frontier
@@ -24,6 +27,7 @@ from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError, accessing
 from salsa.planner import plan
 from salsa.runtime.tracking import round_metric, say
+from salsa.stages.directory import RunDirectory
 
 RESULT = {"forecast": "forecast.json", "report": "report.json"}
 AVERAGE = "all"
@@ -94,17 +98,55 @@ def run_sweep(
     return out
 
 
-def plan_lines(points: Sequence[Point]) -> list[str]:
-    """Points, finished or not, and the hours that are left, judged by the finished ones."""
-    finished = [point for point in points if point.result.exists()]
-    lines = [f"{p.name}: {'finished' if p in finished else 'to do'}" for p in points]
-    left, hours = len(points) - len(finished), "hours are known once one is finished"
-    if finished:  # all their stages lie in one directory
-        records = (finished[0].path / "stages").glob("*/stage.json")
-        seconds = sum(json.loads(r.read_text(encoding="utf-8"))["seconds"] for r in records)
-        hours = f"about {left * seconds / len(finished) / 3600:.1f} h"
+def plan_lines(
+    points: Sequence[Point],
+    out: Path,
+    until: str,
+    remaining: Callable[[Recipe, RunDirectory, Any], dict[str, str]],
+) -> list[str]:
+    """Points and jobs that are left, hours by what finished jobs of each kind took, memory of one job.
+
+    Args:
+        points: of the sweep.
+        out: the sweep's directory; nothing is written there.
+        until: the sweep's last stage.
+        remaining: `pipeline.remaining`.
+    """
+    run = RunDirectory(out)
+    lines, left = [], dict[str, str]()
+    for point in points:
+        jobs = remaining(point.recipe, run, until)
+        state = "finished" if point.result.exists() else f"{len(jobs.keys() - left)} more jobs"
+        left |= jobs
+        lines.append(f"{point.name}: {state}")
+    to_do = sum(not point.result.exists() for point in points)
     memory = plan(points[0].recipe).splitlines()[-1]
-    return [*lines, f"{len(points)} points, {left} to do: {hours}", f"each: {memory}"]
+    hours = _hours(Counter(map(_kind, left.values())), out)
+    return [
+        *lines,
+        f"{len(points)} points, {to_do} to do, {len(left)} jobs: {hours}",
+        f"each: {memory}",
+    ]
+
+
+def _kind(label: str) -> str:
+    """`rl` of `rl salsa seed 0`, `sft` of `sft[0]`: jobs that take about as long."""
+    return re.split(r"\W", label)[0]
+
+
+def _hours(left: Mapping[str, int], out: Path) -> str:
+    """How long jobs take, one after another, by the mean of the finished ones of their kind."""
+    records = [json.loads(f.read_text(encoding="utf-8")) for f in out.glob("stages/*/stage.json")]
+    took: dict[str, list[float]] = {}
+    for record in records:
+        took.setdefault(_kind(record["stage"]), []).append(record["seconds"])
+    counts = ", ".join(f"{count} {kind}" for kind, count in left.items())
+    if not left:
+        return "nothing is left"
+    if unknown := sorted(left.keys() - took):
+        return f"{counts}; hours are known once one of each is finished (none yet: {', '.join(unknown)})"
+    hours = sum(count * fmean(took[kind]) for kind, count in left.items()) / 3600
+    return f"{counts}; about {hours:.1f} h one after another"
 
 
 def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
 from salsa.config.expressions import ReferenceRule
-from salsa.errors import ConfigError
+from salsa.errors import CheckpointError, ConfigError
 from salsa.rewards import RewardSource
 from salsa.runtime.tracking import say
 from salsa.stages.directory import Place, RunDirectory, Stage, filling
@@ -121,19 +121,48 @@ class Graph:
             if running:
                 self._end(*running.pop(executor.wait(list(running))))
 
+    def remaining(self, wanted: Iterable[Node]) -> dict[str, str]:
+        """Digest → label of the jobs that are left for `wanted`; nothing is run.
+
+        The output of a job that has not run is known by that job's digest, so these digests name no directory, but
+        what two recipes share has one digest in both.
+        """
+        left: dict[str, str] = {}
+        for node in _closure(wanted):
+            needed = [self._outputs[need] for need in node.needs]
+            try:
+                made = node.make(*needed)
+            except CheckpointError:
+                if not any(checkpoint.digest in left for checkpoint in needed):
+                    raise
+                made = needed[0]  # a model that the job will leave beside its output
+            if not isinstance(made, Checkpoint):
+                if (stage := self._finished(made)) is not None:
+                    made = stage.checkpoint
+                else:
+                    place = self.run.place(made, "")
+                    left[place.identity["digest"]] = made.label
+                    made = Checkpoint(place.final, place.identity["digest"])
+            self._outputs[node] = made
+        return left
+
     def _skip(self, node: Node) -> Job | None:
-        """The node's job, if there is anything left to do; `auto` takes a stage that is finished in any arithmetic."""
+        """The node's job, if there is anything left to do."""
         job = node.make(*(self._outputs[need] for need in node.needs))
         if isinstance(job, Checkpoint):
             self._outputs[node] = job
-            return None
+        elif (stage := self._finished(job)) is not None:
+            self._record(node, stage)
+        else:
+            return job
+        return None
+
+    def _finished(self, job: Job) -> Stage | None:
+        """The job's finished stage, if any; `auto` takes one in any arithmetic."""
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
         places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
         finished = [stage for p in places.values() if (stage := self.run.find(p)) is not None]
-        if not finished:
-            return job
-        self._record(node, max(finished, key=lambda stage: stage.record["started"]))
-        return None
+        return max(finished, key=lambda stage: stage.record["started"], default=None)
 
     def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
         """Where the job will be computed and by what; what was begun in one arithmetic stays in it."""
