@@ -25,9 +25,12 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-study: $(VENV)/installed       ## docs/study-plan.md, about three hours; goes on where it stopped
+study: $(VENV)/installed       ## docs/study-plan.md, a night on two cores; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml
 	$(BIN)/salsa sweep recipes/study/rl.yaml
+	$(BIN)/salsa sweep recipes/study/landscape.yaml
+	$(BIN)/salsa sweep recipes/study/grid.yaml
+	$(BIN)/salsa sweep recipes/study/controls.yaml
 
 base-model: $(VENV)/installed  ## train the embedded base model again (about an hour)
 	$(BIN)/python scripts/make_base_model.py

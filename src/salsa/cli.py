@@ -163,7 +163,13 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Run a recipe over a grid, shared stages once; tables, plots and verdicts over independent clusters."""
-    from salsa.analysis.sweep import plan_lines, points_of, read_lines, run_sweep
+    from salsa.analysis.sweep import (
+        keeper_of_stages,
+        plan_lines,
+        points_of,
+        read_lines,
+        run_sweep,
+    )
     from salsa.config.sweep import SweepConfig
 
     config = SweepConfig.load(file)
@@ -172,7 +178,8 @@ def sweep(
 
     if dry_run:
         points = points_of(config, directory, only)
-        typer.echo("\n".join(plan_lines(points, directory, config.until, remaining)))
+        keeper = keeper_of_stages(config, directory)
+        typer.echo("\n".join(plan_lines(points, keeper, config.until, remaining)))
         return
 
     run_sweep(config, directory, run_recipe, only=only, jobs=jobs)

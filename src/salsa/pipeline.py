@@ -116,6 +116,8 @@ def remaining(recipe: Recipe, run: RunDirectory, until: Until = "report") -> dic
     wanted = [*stages.sft, *stages.reward]
     if recipe.forecast is not None or until == "forecast":
         wanted += [node for candidate in stages.forecast.values() for node in candidate.all]
+    if until == "landscape" and stages.landscape is not None:
+        wanted.append(stages.landscape)
     if until == "report":
         wanted += chain(*stages.policies.values(), *stages.samples.values())
     return Graph(run, precision=recipe.model.precision).remaining(wanted)

@@ -11,7 +11,7 @@ import yaml
 from salsa.analysis.frontier import START
 from salsa.analysis.policies import read_policies
 from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
-from salsa.artifacts import digest_of
+from salsa.artifacts import digest_of, locked
 from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError
 from salsa.pipeline import remaining
@@ -125,6 +125,17 @@ def test_a_dry_run_counts_what_points_share_once(tmp_path):
     assert line.endswith("about 0.7 h one after another")  # 28 jobs of a minute and a half
 
 
+def test_sweeps_share_stages_and_do_not_write_there_at_once(tmp_path):
+    runs = tmp_path / "runs"
+    stages = runs / "shared" / "stages"
+    for name in ("one", "two"):
+        made = config(tmp_path, name=name, stages="shared")
+        run_sweep(made, runs / name, worker(dict.fromkeys(made.points(), 1.0), []), only="pair-0*")
+        assert (runs / name / "stages").resolve() == stages.resolve()
+    with locked(stages / ".lock", stages), pytest.raises(ConfigError, match="shared"):
+        run_sweep(made, runs / "two", worker({}, []))
+
+
 def test_a_forecast_gives_an_effect_per_comparison_and_column():
     e = {"mean": 0.1, "low": 0.0, "high": 0.2}
     rows = effects_of(
@@ -137,6 +148,20 @@ def test_a_forecast_gives_an_effect_per_comparison_and_column():
     )  # fmt: skip
     (row,) = rows
     assert (row["subject"], row["at"], row["measure"]) == ("soup", "equal kl_own", "proxy")
+
+
+def test_a_landscape_gives_an_effect_per_place_and_column():
+    e = {"mean": 0.1, "low": 0.0, "high": 0.3}
+    place = lambda *at: {"at": list(at), "minus_first": {"proxy": e, "loss": e}}
+    rows = effects_of(
+        {"models": ["sft[0]", "sft[1]"], "places": [place(0.0), place(1.0), place(0.5)]}
+    )
+    named = [(row["subject"], row["baseline"], row["measure"], row["effect"]) for row in rows]
+    assert named[2:] == [("α=0.5", "α=0", "proxy", 0.1), ("α=0.5", "α=0", "log-likelihood", -0.1)]
+    assert (rows[1]["low"], rows[1]["high"]) == (-0.3, 0.0), "a lower loss is more likelihood"
+    assert rows[0]["at"] == "between sft[0], sft[1]" and len(rows) == 4
+    plane = effects_of({"models": ["a", "b", "c"], "places": [place(0.0, 0.0), place(1.0, 0.5)]})
+    assert plane[0]["subject"] == "x=1, y=0.5"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """One recipe × a grid: every point a run directory, all on the same stages, so that what points share is made once.
 
-runs/<name>/stages/                 the stages of all points
+runs/<name>/stages/                 the stages of all points; a link where sweeps share them (`stages:`)
 runs/<name>/points/<point>/         recipe.yaml, report.html, forecast.html, …; its `stages` is a link to those
 runs/<name>/sweep.json, .csv, .md, .tex, sweep.html     effects by point, frontiers, and verdicts over the clusters
 """
@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from salsa.planner import plan
 from salsa.runtime.tracking import round_metric, say
 from salsa.stages.directory import RunDirectory
 
-RESULT = {"forecast": "forecast.json", "report": "report.json"}
+RESULT = {name: f"{name}.json" for name in ("forecast", "landscape", "report")}
 AVERAGE = "all"
 """What a row has on the axes of β where it is no single one."""
 COLUMNS = ("subject", "baseline", "at", "measure", "effect", "low", "high")
@@ -87,20 +88,27 @@ def run_sweep(
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
     points = points_of(config, out, only)
+    stages = keeper_of_stages(config, out) / "stages"
     with accessing(out, "write"):
-        (out / "stages").mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", out):
+        stages.mkdir(parents=True, exist_ok=True)
+        _link(out, stages)
+    with locked(out / ".lock", out), locked(stages / ".lock", stages):
         for number, point in enumerate(points, start=1):
             say(f"point {number} of {len(points)}: {point.name}")
-            _link_stages(point.path)
+            _link(point.path, out / "stages")
             run(point.recipe, out=point.path, until=config.until, jobs=jobs)
         write_tables(config, [p for p in points_of(config, out) if p.result.exists()], out)
     return out
 
 
+def keeper_of_stages(config: SweepConfig, out: Path) -> Path:
+    """The directory whose `stages` a sweep in `out` fills: its own, or the one that it shares with others."""
+    return out.parent / config.stages if config.stages else out
+
+
 def plan_lines(
     points: Sequence[Point],
-    out: Path,
+    keeper: Path,
     until: str,
     remaining: Callable[[Recipe, RunDirectory, Any], dict[str, str]],
 ) -> list[str]:
@@ -108,11 +116,11 @@ def plan_lines(
 
     Args:
         points: of the sweep.
-        out: the sweep's directory; nothing is written there.
+        keeper: whose `stages` the sweep fills; nothing is written there.
         until: the sweep's last stage.
         remaining: `pipeline.remaining`.
     """
-    run = RunDirectory(out)
+    run = RunDirectory(keeper)
     lines, left = [], dict[str, str]()
     for point in points:
         jobs = remaining(point.recipe, run, until)
@@ -121,7 +129,7 @@ def plan_lines(
         lines.append(f"{point.name}: {state}")
     to_do = sum(not point.result.exists() for point in points)
     memory = plan(points[0].recipe).splitlines()[-1]
-    hours = _hours(Counter(map(_kind, left.values())), out)
+    hours = _hours(Counter(map(_kind, left.values())), keeper)
     return [
         *lines,
         f"{len(points)} points, {to_do} to do, {len(left)} jobs: {hours}",
@@ -134,9 +142,11 @@ def _kind(label: str) -> str:
     return re.split(r"\W", label)[0]
 
 
-def _hours(left: Mapping[str, int], out: Path) -> str:
+def _hours(left: Mapping[str, int], keeper: Path) -> str:
     """How long jobs take, one after another, by the mean of the finished ones of their kind."""
-    records = [json.loads(f.read_text(encoding="utf-8")) for f in out.glob("stages/*/stage.json")]
+    records = [
+        json.loads(f.read_text(encoding="utf-8")) for f in keeper.glob("stages/*/stage.json")
+    ]
     took: dict[str, list[float]] = {}
     for record in records:
         took.setdefault(_kind(record["stage"]), []).append(record["seconds"])
@@ -185,7 +195,11 @@ def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> Non
 
 
 def effects_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What one point found, an effect a row: of a forecast its comparisons, of a run every arm against the baseline."""
+    """What one point found, an effect a row.
+
+    Of a forecast its comparisons, of a landscape every place against its first model, of a run every arm against the
+    baseline.
+    """
     if "comparisons" in result:
         return [
             _effect(one["candidate"], result["baseline"], f"equal {one['matched_by']}", name, e)
@@ -193,6 +207,8 @@ def effects_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name, e in one["differences"].items()
             if name != one["matched_by"]
         ]
+    if "places" in result:
+        return _effects_of_places(result)
     rows = []
     for pair in result["pairs"]:
         if pair["baseline"] == result["baseline"]:
@@ -201,6 +217,25 @@ def effects_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             rate = points | {"mean": 100 * (pair["rate"] - 0.5)}
             rows.append(_effect(*names, f"{score} win rate", rate))
             rows.append(_effect(*names, score, pair["difference"]))
+    return rows
+
+
+def _effects_of_places(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every place against the first model; of the loss its negative, so that more is better in every verdict."""
+    axes = ("x", "y") if len(result["models"]) > 2 else ("α",)
+    first, *others = (
+        ", ".join(f"{axis}={x:g}" for axis, x in zip(axes, place["at"], strict=True))
+        for place in result["places"]
+    )
+    between, rows = f"between {', '.join(result['models'])}", []
+    for here, place in zip(others, result["places"][1:], strict=True):
+        for name, e in place["minus_first"].items():
+            if name == "loss":
+                name, e = (
+                    "log-likelihood",
+                    {"mean": -e["mean"], "low": -e["high"], "high": -e["low"]},
+                )
+            rows.append(_effect(here, first, between, name, e))
     return rows
 
 
@@ -335,8 +370,9 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
-def _link_stages(point: Path) -> None:
-    """The point's `stages` is a link to those of all points."""
-    point.mkdir(parents=True, exist_ok=True)
-    if not (point / "stages").exists():
-        (point / "stages").symlink_to(Path("..") / ".." / "stages", target_is_directory=True)
+def _link(run: Path, stages: Path) -> None:
+    """`run/stages` is a link to `stages`, unless it is there already."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "stages").exists():
+        target = os.path.relpath(stages, run)
+        (run / "stages").symlink_to(target, target_is_directory=True)

@@ -23,8 +23,10 @@ class SweepConfig(Strict):
     """It lands in runs/<name>."""
     recipe: str
     """The recipe's file, relative to this one."""
-    until: Literal["forecast", "report"] = "report"
-    """What every point finishes: forecasts need no RL."""
+    until: Literal["forecast", "landscape", "report"] = "report"
+    """What every point finishes: forecasts and landscapes need no RL."""
+    stages: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = None
+    """`study`: the stages are kept in runs/study/stages, so that sweeps of the same models make them once."""
     settings: Setting = Field(default={})
     """What every point sets, e.g. {rl.num_updates: 20}."""
     grid: Annotated[dict[str, list[Any] | dict[str, Setting]], Field(min_length=1)]
