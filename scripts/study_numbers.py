@@ -1,9 +1,9 @@
 """The numbers of docs/findings.md, from the study's finished sweeps.
 
-    python scripts/study_numbers.py runs/study-forecast runs/study-rl
+    python scripts/study_numbers.py runs
 
-Prints Markdown: every verdict of both parts, Kendall's τ between what part A forecast and what part B reached, and the
-gap of every trained arm to the optimum at its own KL.
+Prints Markdown of every part that is there: its verdicts; Kendall's τ between what part A forecast and what part B
+reached; the gap of every trained arm to the optimum at its own KL; and the best of two SFT models against the soup.
 """
 
 import json
@@ -15,18 +15,27 @@ from typing import Any
 import numpy as np
 
 from salsa.analysis.gap import agreement, gaps
+from salsa.analysis.verdicts import judge
 
+PARTS = ("study-forecast", "study-rl", "study-landscape", "study-grid", "study-controls")
 REFERENCES = {"salsa": "soup", "shrunk": "shrink(sft[0], base, soup)"}
 """Arm of part B → the candidate of part A that is its reference."""
 
 
 def main() -> None:
     """Print the tables."""
-    forecasts, runs = (Path(name) for name in sys.argv[1:3])
-    for part in (forecasts, runs):
-        _verdicts(_read(part / "sweep.json"))
-    _agreements(_read(forecasts / "sweep.json"), _read(runs / "sweep.json"))
-    _gaps(forecasts, runs)
+    home = Path(sys.argv[1])
+    found = {p: _read(home / p / "sweep.json") for p in PARTS if (home / p / "sweep.json").exists()}
+    for sweep in found.values():
+        _verdicts(sweep)
+    if found.keys() >= {"study-forecast", "study-rl"}:
+        _agreements(found["study-forecast"], found["study-rl"])
+        _gaps(home / "study-forecast", home / "study-rl")
+    if found.keys() >= {"study-landscape", "study-controls"}:
+        _best_of_two(home / "study-landscape", home / "study-controls")
+    for part in PARTS:
+        if part not in found:
+            print(f"\n{part}: not run to its end")
 
 
 def _verdicts(sweep: dict[str, Any]) -> None:
@@ -90,6 +99,38 @@ def _gaps(forecasts: Path, runs: Path) -> None:
             f"{np.mean([r[k] for r in known]):.3f}" if known else "–" for k in ("gap", "share")
         ]
         _row(beta, arm, *means, f"{len(known)} / {len(rows)}")
+
+
+def _best_of_two(landscapes: Path, runs: Path) -> None:
+    """Salsa against plain PPO from the better of the pair's two SFT models, by their proxy before RL."""
+    print("\n## salsa against PPO on the best of two SFT models\n")
+    _row("measure", "effect", "95 %", "verdict", "sft[1] was better in")
+    _row(*["---"] * 5)
+    better = {
+        file.parent.name: _proxy(file, 1.0) > _proxy(file, 0.0)
+        for file in (landscapes / "points").glob("*/landscape.json")
+    }
+    for score in ("proxy", "gold"):
+        effects = []
+        for pair, second in better.items():
+            report = _read(runs / "points" / pair / "report.json")
+            effects.append(100 * (_rate(report, "salsa", "other" if second else "ppo", score) - 0.5))
+        made = judge(effects, margin=3)
+        _row(f"{score} win rate", f"{made.effect:+.2f}", f"[{made.low:+.2f}, {made.high:+.2f}]",
+             made.verdict, f"{sum(better.values())} of {len(better)} pairs")  # fmt: skip
+
+
+def _proxy(landscape: Path, alpha: float) -> float:
+    places = _read(landscape)["places"]
+    return next(p["columns"]["proxy"]["mean"] for p in places if p["at"] == [alpha])
+
+
+def _rate(report: dict[str, Any], arm: str, other: str, score: str) -> float:
+    """Win rate of one arm over another, whichever the report names first."""
+    for pair in report["pairs"]:
+        if pair["score"] == score and {pair["candidate"], pair["baseline"]} == {arm, other}:
+            return pair["rate"] if pair["candidate"] == arm else 1 - pair["rate"]
+    raise KeyError(f"{report['name']}: no pair of {arm} and {other}")
 
 
 def _row(*cells: Any) -> None:
