@@ -114,7 +114,9 @@ def _best_of_two(landscapes: Path, runs: Path) -> None:
         effects = []
         for pair, second in better.items():
             report = _read(runs / "points" / pair / "report.json")
-            effects.append(100 * (_rate(report, "salsa", "other" if second else "ppo", score) - 0.5))
+            effects.append(
+                100 * (_rate(report, "salsa", "other" if second else "ppo", score) - 0.5)
+            )
         made = judge(effects, margin=3)
         _row(f"{score} win rate", f"{made.effect:+.2f}", f"[{made.low:+.2f}, {made.high:+.2f}]",
              made.verdict, f"{sum(better.values())} of {len(better)} pairs")  # fmt: skip

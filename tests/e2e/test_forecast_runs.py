@@ -56,6 +56,22 @@ def test_a_killed_forecast_goes_on_and_gives_the_same(inputs, finished, tmp_path
     assert shown.pop("trained") and shown == made
 
 
+def test_a_reward_model_on_disk_is_one_more_score(inputs, finished, tmp_path):
+    """Here the run's own: its column is the proxy's."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (trained,) = (finished / "stages").glob("reward-*")
+    second = f"eval.reward_models={{second: {trained}}}"
+    done = salsa(inputs, "forecast", "tiny.yaml", *ASKED, second, "-o", str(run), "--force")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((run / "forecast.json").read_text())
+    assert made["scores"] == ["proxy", "gold", "second"]
+    columns = made["frontiers"]["soup"][-1]["columns"]
+    assert columns["second"] == columns["proxy"] != columns["gold"]
+    taken = salsa(inputs, "check", "tiny.yaml", f"eval.reward_models={{gold: {trained}}}")
+    assert taken.returncode == 2 and "reward_models.gold is a score already" in taken.stderr
+
+
 def test_bad_candidates_and_too_few_samples_are_one_line(inputs, finished, tmp_path):
     for setting, message in (
         ("forecast.references=['sft[0]','sft[9]']", "needs sft[9], but there are 3 SFT models"),

@@ -197,7 +197,7 @@ EXECUTION = {
 }  # fmt: skip
 INPUT = {
     "path", "revision", "dataset", "checkpoints", "seeds", "prompts", "labeller", "paths", "functions", "init", "arms",
-    "baseline", "kl_to", "scores",
+    "baseline", "kl_to", "scores", "reward_models",
 }  # fmt: skip
 
 

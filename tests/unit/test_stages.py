@@ -326,7 +326,8 @@ DECIDES = {
         {"init": TWO}, {"reference": ReferenceRule((TWO,))}, {"reference": ReferenceRule((ONE,), ema=0.1)},
         {"reward": RewardSource(checkpoint=ONE)}, {"seed": 1}, {"config": RLConfig(kl_coef=0.2)},
         {"reward": RewardSource((RewardFunction(call="salsa.demo:gold"),))},
-        {"monitors": {"gold": RewardFunction(call="salsa.demo:gold")}}, {"kl_to": {"base": TWO}},
+        {"monitors": {"gold": RewardSource((RewardFunction(call="salsa.demo:gold"),))}},
+        {"monitors": {"gold": RewardSource(checkpoint=TWO)}}, {"kl_to": {"base": TWO}},
     ],
 }  # fmt: skip
 COMPUTES = {

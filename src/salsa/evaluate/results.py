@@ -90,7 +90,7 @@ def results_of(
         arms=arms,
         recipe=recipe.model_dump(mode="json"),
         samples=samples,
-        scores=("proxy", *recipe.eval.scores),
+        scores=("proxy", *recipe.eval.score_names),
         kl_to=recipe.eval.kl_to,
         remarks=_remarks(recipe),
         curves={

@@ -24,7 +24,7 @@ from salsa.config import (
 from salsa.config.expressions import ReferenceRule
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
-from salsa.rewards import FunctionScorer, RewardSource, function_digest
+from salsa.rewards import RewardSource, function_digest, sum_of
 
 if TYPE_CHECKING:
     from salsa.evaluate.benchmarks import Question
@@ -252,7 +252,7 @@ class RLJob(Job):
     seed: int
     kl_to: dict[str, Checkpoint] = field(default_factory=dict)
     """Name → model whose KL is logged: the base and the SFT models. What is only logged is part of the output too."""
-    monitors: Annotated[dict[str, RewardFunction], "score"] = field(default_factory=dict)
+    monitors: Annotated[dict[str, RewardSource], "score"] = field(default_factory=dict)
     """Further scores to log, e.g. `gold`; they train nothing."""
 
     def run(self, directory: Path, engine: "Engine") -> None:
@@ -265,7 +265,9 @@ class RLJob(Job):
             "reward": self.reward.load(engine),
             "critic_init": self.init,
             "prompts": load_prompts(self.prompts, tokenizer, max_tokens=longest),
-            "monitors": {name: FunctionScorer([f]) for name, f in self.monitors.items()},
+            "monitors": {
+                name: sum_of(source.load(engine)) for name, source in self.monitors.items()
+            },
         }
         trained = self.reward.checkpoint
         if trained is not None and same_vocabulary(trained.path, self.init.path):

@@ -6,7 +6,7 @@ from typing import Any, cast
 from salsa import data
 from salsa.artifacts import Checkpoint, FileHashes, resolve
 from salsa.config import DPOConfig, ForecastConfig, LandscapeConfig, Recipe
-from salsa.config.expressions import Model, ReferenceRule, parse_model, sft_indices
+from salsa.config.expressions import Given, Model, ReferenceRule, parse_model, sft_indices
 from salsa.resolve import Models
 from salsa.rewards import RewardSource
 from salsa.stages import jobs
@@ -87,11 +87,11 @@ def policy(
         init=init,
         reference=reference,
         kl_to={name: models[name] for name in ("base", *(f"sft[{i}]" for i in sorted(used)))},
-        reward=_rewards(recipe, reward)["proxy"],
+        reward=_rewards(recipe, models, reward)["proxy"],
         config=config,
         prompts=section.prompts,
         seed=seed,
-        monitors=recipe.eval.scores,
+        monitors=_scores(recipe, models),
     )
 
 
@@ -113,7 +113,7 @@ def samples(
         kl_to={name: models[name] for name in config.kl_to},
         references=reference.models,
         reference_weights=reference.weights,
-        rewards=_rewards(recipe, reward),
+        rewards=_rewards(recipe, models, reward),
         prompts=config.prompts,
         max_prompt_tokens=section.max_prompt_tokens,
         max_new_tokens=config.max_new_tokens or section.max_new_tokens,
@@ -145,7 +145,7 @@ def sampled(
     model = models[candidate]
     asked = _asked(recipe, own, own.batch_prompts)
     replies = Node.of(jobs.RepliesJob, f"replies {candidate}", model, asked)
-    rewards = _rewards(recipe, reward)
+    rewards = _rewards(recipe, models, reward)
     scores = Node.of(jobs.ScoresJob, f"scores {candidate}", model, replies, asked, rewards)
     logprobs = {}
     for name in recipe.eval.kl_to:
@@ -165,7 +165,7 @@ def landscape(recipe: Recipe, models: Models, reward: Node | None, own: Landscap
         alphas=own.alphas,
         asked=_asked(recipe, own, 1),
         kl_to={text: models[text] for text in recipe.eval.kl_to},
-        rewards=_rewards(recipe, reward),
+        rewards=_rewards(recipe, models, reward),
         validation=own.validation,
     )
 
@@ -215,7 +215,13 @@ def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]
     return replace(cast(Any, rule), models=tuple(models[model] for model in rule.models))
 
 
-def _rewards(recipe: Recipe, reward: Any) -> dict[str, RewardSource]:
+def _rewards(recipe: Recipe, models: Models, reward: Any) -> dict[str, RewardSource]:
     """The training reward, whose checkpoint is a node yet, as `proxy`; and further scores by their names."""
-    others = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
-    return {"proxy": RewardSource(recipe.reward.functions, reward)} | others
+    return {"proxy": RewardSource(recipe.reward.functions, reward)} | _scores(recipe, models)
+
+
+def _scores(recipe: Recipe, models: Models) -> dict[str, RewardSource]:
+    """What else scores a reply: functions, and reward models, whose checkpoints are nodes yet."""
+    functions = {name: RewardSource((function,)) for name, function in recipe.eval.scores.items()}
+    made: Any = {name: models[Given(path)] for name, path in recipe.eval.reward_models.items()}
+    return functions | {name: RewardSource(checkpoint=node) for name, node in made.items()}
