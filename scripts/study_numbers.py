@@ -46,8 +46,8 @@ def _verdicts(sweep: dict[str, Any]) -> None:
     _row(*["---"] * (len(others) + 11))
     for v in sweep["verdicts"]:
         _row(*(v[axis] for axis in others), v["subject"], v["baseline"], v["at"], v["measure"],
-             f"{v['effect']:+.3f}", f"[{v['low']:+.3f}, {v['high']:+.3f}]", v["verdict"], v["clusters"],
-             f"{v['spread']:.3f}", f"{v['power']:.2f}", v["clusters_needed"])  # fmt: skip
+             _number(v["effect"]), f"[{_number(v['low'])}, {_number(v['high'])}]", v["verdict"], v["clusters"],
+             _number(v["spread"]), _number(v["power"]), v["clusters_needed"] or "–")  # fmt: skip
 
 
 def _agreements(forecast: dict[str, Any], trained: dict[str, Any]) -> None:
@@ -133,6 +133,11 @@ def _rate(report: dict[str, Any], arm: str, other: str, score: str) -> float:
         if pair["score"] == score and {pair["candidate"], pair["baseline"]} == {arm, other}:
             return pair["rate"] if pair["candidate"] == arm else 1 - pair["rate"]
     raise KeyError(f"{report['name']}: no pair of {arm} and {other}")
+
+
+def _number(value: float | None) -> str:
+    """A dash where one cluster says nothing of a spread."""
+    return "–" if value is None else f"{value:+.3f}"
 
 
 def _row(*cells: Any) -> None:
