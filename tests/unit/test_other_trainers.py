@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_every_key_of_the_page_is_one_that_was_read(page):
         assert trainer in page
         for key in keys:
             assert key in page, f"{trainer}: {key}"
+
+
+def test_the_comparison_is_of_the_same_versions(repository):
+    """One reading of each source: a version that is read anew is read anew for both pages."""
+    text = (repository / "docs" / "comparison.md").read_text()
+    read = dict(re.findall(r"^\| (\S+) \| (\d[\w.]+) \|", text, flags=re.M))
+    for trainer in KEYS:
+        name, version = trainer.split()
+        assert read.get(name, version) == version, trainer
+    assert version_of(read["TRL"]) <= version_of(metadata.version("trl"))
+    assert len(read) == 5
+
+
+def version_of(text):
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def test_a_soup_has_the_files_that_trainers_read(soup):
