@@ -16,7 +16,7 @@ LIGHT = (
     "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
     "salsa.analysis.frontier", "salsa.analysis.policies",
-    "salsa.report.page",
+    "salsa.report.page", "salsa.integrations",
 )  # fmt: skip
 ALGORITHM = {
     "rl", "rl_models", "references", "objectives", "sft", "reward", "rewards", "dpo", "preferences", "data", "alarms",
@@ -145,3 +145,9 @@ def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):
         "salsa.models.language",
     }
     assert "ray" in imports("salsa.runtime.engine", inside_functions=True)
+
+
+def test_the_integration_imports_nothing_of_trl():
+    """A trainer is handed in, so no name that TRL may move is needed, and torch is loaded with it only."""
+    assert not {top(t) for t in imports("salsa.integrations.trl", inside_functions=True)} & {"trl"}
+    assert not {top(t) for t in reached("salsa")} & HEAVY

@@ -20,7 +20,7 @@ from salsa.config import LoRAConfig
 from salsa.errors import CheckpointError
 from salsa.models.loading import load_policy, save_checkpoint
 from salsa.models.trunk import enable_packing, packs, recompute_activations, response_hidden
-from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
+from salsa.models.weights import MixedPrecisionModule, add_adapters, lerp, merged, shared_copy
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
 from salsa.types import Rollout
@@ -113,12 +113,9 @@ class LanguageModel(MixedPrecisionModule):
         """Every weight in fp32 as a forward pass means it, adapters merged, under its name in a checkpoint."""
         return merged(self.backbone, self.master)
 
-    @torch.no_grad()
     def follow(self, other: "LanguageModel", share: float) -> None:
-        """θ ← θ + share·(θ_other − θ), in fp32: bf16 would lose steps this small."""
-        own = dict(self.named())
-        for name, target in other.weights():
-            own[name].lerp_(target, share)
+        """θ ← θ + share·(θ_other − θ), in fp32."""
+        lerp(dict(self.named()), other.weights(), share)
         self.sync()
 
     def shared(self) -> "LanguageModel":

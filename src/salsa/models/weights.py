@@ -176,3 +176,10 @@ def merged(
         elif ".lora_" in name:
             continue
         yield name.replace(WRAPPED, ""), weight
+
+
+@torch.no_grad()
+def lerp(own: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]], share: float) -> None:
+    """θ ← θ + share·(θ_target − θ) in place, by name; `own` is fp32: bf16 would lose steps this small."""
+    for name, weight in target:
+        own[name].lerp_(weight, share)

@@ -1,0 +1,1 @@
+"""A soup and a moving reference for those who stay with another trainer."""
