@@ -1,4 +1,4 @@
-"""`salsa run` asks for nothing outside: sockets are shut, and no environment variable tells libraries to stay offline."""
+"""`salsa run` asks for nothing outside: sockets are shut, and no environment variable keeps libraries offline."""
 
 import os
 import subprocess
@@ -10,12 +10,13 @@ from tests.whole_run import write_inputs
 
 SHUT = '''
 """Loaded by every Python process of the run: each look-up or connection is written down and refused."""
-import os, socket
+import os, socket, traceback
 
 def _refuse(name):
     def refused(*args, **kwargs):
         with open(os.environ["ASKED"], "a") as file:
-            file.write(f"{name} {args[1:] if name == 'connect' else args}\\n")
+            where = "".join(traceback.format_stack(limit=25))
+            file.write(f"{name} {args[1:] if name == 'connect' else args}\\n{where}\\n")
         raise OSError("the network is shut")
     return refused
 
