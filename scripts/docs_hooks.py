@@ -8,7 +8,7 @@ EXPORTS = "<!-- what salsa exports -->"
 
 
 def on_config(config: Any) -> Any:
-    """Replace every navigation entry that ends in `/` by the pages of that folder, in the order of their names."""
+    """Replace every navigation entry that ends in `/` by the pages of that folder: index first, then by name."""
     config["nav"] = [_expanded(entry, Path(config["docs_dir"])) for entry in config["nav"]]
     return config
 
@@ -19,7 +19,8 @@ def _expanded(entry: Any, docs: Path) -> Any:
     if isinstance(entry, dict):
         return {title: _expanded(what, docs) for title, what in entry.items()}
     if isinstance(entry, str) and entry.endswith("/"):
-        return sorted(f"{entry}{file.name}" for file in (docs / entry).glob("*.md"))
+        names = sorted(file.name for file in (docs / entry).glob("*.md"))
+        return [entry + name for name in sorted(names, key=lambda name: name != "index.md")]
     return entry
 
 

@@ -1,8 +1,9 @@
 """The code blocks of the documentation, and how the test that a page names runs them.
 
 Before every block of code stands a comment: `<!-- run: tests/e2e/… -->` names the test that runs it,
-`<!-- not run: why -->` says why none does. Blocks without a language, and `json`, `text` and `console`, show what comes out and are no code.
-A block whose first line is `# name.yaml` or `# name.py` is saved under that name; others are run, in their order.
+`<!-- not run: why -->` says why none does. Blocks without a language, and `json`, `text` and `console`, show what comes
+out and are no code. A block whose first line is `# name.yaml` or `# name.py` is saved under that name; others are run,
+in their order.
 """
 
 import os

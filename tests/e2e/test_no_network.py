@@ -51,10 +51,11 @@ def test_a_whole_recipe_with_the_network_shut(tmp_path, repository):
     write_inputs(tmp_path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SHUT)
-    asked = tmp_path / "asked.txt"
+    asked, key = tmp_path / "asked.txt", tmp_path / "key"
+    key.write_bytes(b"k" * 32)
     path = os.pathsep.join([str(tmp_path / "site"), str(repository / "src")])
     environment = {k: v for k, v in os.environ.items() if k not in OFFLINE} | {
-        "PYTHONPATH": path, "ASKED": str(asked), "HF_HOME": str(tmp_path / "home"), "COLUMNS": "200",
+        "PYTHONPATH": path, "ASKED": str(asked), "HF_HOME": str(tmp_path / "home"), "COLUMNS": "200", "SALSA_SIGNING_KEY": str(key),
     }  # fmt: skip
 
     def python(*arguments: str) -> subprocess.CompletedProcess:
@@ -73,4 +74,12 @@ def test_a_whole_recipe_with_the_network_shut(tmp_path, repository):
     done = python("-m", "salsa", "run", "tiny.yaml", *SHORT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "tiny" / "report.html").exists()
+    checked = python("-m", "salsa", "verify", "runs/tiny", "--key", str(key))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "outside  sft-0-" in checked.stdout and "WRONG" not in checked.stdout
+    (policy,) = (tmp_path / "runs" / "tiny" / "stages").glob("rl-salsa-*")
+    (policy / "config.json").write_text("{}")
+    spoiled = python("-m", "salsa", "verify", "runs/tiny", "--key", str(key))
+    assert spoiled.returncode == 2 and f"WRONG    {policy.name}: files changed" in spoiled.stdout
+    assert spoiled.stderr.startswith("error: ") and spoiled.stderr.count("\n") == 1
     assert not asked.exists(), asked.read_text()

@@ -33,7 +33,7 @@ class Recipe(Strict):
     """Everything that `salsa run` needs to know."""
 
     name: Input[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]]
-    """Name of the run; it lands in runs/<name>."""
+    """Name of the run; it lands in `runs/<name>`."""
     model: ModelConfig
     sft: SFTConfig
     soup: SoupConfig = SoupConfig()

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Build sdist and wheel, install the wheel in a fresh environment, and use it from an empty directory outside the
+# repository: version, check, a cut-down quickstart, verify. Needs the package index (for the dependencies) and minutes.
+#   scripts/check_wheel.sh [PYTHON]     PYTHON has `build` and `hatchling` (extra [dev])
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$(command -v "${1:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+unset PYTHONPATH
+
+"$python" -m build --no-isolation --outdir "$work/dist" "$root" >/dev/null
+echo "built: $(cd "$work/dist" && ls | tr '\n' ' ')"
+"$python" -m venv "$work/venv"
+"$work/venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[demo]"
+
+mkdir "$work/elsewhere"
+cp "$root/recipes/quickstart.yaml" "$work/elsewhere"
+cd "$work/elsewhere"
+salsa=$work/venv/bin/salsa
+"$work/venv/bin/python" -c "import salsa, sys; sys.exit(0 if salsa.__file__.startswith('$work/venv/') else salsa.__file__)"
+"$salsa" --version
+"$salsa" check quickstart.yaml
+"$salsa" run quickstart.yaml 'sft.seeds=[0,1]' sft.dataset.limit=64 preferences.prompts.limit=24 'rl.seeds=[0]' \
+  rl.num_updates=2 eval.prompts.limit=8 \
+  'rl.arms={ppo: {init: "sft[0]", reference: "sft[0]"}, salsa: {init: "sft[0]", reference: soup}}'
+test -s runs/quickstart/report.html
+"$salsa" verify runs/quickstart
+echo "the wheel works outside the repository"
