@@ -81,5 +81,5 @@ def run_blocks(page: Path, folder: Path, *, python_path: Path) -> list[str]:
             timeout=400,
         )
         assert done.returncode == 0, f"{page.name}, line {block.line}: {done.stderr}"
-        printed.append(done.stdout + done.stderr)
+        printed.append(done.stderr + done.stdout)
     return printed

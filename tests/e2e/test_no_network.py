@@ -55,7 +55,8 @@ def test_a_whole_recipe_with_the_network_shut(tmp_path, repository):
     key.write_bytes(b"k" * 32)
     path = os.pathsep.join([str(tmp_path / "site"), str(repository / "src")])
     environment = {k: v for k, v in os.environ.items() if k not in OFFLINE} | {
-        "PYTHONPATH": path, "ASKED": str(asked), "HF_HOME": str(tmp_path / "home"), "COLUMNS": "200", "SALSA_SIGNING_KEY": str(key),
+        "PYTHONPATH": path, "ASKED": str(asked), "HF_HOME": str(tmp_path / "home"), "COLUMNS": "200",
+        "SALSA_SIGNING_KEY": str(key),
     }  # fmt: skip
 
     def python(*arguments: str) -> subprocess.CompletedProcess:
