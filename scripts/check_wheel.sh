@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build sdist and wheel, install the wheel in a fresh environment, and use it from an empty directory outside the
 # repository: version, check, a cut-down quickstart, verify. Needs the package index (for the dependencies) and minutes.
-#   scripts/check_wheel.sh [PYTHON]     PYTHON has `build` and `hatchling` (extra [dev])
+#   scripts/check_wheel.sh [PYTHON]             PYTHON has `build` and `hatchling` (extra [dev])
+#   SHARE_DEPENDENCIES=1 scripts/check_wheel.sh the dependencies are PYTHON's own, nothing is fetched: a minute
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${1:-python3}")
@@ -13,7 +14,15 @@ unset PYTHONPATH
 "$python" -m build --no-isolation --outdir "$work/dist" "$root" >/dev/null
 echo "built: $(cd "$work/dist" && ls | tr '\n' ' ')"
 "$python" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" "$(echo "$work"/dist/*.whl)[demo]"
+wheel=$(echo "$work"/dist/*.whl)
+if [ -n "${SHARE_DEPENDENCIES:-}" ]; then
+  "$work/venv/bin/python" -m pip install --quiet --no-deps --no-index "$wheel"
+  # a path in a .pth file comes last, and the .pth files in it (an editable salsa) are not followed
+  "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    > "$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+else
+  "$work/venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" "$wheel[demo]"
+fi
 
 mkdir "$work/elsewhere"
 cp "$root/recipes/quickstart.yaml" "$work/elsewhere"
