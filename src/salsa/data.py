@@ -315,7 +315,8 @@ def _read_file(path: Path) -> list[Row]:
 def _unpacked(path: Path) -> str:
     """The text of a .gz file; ValueError if there is no end to it."""
     most = max(MAX_UNPACKED_BYTES, 100 * path.stat().st_size)
-    pieces, size = [], 0
+    pieces: list[bytes] = []
+    size = 0
     with gzip.open(path, "rb") as file:
         while piece := file.read(1 << 20):
             pieces.append(piece)

@@ -84,7 +84,8 @@ def verify(run: Path, key: bytes | None = None) -> Verified:
     files = sorted(run.glob("stages/*/stage.json"))
     if not files:
         raise ConfigError(f"{run}: no finished stages here. Give a run directory, runs/NAME.")
-    found, records = Verified(), {}
+    found = Verified()
+    records: dict[Path, dict[str, Any]] = {}
     for file in files:
         try:
             records[file.parent] = read_json(file)
