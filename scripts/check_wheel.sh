@@ -31,7 +31,7 @@ salsa=$work/venv/bin/salsa
 "$work/venv/bin/python" -c "import salsa, sys; sys.exit(0 if salsa.__file__.startswith('$work/venv/') else salsa.__file__)"
 "$salsa" --version
 "$salsa" check quickstart.yaml
-"$salsa" run quickstart.yaml 'sft.seeds=[0,1]' sft.dataset.limit=32 preferences.prompts.limit=8 'rl.seeds=[0]' \
+"$salsa" run quickstart.yaml 'sft.seeds=[0,1]' sft.dataset.limit=32 sft.batch_size=8 preferences.prompts.limit=8 'rl.seeds=[0]' \
   rl.num_updates=1 rl.rollout_size=8 rl.max_new_tokens=8 preferences.max_new_tokens=8 eval.prompts.limit=4 \
   'rl.arms={ppo: {init: "sft[0]", reference: "sft[0]"}, salsa: {init: "sft[0]", reference: soup}}'
 test -s runs/quickstart/report.html
