@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types study base-model clean
+.PHONY: demo test fast check lint types docs dist audit study base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -16,7 +16,7 @@ test: $(VENV)/installed        ## every test
 fast: $(VENV)/installed        ## the tests that take seconds
 	$(PYTEST) -m "not slow"
 
-check: lint types test         ## what CI runs
+check: lint types docs test    ## what CI runs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -24,6 +24,16 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+docs: $(VENV)/installed        ## these pages in dist/site, links checked; seconds
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: $(VENV)/installed        ## wheel and sdist, and the wheel tried in an environment of its own
+	scripts/check_wheel.sh $(BIN)/python
+
+audit: $(VENV)/installed       ## known holes in what constraints.txt pins; needs a network, fails where it has none
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 study: $(VENV)/installed       ## docs/study-plan.md, a night on two cores; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml
@@ -38,7 +48,7 @@ base-model: $(VENV)/installed  ## train the embedded base model again (about an 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("salsa-rlhf needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
 clean:

@@ -163,7 +163,7 @@ def parse_jsonl(lines: Iterable[str], where: str) -> list[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             rows += [(number, json.loads(line))] if line.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: line {number} is not JSON ({error}).") from error
     return rows
 

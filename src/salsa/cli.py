@@ -196,6 +196,27 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, Argument(metavar="RUN", help="run directory, e.g. runs/quickstart")],
+    key: Annotated[
+        Path | None, Option(help="file with the key that the stages were signed with")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Recompute a run's digests and the chain of its inputs; with --key, check who signed it."""
+    from salsa.errors import CheckpointError
+    from salsa.stages.provenance import read_key
+    from salsa.stages.provenance import verify as verified
+
+    found = verified(run, None if key is None else read_key(key))
+    typer.echo("\n".join(found.lines()))
+    if found.problems:
+        raise CheckpointError(
+            f"{run}: {len(found.problems)} problems, see above. Do not rely on it."
+        )
+
+
+@app.command()
 def soup(
     ingredients: Annotated[
         list[str], Argument(metavar="A B [C…]", help="model directories or hub names")

@@ -22,11 +22,15 @@ from typing import Any
 
 from salsa.artifacts import digest_of, parse_jsonl, sha256_file
 from salsa.config import DataSource
-from salsa.errors import ConfigError, DataError, accessing
+from salsa.errors import ConfigError, DataError, SalsaError, accessing
 from salsa.runtime.tracking import say
+from salsa.untrusted import template_limits
 
 SFT_COLUMNS = [("messages",), ("prompt", "completion")]
 PREFERENCE_COLUMNS = [("chosen", "rejected")]
+
+MAX_UNPACKED_BYTES = 1_000_000_000
+"""Of a .gz file; more only up to a hundred times its size (text shrinks by 3 to 20)."""
 
 _LOCAL = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
@@ -172,13 +176,14 @@ def render(
     messages: Sequence[Message], tokenizer: Any, where: str, *, add_generation_prompt: bool = False
 ) -> str:
     """Chat template applied; template errors become DataError."""
-    from jinja2.exceptions import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
+        with template_limits(where):
+            return tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+    except SalsaError:
+        raise
+    except Exception as error:  # a template is a program, and may raise anything
         raise DataError(
             f"{where}: the model's chat template refuses a conversation: {error}"
         ) from error
@@ -197,6 +202,7 @@ def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
                 pairs.append({"prompt": row["messages"][:turn], "completion": [message]})
     if not pairs:
         raise DataError(f"{where}: no row has an assistant's reply to learn from.")
+    _try_template(pairs, ("completion",), tokenizer, where)
     return pairs
 
 
@@ -216,7 +222,21 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
         pair, other = (_pair(prompt, reply, tokenizer, where) for reply in (chosen, rejected))
         chosen, rejected = pair["completion"], other["completion"]
         result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+    _try_template(result, ("chosen", "rejected"), tokenizer, where)
     return result
+
+
+def _try_template(rows: Sequence[Row], replies: Sequence[str], tokenizer: Any, where: str) -> None:
+    """Render one row of each sequence of roles within bounds: TRL renders them all, and has none."""
+    seen: set[tuple[str, ...]] = set()
+    for row in rows:
+        for reply in replies if isinstance(row["prompt"], list) else ():
+            whole = [*row["prompt"], *row[reply]]
+            roles = tuple(str(message.get("role")) for message in whole)
+            if roles not in seen:
+                seen.add(roles)
+                render(row["prompt"], tokenizer, where, add_generation_prompt=True)
+                render(whole, tokenizer, where)
 
 
 def draw_prompts(
@@ -282,12 +302,25 @@ def _read_file(path: Path) -> list[Row]:
             raise DataError(f"{path}: not a parquet file ({error}).") from error
     if not path.name.endswith(_LOCAL):
         raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_LOCAL)}.")
-    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            if ".jsonl" not in path.name:
-                return json.load(file)
-            lines = list(file)
-    except (ValueError, OSError) as error:
+        text = _unpacked(path) if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+        if ".jsonl" not in path.name:
+            return json.loads(text)
+        lines = text.split("\n")
+    except (ValueError, OSError, EOFError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
     return [row for _, row in parse_jsonl(lines, str(path))]
+
+
+def _unpacked(path: Path) -> str:
+    """The text of a .gz file; ValueError if there is no end to it."""
+    most = max(MAX_UNPACKED_BYTES, 100 * path.stat().st_size)
+    pieces: list[bytes] = []
+    size = 0
+    with gzip.open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise ValueError(f"unpacks to more than {most} bytes")
+    return b"".join(pieces).decode("utf-8")

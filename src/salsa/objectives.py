@@ -240,7 +240,7 @@ def kl_loss(
     Tokens were drawn from π_old, so that after the first step the estimator needs the ratio ρ (`importance`). ∇k2 is
     (log π − log π_ref)·∇log π, whose mean under π is ∇KL: ρ only weighs it, and is detached. k3 is unbiased as a value
     and its own gradient is not that of its mean: ρ·k3 is differentiated through ρ too (arXiv 2512.21852, OpenRLHF
-    #1309).
+    issue 1309).
     Per token: the effect of a token on the states that follow is left out, as everywhere in the loss.
     """
     mask = mask.bool()

@@ -1,11 +1,10 @@
 """What a recipe will do, in numbers, before it does it. No torch."""
 
-import json
-import math
 from pathlib import Path
 
 from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import DPOConfig, Recipe
+from salsa.untrusted import parameter_count
 
 _BYTES_TRAINED = 12
 """fp32 weight and two Adam moments."""
@@ -90,14 +89,3 @@ def _memory_line(recipe: Recipe) -> str:
         f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB"
         f"{adapters} activations come on top"
     )
-
-
-def parameter_count(path: Path) -> int | None:
-    """Parameters of a checkpoint, from its safetensors headers; None if it has none."""
-    total = 0
-    for file in path.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        total += sum(math.prod(tensor["shape"]) for tensor in header.values())
-    return total or None

@@ -20,6 +20,7 @@ _SFT = re.compile(r"sft\[(\d+)\]")
 _SOUP = re.compile(r"soup\[(\d+(?:\s*,\s*\d+)*)\]")
 _CALL = re.compile(r"(\w+)\((.*)\)")
 _WEIGHTED = re.compile(r"([\d.eE+-]+)\s*\*\s*(.+)")
+_LONGEST, _DEEPEST = 5000, 30
 _MODELS = (
     "sft[0], soup, soup[0,1], shrink(sft[0], base, 0.7), soup(0.75*sft[0], 0.25*sft[1]), base, "
     "or a path that contains a /"
@@ -100,6 +101,7 @@ class ReferenceRule(Generic[M]):
 def parse_model(text: str) -> Model:
     """A model expression; ValueError, which says what may be written, for what names no model."""
     text = text.strip()
+    _check_size(text)
     if text in ("base", "soup"):
         return Base() if text == "base" else RecipeSoup()
     if match := _SFT.fullmatch(text):
@@ -130,6 +132,7 @@ def parse_reference(text: str, init: str) -> ReferenceRule[Model]:
     """
     if text.strip() == "none":
         return ReferenceRule((parse_model(init),), pulls=False)
+    _check_size(text)
     name, arguments = _call(text)
     if name == "mixture":
         parts, weights = _weighted(text, arguments, "a mixture")
@@ -229,6 +232,13 @@ def _call(text: str) -> tuple[str | None, list[str]]:
         else:
             arguments[-1] += character
     return match[1], [argument.strip() for argument in arguments]
+
+
+def _check_size(text: str) -> None:
+    if len(text) > _LONGEST or text.count("(") > _DEEPEST:
+        raise ValueError(
+            f"{text[:40]!r}…: more than {_LONGEST} characters or {_DEEPEST} brackets. Make it in steps: salsa soup"
+        )
 
 
 def _number(text: str) -> float:

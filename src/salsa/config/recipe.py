@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from salsa.config.engine import EngineConfig
 from salsa.config.evaluation import EvalConfig
@@ -22,17 +22,18 @@ from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
 from salsa.config.rl import RLSection
-from salsa.config.schema import Execution, Input, Strict, nearest, read_yaml, validated
+from salsa.config.schema import Execution, Input, Strict, nearest, validated
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
 from salsa.errors import ConfigError
+from salsa.untrusted import read_yaml, yaml_value
 
 
 class Recipe(Strict):
     """Everything that `salsa run` needs to know."""
 
     name: Input[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]]
-    """Name of the run; it lands in runs/<name>."""
+    """Name of the run; it lands in `runs/<name>`."""
     model: ModelConfig
     sft: SFTConfig
     soup: SoupConfig = SoupConfig()
@@ -122,8 +123,8 @@ class Recipe(Strict):
     def decisive_text(cls, text: str) -> Any:
         """What of a resolved recipe's text decides results: all but execution settings."""
         try:
-            return cls.model_validate(yaml.safe_load(text)).decisive()
-        except (ValidationError, yaml.YAMLError):
+            return cls.model_validate(yaml_value(text)).decisive()
+        except ValueError:
             return text  # of another version: compared as it stands
 
 
@@ -139,6 +140,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+        node[leaf] = yaml_value(text)
+    except ValueError as error:
+        raise ConfigError(f"override {override[:200]!r}: the value is not YAML") from error

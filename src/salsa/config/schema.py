@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from salsa.config.expressions import parse_model
-from salsa.errors import ConfigError, accessing
+from salsa.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -149,18 +148,6 @@ def nearest(word: str, words: Any) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
 
 
-def read_yaml(path: Path, broken: str, wanted: str) -> dict[str, Any]:
-    """The mapping in a YAML file; ConfigError says `broken` if it cannot be read, `wanted` if it is no mapping."""
-    try:
-        with accessing(path, "read"):
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {broken}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: {wanted}, got {type(values).__name__}.")
-    return values
-
-
 def validated(kind: type[S], values: dict[str, Any], path: Path) -> S:
     """The values of the file at `path` as a section; ConfigError, in one line, for a wrong one."""
     try:
@@ -186,7 +173,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         text = f"{where + ': ' if where else ''}{first['ctx']['error']}"
         text += "" if text.endswith((".", "?")) else "."
     else:
-        text = f"{where}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        got = repr(first["input"])
+        got = got if len(got) <= 200 else got[:200] + "…"
+        text = f"{where}={got}: {first['msg'][0].lower()}{first['msg'][1:]}."
     return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from salsa.config.recipe import Recipe
-from salsa.config.schema import Positive, Strict, read_yaml, validated
+from salsa.config.schema import Positive, Strict, validated
 from salsa.errors import ConfigError
+from salsa.untrusted import read_yaml
 
 Setting = dict[str, Any]
 """Dotted key of the recipe → value."""

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from salsa.artifacts import digest_of
 from salsa.errors import DataError
 from salsa.evaluate import judgments
 from salsa.evaluate.benchmarks import Answers, Bench, JudgePrompt, Match, Question
 from salsa.evaluate.judgments import Arms, Comparison, Lengths, PairsSummary, PathOrRows, Row
 from salsa.evaluate.spec import ARENA_HARD_SOURCE, ArenaHardConfig
+from salsa.untrusted import yaml_value
 
 WEIGHT = 3.0
 """Of `>>` against `>`."""
@@ -197,11 +196,11 @@ def load_judge_prompt(path: Path | str) -> JudgePrompt:
     v2.0 keeps the system prompt in `utils/judge_utils.py`; copy it into the YAML.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml_value(Path(path).read_text(encoding="utf-8"))
         template = values["prompt_template"]
         template = template[0] if isinstance(template, list) else template
         return JudgePrompt("Arena-Hard", values["system_prompt"], template)
-    except (OSError, yaml.YAMLError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: no Arena-Hard judge prompt ({' '.join(str(error).split())}). Give a YAML file with system_prompt "
             f"and prompt_template, such as config/judge_config.yaml of {ARENA_HARD_SOURCE}; v2.0 keeps its system "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from string import Formatter
 from typing import Any, Protocol
 
 from salsa.artifacts import write_jsonl
@@ -42,6 +43,9 @@ class JudgePrompt:
     def messages(self, question: Question, values: Mapping[str, str]) -> list[Message]:
         """What the judge is shown; DataError if the template asks for none of `values`."""
         try:
+            for _, name, width, conversion in Formatter().parse(self.template):
+                if name is not None and (not name.isidentifier() or width or conversion):
+                    raise KeyError(f"{{{name}}}, no plain name")  # format() would read attributes
             text = self.template.format(**values)  # once: answers may hold braces
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(

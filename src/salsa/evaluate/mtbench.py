@@ -34,7 +34,7 @@ REFERENCE_CATEGORIES = ("math", "reasoning", "coding")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """Sampling temperature of the answers by category; 0 for all others."""
 
-_RATING = re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]")
+_RATING = re.compile(r"\[\[([0-9]+(?:\.[0-9]*)?)\]\]")
 _LABEL = re.compile(r"\[\[([ABC])\]\]")
 
 Ratings = dict[tuple[Any, int, int], float]

@@ -4,6 +4,7 @@ Torch-free: a slip of the pen is told before anything loads.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -13,11 +14,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from salsa.config import DataSource, RewardFunction, Strict
 from salsa.config.recipe import apply_override
-from salsa.config.schema import Count, NonNegative, Positive, explain, read_yaml
+from salsa.config.schema import Count, NonNegative, Positive, explain
 from salsa.errors import ConfigError
+from salsa.untrusted import read_yaml
 
 MT_BENCH_SOURCE = "github.com/lm-sys/FastChat, fastchat/llm_judge/data"
 ARENA_HARD_SOURCE = "github.com/lmarena/arena-hard-auto"
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][\w.+ -]*")
 
 
 class JudgeConfig(Strict):
@@ -160,7 +164,10 @@ class EvalSpec(Strict):
         }
         alone = len(self.models) == 1 and next((name for name in pairwise if pairwise[name]), None)
         another = "model, or arena_hard.baseline" if alone == "arena_hard" else "model"
+        odd = next((m for m in self.models if not _FILE_NAME.fullmatch(m)), None)
         mistakes = {
+            f"models: {odd!r} would name files; use letters, digits, spaces, . _ + -":
+                odd is not None,
             f"baseline={self.baseline!r} is none of the models ({', '.join(self.models)})":
                 self.baseline is not None and self.baseline not in self.models,
             "nothing to answer; give prompts, mt_bench or arena_hard":

@@ -16,6 +16,7 @@ from transformers import (
 from salsa.config import ModelConfig
 from salsa.errors import CheckpointError
 from salsa.types import Sampling
+from salsa.untrusted import check_model, check_size, read_json, reading
 
 
 def load_tokenizer(
@@ -29,6 +30,9 @@ def load_tokenizer(
         CheckpointError: there is no tokenizer, or it has no EOS token.
     """
     options = {"gguf_file": gguf_file} if gguf_file is not None else {}
+    for file in path.glob("tokenizer*.json"):
+        with reading(file, "no tokenizer can be read"):
+            check_size(file)
     tokenizer = _from_pretrained(AutoTokenizer, path, "tokenizer", **options)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
@@ -53,7 +57,7 @@ def sampling_for(
     ends = {tokenizer.eos_token_id}
     file = path / "generation_config.json"
     if file.exists():
-        value = json.loads(file.read_text()).get("eos_token_id")
+        value = read_json(file).get("eos_token_id")
         ends |= set(value if isinstance(value, list) else [value]) - {None}
     return Sampling(max_new_tokens, temperature, tuple(sorted(ends)), int(tokenizer.pad_token_id))
 
@@ -71,15 +75,15 @@ def load_classifier(
     Raises:
         CheckpointError: the model has no head and no seed to draw one is given, or it has several labels.
     """
-    config = json.loads((path / "config.json").read_text())
-    options = {}
+    config = read_json(path / "config.json")
+    options: dict[str, Any] = {}
     if not any("SequenceClassification" in name for name in config.get("architectures") or []):
         if new_head_seed is None:
             raise CheckpointError(
                 f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
             )
         torch.manual_seed(new_head_seed)
-        options["num_labels"] = 1
+        options |= {"num_labels": 1, "new_head": True}
     model = _load(AutoModelForSequenceClassification, path, **options)
     if model.config.num_labels != 1:
         raise CheckpointError(
@@ -131,15 +135,32 @@ def save_checkpoint(
 
 
 def _from_pretrained(factory: Any, path: Path, what: str, **options: Any) -> Any:
+    """What the factory makes of the directory; code that lies there is not run, and nobody is asked whether it may."""
     try:
-        return factory.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        return factory.from_pretrained(path, trust_remote_code=False, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # the parsers of strange files raise many unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: no {what} can be loaded ({reason}).") from error
 
 
-def _load(factory: Any, path: Path, **options: Any) -> PreTrainedModel:
-    model = _from_pretrained(factory, path, "model", dtype=torch.float32, **options).eval()
+def _load(factory: Any, path: Path, *, new_head: bool = False, **options: Any) -> PreTrainedModel:
+    """The model, every weight of it out of the files; a `new_head` may be missing there."""
+    check_model(path)
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True
+    model, found = _from_pretrained(
+        factory, path, "model", dtype=torch.float32, output_loading_info=True, **options
+    )
+    inside = f"{model.base_model_prefix}."
+    missing = sorted(k for k in found["missing_keys"] if k.startswith(inside) or not new_head)
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} weights that config.json speaks of are not in the files, {missing[0]} for one. "
+            "Copy or save it again."
+        )
+    model.eval()
     # transformers would give the padding token's row no gradient, which may be EOS's row; masks do that job here
     model.get_input_embeddings().padding_idx = None
     return model

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -15,7 +16,11 @@ _COMPLETE = "complete"
 
 
 def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any]:
-    """TrainingArguments that every stage shares, from the job's seed and the fields of its `config`."""
+    """TrainingArguments that every stage shares, from the job's seed and the fields of its `config`.
+
+    From here on this process sends no telemetry: TRL's trainers report to the hub when they are made.
+    """
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     config, on_cpu = job.config, engine.device.type == "cpu"
     microbatch = getattr(config, "microbatch_size", None) or config.batch_size
     return {

@@ -9,20 +9,19 @@ import json
 import math
 import os
 import re
-import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
+from salsa.untrusted import read_header, read_json, reading
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -47,8 +46,6 @@ _PLAIN = re.compile(r"[^./\\:][^/\\:]*\.safetensors")
 """A file name without a path; hub snapshots are symlinks, so names count and real paths do not."""
 
 MAX_SHARD_BYTES = 5 * 10**9
-_MAX_HEADER_BYTES = 100_000_000
-_MAX_TEXT_BYTES = 500_000_000
 _PIECE_BYTES = 1 << 20
 
 
@@ -223,33 +220,6 @@ def widest(dtypes: Iterable[str]) -> str:
     return "F32" if kinds == {"F16", "BF16"} else min(kinds, key=list(FLOATS).index)
 
 
-@contextmanager
-def _reading(path: Path, trouble: str) -> Iterator[None]:
-    """Turn whatever a strange file raises into one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, RecursionError, struct.error, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: {trouble} ({reason}). Copy or save it again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if it is no regular file, or holds no JSON object."""
-    text = read_text(path)
-    with _reading(path, "cannot be read as JSON"):
-        return _parsed(text)
-
-
-def read_text(path: Path) -> str:
-    """A text file that may be anything: a directory, a pipe, a film; CheckpointError if it is no text."""
-    with _reading(path, "cannot be read"):
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise ValueError("no regular file")
-        if path.stat().st_size > _MAX_TEXT_BYTES:
-            raise ValueError("far too large")
-        return path.read_text(encoding="utf-8")
-
-
 def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
     """File name → the keys that the index places there (None: there is no index)."""
     single = directory / f"{stem}.safetensors"
@@ -283,18 +253,8 @@ def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
 
 
 def _read_header(path: Path) -> tuple[Shard, dict[str, Tensor]]:
-    with _reading(path, "not a sound safetensors file"):
-        size = path.stat().st_size
-        if not path.is_file():
-            raise ValueError("no regular file")
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            (length,) = struct.unpack("<Q", start)
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise ValueError(f"a header of {length} bytes")
-            text = stream.read(length)
-        header = _parsed(text)
-        header.pop("__metadata__", None)
+    with reading(path, "not a sound safetensors file"):
+        start, header = read_header(path)
         for key, entry in header.items():
             dtype = entry.get("dtype") if isinstance(entry, dict) else entry
             if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
@@ -303,7 +263,7 @@ def _read_header(path: Path) -> tuple[Shard, dict[str, Tensor]]:
                 )
         with safe_open(path, "numpy"):  # refuses a header that does not describe its file exactly
             pass
-    shard = Shard(path, size, hashlib.sha256(start + text), 8 + length)
+    shard = Shard(path, path.stat().st_size, hashlib.sha256(start), len(start))
     return shard, {
         key: Tensor(shard, e["dtype"], tuple(e["shape"]), shard.hashed + e["data_offsets"][0])
         for key, e in header.items()
@@ -321,19 +281,3 @@ def _split(sizes: Mapping[str, int]) -> list[list[str]]:
         shards[-1].append(key)
         filled += size
     return shards
-
-
-def _parsed(text: str | bytes) -> dict[str, Any]:
-    value = json.loads(text, object_pairs_hook=_unique)
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    return value
-
-
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"the key {key!r} twice")
-        values[key] = value
-    return values

@@ -13,7 +13,8 @@ import numpy as np
 
 from salsa.artifacts import Checkpoint, sha256_tree
 from salsa.errors import CheckpointError
-from salsa.soup.files import Tensor, Weights, read_json, read_text
+from salsa.soup.files import Tensor, Weights
+from salsa.untrusted import read_json, read_text
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

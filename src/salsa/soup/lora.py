@@ -18,9 +18,10 @@ import numpy as np
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, WeightsWriter, read_json, widest
+from salsa.soup.files import FLOATS, WeightsWriter, widest
 from salsa.soup.ingredients import Ingredient, refuse
 from salsa.soup.methods import DTYPES, Factors, Mix, rounded
+from salsa.untrusted import read_json
 
 CONFIG = "adapter_config.json"
 _FREE = {"peft_version", "inference_mode", "init_lora_weights", "lora_dropout", "auto_mapping"}

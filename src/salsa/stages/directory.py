@@ -34,6 +34,7 @@ from salsa.artifacts import (
 )
 from salsa.errors import ConfigError, accessing
 from salsa.stages.jobs import Job
+from salsa.stages.provenance import signed
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -198,6 +199,7 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - clock, 2),
     }
+    record = signed(record)
     write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     finish_directory(partial, place.final)
     shutil.rmtree(place.final / "resume", ignore_errors=True)
