@@ -11,8 +11,7 @@
 
 Written against the source of vLLM 0.33.0 (vllm/entrypoints/rl/online/api_router.py, vllm/distributed/weight_transfer,
 vllm/entrypoints/openai/completion/protocol.py), whose routes are there with VLLM_SERVER_DEV_MODE=1. Older versions
-speak otherwise: weight transfer came with 0.16 in two phases, start and finish with 0.22, the trainer's own engines
-after that; so anything below 0.33 is refused.
+speak otherwise (the calls changed in 0.17, in 0.22, and after it) and are refused.
 
 The weights that speak are the policy's or the run stops: a label alone would not notice bytes that were lost on their
 way, and sums of the server's bytes alone would not notice which weights an answer is of. Nothing is tried twice, for a
