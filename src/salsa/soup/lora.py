@@ -18,7 +18,7 @@ import numpy as np
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, WeightsWriter, read_json, widest
+from salsa.soup.files import FLOATS, Weights, WeightsWriter, read_json, widest
 from salsa.soup.ingredients import Ingredient, refuse
 from salsa.soup.methods import DTYPES, Factors, Mix, rounded
 
@@ -193,6 +193,11 @@ class MergedAdapter(Ingredient):
             raise CheckpointError(
                 f"{self.path}: brings {stray[0]}, which the base does not have. Leave --base out to keep an adapter."
             )
+
+    @property
+    def reads(self) -> list[Weights]:
+        """The adapter's own and the base's."""
+        return [self.weights, *self.base.reads]
 
     def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements of a tensor that was saved whole; else the base's, W_base + s B A (float64) where it is adapted."""
