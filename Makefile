@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types study base-model clean
+.PHONY: demo test fast check lint types study gpu-check base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -28,6 +28,9 @@ types: $(VENV)/installed
 study: $(VENV)/installed       ## docs/study-plan.md, about three hours; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml
 	$(BIN)/salsa sweep recipes/study/rl.yaml
+
+gpu-check: $(VENV)/installed   ## on a machine with a GPU: does everything run there, and how fast? one JSON
+	$(BIN)/python benchmarks/gpu_check.py
 
 base-model: $(VENV)/installed  ## train the embedded base model again (about an hour)
 	$(BIN)/python scripts/make_base_model.py
