@@ -7,7 +7,7 @@ into. Everything that was made there is deleted at the end. Each run is a proces
 after the imports to the last byte; ours waits for the disk (fsync), mergekit does not, and is timed again with it.
 `copy` is what no program can avoid: reading both inputs and writing as much as one of them to the disk, by one
 thread. `--cold` drops the checkpoints from the page cache before every run. Prints a JSON line: median seconds, ratios,
-the share of the copy's speed that is reached, and peaks of resident memory (mergekit's contains the mapped files). Linux.
+the share of the copy's speed that is reached, and peaks of resident memory (mergekit's with the mapped files). Linux.
 """
 
 import argparse
