@@ -165,6 +165,16 @@ def test_the_size_of_the_mismatch_is_that_of_the_servers_own_words(job, tmp_path
     assert row["ratio"] == pytest.approx(1, abs=0.2)  # of old logprobs, which are our own
 
 
+def test_the_weights_reach_the_loss(job, tmp_path):
+    """The same replies, another cap: another gradient."""
+    rows = []
+    for cap in (1.0, 3.0):
+        with VLLMServer(logit_noise=0.3) as server:
+            rows += run(job, tmp_path / f"{cap}", **ONE, **by(server, importance_cap=cap))
+    assert rows[0]["score"] == rows[1]["score"] and rows[0]["sampler_kl"] == rows[1]["sampler_kl"]
+    assert rows[0]["grad_norm"] != pytest.approx(rows[1]["grad_norm"], rel=1e-3)
+
+
 # an update that went wrong is noticed, and a run goes on as if it had not happened
 
 STALE = "after a push of weights"
