@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types docs dist audit study base-model clean
+.PHONY: demo test fast check lint types docs dist audit study gpu-check base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -41,6 +41,9 @@ study: $(VENV)/installed       ## docs/study-plan.md, a night on two cores; goes
 	$(BIN)/salsa sweep recipes/study/landscape.yaml
 	$(BIN)/salsa sweep recipes/study/grid.yaml
 	$(BIN)/salsa sweep recipes/study/controls.yaml
+
+gpu-check: $(VENV)/installed   ## on a machine with a GPU: does everything run there, and how fast? one JSON
+	$(BIN)/python benchmarks/gpu_check.py
 
 base-model: $(VENV)/installed  ## train the embedded base model again (about an hour)
 	$(BIN)/python scripts/make_base_model.py

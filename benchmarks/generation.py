@@ -30,7 +30,7 @@ def ours(
     model: LanguageModel, prompts: Sequence[Prompt], sampling: Sampling, rows: int, seed: int
 ) -> list[list[int]]:
     """All prompts in one call."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.engine.device).manual_seed(seed)
     ids = [prompt.ids for prompt in prompts]
     rollout = LocalSampler(model, rows).generate(ids, sampling, generator).rollout
     return [r[m].tolist() for r, m in zip(rollout.response, rollout.response_mask, strict=True)]

@@ -1,7 +1,6 @@
 """Our half of ppo_vs_trl.py, in a process of its own: `python salsa_side.py JOB.json`."""
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from salsa.config import RLConfig
 from salsa.data import Prompt
 from salsa.models import RewardModel, load_tokenizer
 from salsa.runtime.engine import Engine
+from salsa.runtime.meter import peak_memory_gb
 from salsa.runtime.tracking import quiet_libraries
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         "seconds": [b - a for a, b in pairwise(stops)],
         "cpu_seconds": [b - a for a, b in pairwise(cpu_stops)],
         "phases": phases[1:],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_gb": peak_memory_gb(engine),
         "kl": [row["kl"] for row in rows],
         "length": [row["length"] for row in rows],
     }

@@ -61,7 +61,7 @@ def make_trainer(job, **options):
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
         bf16=job["bf16"],
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         seed=job["seed"],
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=episodes // micro,
@@ -94,6 +94,13 @@ def make_trainer(job, **options):
     return trainer, clock
 
 
+def peak_gb():
+    """Most memory: of a GPU what torch allocated, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def speed(job):
     """One update to warm up, then `job.updates` that count; every update sees the same prompts."""
     rows = []
@@ -111,7 +118,7 @@ def speed(job):
     return {
         "seconds": seconds[1:],
         "cpu_seconds": cpu_seconds[1:],
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "peak_gb": peak_gb(),
         "kl": [row["objective/kl"] for row in rows],
     }
 

@@ -25,6 +25,9 @@ ERRORS = 3.0
 """Standard errors by which the mean KL must lie below 0: k1 is noisy, the KL itself is never negative."""
 NOISE = 0.01
 """Nats by which it must lie below 0 besides: rounding alone makes differences between equal models."""
+MISMATCH = 0.02
+"""Nats per token between a server's distribution and the policy's: an honest server with the same weights, in bf16, is
+expected well below."""
 DRIFT = 2.0
 """Standard errors by which proxy must rise and gold fall between the first and the last window."""
 
@@ -79,6 +82,13 @@ class Alarms:
                 "clip fraction",
                 f"{last['clip_fraction']:.0%} of the tokens are clipped: the steps are too large. Lower "
                 "rl.learning_rate or rl.num_epochs",
+            )
+        if last.get("sampler_kl", 0.0) > MISMATCH:
+            yield (
+                "sampler mismatch",
+                f"the server's distribution is {last['sampler_kl']:.2g} nats per token from the policy's, and "
+                f"{last['importance_capped']:.0%} of the tokens have a capped weight. Check that it serves this model "
+                "in the policy's precision, without quantization",
             )
         for name in self.held_out:
             proxy, gold = _drift(self._rows, "score"), _drift(self._rows, name)

@@ -209,21 +209,43 @@ def policy_loss(
     mask: Mask,
     *,
     clip_range: float,
+    weights: Float[Tensor, "B R"] | None = None,
 ) -> PolicyLoss:
-    """−mean_t min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t), ρ_t = π(a_t)/π_old(a_t) (Schulman et al. 2017, eq. 7).
+    """−mean_t w_t·min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t), ρ_t = π(a_t)/π_old(a_t) (Schulman et al. 2017, eq. 7).
 
     The mean is over the real tokens of the batch. A token counts as clipped where the clip changes its term.
+    `weights` are w, for tokens that were not drawn from π_old (`importance_weights`); 1 if not given.
     """
     mask = mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    terms = torch.minimum(unclipped, clipped)
     return PolicyLoss(
-        loss=-masked_mean(torch.minimum(unclipped, clipped), mask),
+        loss=-masked_mean(terms if weights is None else weights * terms, mask),
         clip_fraction=masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach(),
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask).detach(),
     )
+
+
+def importance_weights(
+    logprobs: Float[Tensor, "B R"],
+    sampler_logprobs: Float[Tensor, "B R"],
+    mask: Mask,
+    *,
+    cap: float,
+) -> Float[Tensor, "B R"]:
+    """w_t = min(π_old(a_t)/μ(a_t), C) for tokens drawn from the sampler's μ, not from π_old; 0 outside the mask.
+
+    Truncated importance sampling (Ionides 2008; per token, between a sampler's numerics and the trainer's: Yao et al.
+    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", whose π_learner is π_old here and
+    π_sampler μ). A cap C keeps the variance finite and biases what lies above it towards 0. As there, a token's weight
+    leaves out the tokens before it, and the weights are not normalised.
+    """
+    mask = mask.bool()
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0)
+    return torch.where(mask, log_ratio.exp().clamp(max=cap), 0)
 
 
 def kl_loss(
@@ -234,14 +256,16 @@ def kl_loss(
     *,
     kl_kind: KLKind,
     importance: bool,
+    weights: Float[Tensor, "B R"] | None = None,
 ) -> Float[Tensor, ""]:
-    """mean_t ρ_t·kl_t, a term of the loss whose gradient is that of KL(π ‖ π_ref); ρ_t = π(a_t)/π_old(a_t).
+    """mean_t w_t·ρ_t·kl_t, a term of the loss whose gradient is that of KL(π ‖ π_ref); ρ_t = π(a_t)/π_old(a_t).
 
     Tokens were drawn from π_old, so that after the first step the estimator needs the ratio ρ (`importance`). ∇k2 is
     (log π − log π_ref)·∇log π, whose mean under π is ∇KL: ρ only weighs it, and is detached. k3 is unbiased as a value
     and its own gradient is not that of its mean: ρ·k3 is differentiated through ρ too (arXiv 2512.21852, OpenRLHF
     issue 1309).
-    Per token: the effect of a token on the states that follow is left out, as everywhere in the loss.
+    Per token: the effect of a token on the states that follow is left out, as everywhere in the loss. `weights` are w,
+    for tokens that were not drawn from π_old (`importance_weights`); 1 if not given.
     """
     mask = mask.bool()
     logprobs, old_logprobs, ref_logprobs = (
@@ -251,7 +275,7 @@ def kl_loss(
     if importance:
         ratio = (logprobs - old_logprobs).exp()
         kl = (ratio.detach() if kl_kind == "k2" else ratio) * kl
-    return masked_mean(kl, mask)
+    return masked_mean(kl if weights is None else weights * kl, mask)
 
 
 def value_loss(

@@ -145,10 +145,11 @@ def compute_experience(
         rewards, values, mask, algorithm=config.algorithm, gamma=config.gamma,
         gae_lambda=config.gae_lambda, group_size=config.group_size,
     )  # fmt: skip
+    weights, mismatch = _importance(rollout, logprobs, config)
     experience = Experience(
-        rollout, logprobs, ref_logprobs, values, scores, rewards, advantages, returns
+        rollout, logprobs, ref_logprobs, values, scores, rewards, advantages, returns, weights
     )
-    metrics = _metrics(experience, raw_scores, ended, entropy, progress.kl_coef)
+    metrics = _metrics(experience, raw_scores, ended, entropy, progress.kl_coef) | mismatch
     if models.critic is not None:
         metrics["value"] = objectives.masked_mean(values, mask).item()
         metrics["explained_variance"] = objectives.explained_variance(values, returns, mask)
@@ -175,6 +176,23 @@ def _metrics(
         "entropy": objectives.masked_mean(entropy, rollout.response_mask).item(),
         "length": rollout.lengths.float().mean().item(),
         "eos_rate": ended.float().mean().item(),
+    }
+
+
+def _importance(
+    rollout: Rollout, logprobs: Tensor, config: RLConfig
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Importance weights for what a sampler with other numerics drew, and how large that mismatch is; else nothing."""
+    if rollout.sampler_logprobs is None or config.vllm is None:
+        return None, {}
+    theirs, mask, cap = rollout.sampler_logprobs, rollout.response_mask, config.vllm.importance_cap
+    weights = objectives.importance_weights(logprobs, theirs, mask, cap=cap)
+    kl = objectives.kl_estimate(theirs, logprobs, "k3")
+    return weights, {
+        "sampler_kl": objectives.masked_mean(kl, mask).item(),
+        "sampler_logprob_gap": (logprobs - theirs)[mask].abs().max().item(),
+        "importance_weight": objectives.masked_mean(weights, mask).item(),
+        "importance_capped": objectives.masked_mean((weights == cap).float(), mask).item(),
     }
 
 
@@ -217,7 +235,7 @@ def update(
                     logprobs = models.policy.logprobs(micro.rollout, config.temperature)
                     clipped = objectives.policy_loss(
                         logprobs, micro.logprobs, micro.advantages, mask,
-                        clip_range=config.clip_range,
+                        clip_range=config.clip_range, weights=micro.weights,
                     )  # fmt: skip
                     losses.append(clipped.loss)
                     parts |= {
@@ -230,6 +248,7 @@ def update(
                         parts["kl_loss"] = objectives.kl_loss(
                             logprobs, micro.logprobs, micro.ref_logprobs, mask,
                             kl_kind=config.kl_kind, importance=config.weighs_kl(epoch),
+                            weights=micro.weights,
                         )  # fmt: skip
                         losses.append(progress.kl_coef * parts["kl_loss"])
                 if "critic" in group and models.critic is not None:

@@ -21,6 +21,7 @@ from salsa.rewards import Scorer
 from salsa.runtime.checkpoint import load_state, prune_states, save_state, saved_steps, state_file
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler, Sampler
+from salsa.runtime.sampler.vllm import VLLMSampler
 from salsa.types import Sampling
 
 
@@ -190,7 +191,16 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
         rate = config.critic_learning_rate or config.learning_rate
         learners["critic"] = Learner.of(critic, rate)
     models = RLModels(policy, critic, reference, learners)
-    return models, PolicySampler(LocalSampler(policy), sampling, tokenizer)
+    return models, PolicySampler(_sampler(policy, config), sampling, tokenizer)
+
+
+def _sampler(policy: LanguageModel, config: RLConfig) -> Sampler:
+    """What samples the rollouts: the policy in this process, or a vLLM server that its weights are pushed to."""
+    if (server := config.vllm) is None:
+        return LocalSampler(policy)
+    return VLLMSampler(
+        policy, server.url, transfer=server.transfer, timeout=server.timeout, verify=server.verify
+    )
 
 
 def save_models(

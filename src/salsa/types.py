@@ -41,6 +41,8 @@ class Rollout:
     prompt_mask: Bool[Tensor, "B P"]
     response: Int[Tensor, "B R"]
     response_mask: Bool[Tensor, "B R"]
+    sampler_logprobs: Float[Tensor, "B R"] | None = None
+    """Of the response under the sampler, where it computes with other numerics than the policy (a server); in nats."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -108,6 +110,8 @@ class Experience:
     advantages: Float[Tensor, "B R"]
     """PPO: whitened over the batch's real tokens. RLOO, GRPO: the episode's, on each of its tokens."""
     returns: Float[Tensor, "B R"]
+    weights: Float[Tensor, "B R"] | None = None
+    """Truncated importance weights, where the sampler's numerics are not the policy's."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -137,9 +141,11 @@ Batch = TypeVar("Batch", Rollout, Experience)
 
 
 def rows_of(batch: Batch, index: Tensor | slice) -> Batch:
-    """The batch with only the rows of `index`; every tensor field has B as its first axis."""
+    """The batch with only the rows of `index`; every tensor field has B as its first axis, None stays None."""
     chosen: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
-        chosen[field.name] = value[index] if isinstance(value, Tensor) else rows_of(value, index)
+        if value is not None:
+            value = value[index] if isinstance(value, Tensor) else rows_of(value, index)
+        chosen[field.name] = value
     return replace(batch, **chosen)

@@ -36,6 +36,9 @@ PROVOKED = {
     },
     "entropy collapse at update 7: from 2 to 0.3": {"entropy": lambda k: 2.0 if k < 6 else 0.3},
     "clip fraction at update 3: 45%": {"clip_fraction": lambda k: 0.45 if k == 2 else 0.1},
+    "sampler mismatch at update 6: the server's distribution is 0.03 nats": {
+        "sampler_kl": lambda k: 0.03 if k == 5 else 0.001, "importance_capped": lambda k: 0.1
+    },
     "reward hacking (gold) at update 10": {
         "score": lambda k: 0.1 * k + wiggle(k), "gold": lambda k: -0.1 * k + wiggle(k)
     },

@@ -215,6 +215,52 @@ def test_policy_loss_against_a_loop():
     assert 0 < clipped < len(terms)
 
 
+def test_importance_weights_against_a_loop():
+    lengths, mask, (ours, theirs, advantages, _) = ragged()
+    theirs = ours + theirs
+    weights = o.importance_weights(ours, theirs, mask, cap=1.5)
+    capped = 0
+    for b in range(B):
+        for t in range(weights.shape[1]):
+            expected = min(math.exp((ours[b, t] - theirs[b, t]).item()), 1.5)
+            capped += t < lengths[b] and expected == 1.5
+            close(weights[b, t], expected if t < lengths[b] else 0.0)
+    assert 0 < capped < mask.sum()
+    weighed = o.policy_loss(ours, ours, advantages, mask, clip_range=0.2, weights=weights)
+    close(weighed.loss, -(weights * advantages)[mask].sum() / mask.sum())
+    kl = lambda **keys: o.kl_loss(ours, ours, theirs, mask, kl_kind="k2", importance=False, **keys)
+    close(kl(weights=weights), ((ours - theirs) ** 2 / 2 * weights)[mask].sum() / mask.sum())
+    close(kl(weights=torch.ones_like(weights)), kl())
+
+
+def test_importance_weights_give_the_policys_own_gradient():
+    """Over all actions of a bandit: E_μ[w·∇] is E_π[∇] exactly; E_μ[∇], or with a cap, is not."""
+    generator = torch.Generator().manual_seed(0)
+    logits, theirs, advantages = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    policy, sampler = logits.log_softmax(0), theirs.log_softmax(0)
+    everything = torch.ones(6, 1, dtype=torch.bool)
+
+    def gradient(drawn_from, cap):
+        """Of the loss's expectation over actions that are drawn so; with a cap of None without weights."""
+        leaf = logits.clone().requires_grad_()
+        logprobs = leaf.log_softmax(0)[:, None]
+        columns = policy[:, None], drawn_from[:, None]
+        weights = cap and o.importance_weights(*columns, everything, cap=cap)
+        for action in range(6):
+            one = slice(action, action + 1)
+            loss = o.policy_loss(
+                logprobs[one], policy[one, None], advantages[one, None], everything[one],
+                clip_range=0.2, weights=cap and weights[one],
+            ).loss  # fmt: skip
+            (loss * drawn_from[action].exp()).backward(retain_graph=True)
+        return leaf.grad
+
+    own = gradient(policy, math.inf)
+    close(gradient(sampler, math.inf), own)
+    for cap in (None, 1.0, 2.0):
+        assert (gradient(sampler, cap) - own).norm() > 0.05
+
+
 def test_policy_gradient_points_towards_good_tokens():
     """At ratio 1 the gradient of the loss is −A/n: descending raises the logprob of what was good."""
     _, mask, (logprobs, _, advantages, _) = ragged()

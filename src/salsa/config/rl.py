@@ -97,6 +97,21 @@ class LoRAConfig(Strict):
     """Names of the linear layers that get one; every one but the output head if not given."""
 
 
+class VLLMConfig(Strict):
+    """A vLLM server that samples the rollouts (docs/how-to/vllm.md). Experimental: not run against a real one yet."""
+
+    url: Execution[Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")]]
+    """Where it listens, e.g. http://localhost:8000; one server serves one run at a time."""
+    transfer: Execution[Literal["nccl", "ipc"]] = "nccl"
+    """How weights reach it: broadcast to GPUs of its own, or handed over on the GPU that both share."""
+    timeout: Execution[Positive] = 600.0
+    """Seconds that a call to the server, or a whole push of the weights, may take."""
+    verify: Execution[bool] = True
+    """After every push compare sha256 of the server's weights with the policy's; both are copied to the CPU for it."""
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
+    """C of the importance weights that correct the server's numerics (`objectives.importance_weights`)."""
+
+
 class RLConfig(Strict):
     """Policy optimization with a KL penalty towards the arm's reference."""
 
@@ -160,6 +175,8 @@ class RLConfig(Strict):
     """Subtracted from the score of a response that hits the length limit, after scaling and clipping."""
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights."""
+    vllm: VLLMConfig | None = None
+    """Let a vLLM server sample the rollouts; they are sampled in this process if not given."""
     monitor_kl_every: Count = 5
     """Updates between measurements of the KL to every ingredient and to the base (also in the first and the last)."""
     checkpoint_every: Execution[Count] = 10
@@ -216,9 +233,22 @@ class RLConfig(Strict):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """As of every section; with `select: best` the checkpoints are what is selected from."""
-        selected = {"checkpoint_every": self.checkpoint_every} if self.select == "best" else {}
-        return super().identity() | selected
+        """As of every section; with `select: best` the checkpoints are what is selected from.
+
+        A vLLM server's numerics decide the result, its address does not.
+        """
+        values = super().identity()
+        if self.select == "best":
+            values["checkpoint_every"] = self.checkpoint_every
+        if self.vllm is None:  # as before there was the choice
+            del values["vllm"]
+        else:
+            values["vllm"] = self.vllm.identity()
+        return values
+
+    def execution(self) -> dict[str, Any]:
+        """As of every section, and where a vLLM server is."""
+        return super().execution() | {"vllm": self.vllm and self.vllm.execution()}
 
     def weighs_kl(self, number: int) -> bool:
         """Whether the KL in the loss gets the ratio π/π_old in pass `number` (from 0) over a rollout."""

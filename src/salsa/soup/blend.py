@@ -1,15 +1,18 @@
 """The streaming loop: read a few rows of every ingredient, add them up in float64, round once, write.
 
-Three threads, because two of the three jobs are not arithmetic: one reads and hashes a piece ahead, one writes and
-hashes the result. Memory holds two pieces of every ingredient, whatever the size of the model; more ingredients mean
-smaller pieces.
+Threads, because most of the work is not arithmetic: one for each ingredient reads and hashes a few pieces ahead, one
+writes and hashes the result. Memory holds AHEAD + 1 pieces of every ingredient, whatever the size of the model; more
+ingredients mean smaller pieces. Where time goes is in docs/log.md: of what is computed once an element, rounding to
+bf16 was the dearest, hashing next.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, cycle, pairwise
+from itertools import chain, cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +21,12 @@ from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, WeightsWriter
 from salsa.soup.ingredients import Ingredient
-from salsa.soup.methods import Factors, Mix, rounded
+from salsa.soup.methods import Factors, Mix, Room, rounded
 
 ELEMENTS_IN_FLIGHT = 1 << 18
 """Elements of one piece, all ingredients together."""
+AHEAD = 3
+"""Pieces of each ingredient that are read before they are needed; as many results wait to be written."""
 
 Progress = Callable[[int, int], None]
 """Called with (elements done, elements in all)."""
@@ -57,9 +62,9 @@ class Blend:
         self._values = np.empty((len(self.sources), self.step))
         self._deltas = np.empty((self.count, self.step))
         self._room = np.empty((2, self.step))
-        self._single = np.empty(self.step, np.float32)
         self._half = np.empty(self.step, FLOATS["BF16"])
-        self._results = cycle(np.empty((2, self.step * 8), np.uint8))  # one is still being written
+        self._rounding = Room.of(self.step)
+        self._results = cycle(np.empty((AHEAD + 1, self.step * 8), np.uint8))
 
     @np.errstate(over="ignore", invalid="ignore")  # what must be finite is checked by name
     def run(self, writer: WeightsWriter | None, progress: Progress | None) -> dict[str, Tally]:
@@ -70,37 +75,51 @@ class Blend:
         """
         total = sum(self.sources[0].tensors[key].size for key in self.stored)
         done = 0
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            written: Future[None] = writing.submit(lambda: None)
-            for piece, raws in self._read_ahead(reading):
+        unwritten: deque[Future[None]] = deque()
+        with ExitStack() as pools:
+            writing = pools.enter_context(ThreadPoolExecutor(1))
+            readers = [pools.enter_context(ThreadPoolExecutor(1)) for _ in self._lanes()]
+            for piece, raws in self._read_ahead(readers):
                 result = self._mix(piece, raws)
                 if writer is not None and result is not None:
-                    written.result()
-                    written = writing.submit(writer.write, result)
+                    unwritten.append(writing.submit(writer.write, result))
+                    if len(unwritten) == AHEAD:  # the next result's room must be free
+                        unwritten.popleft().result()
                 if progress is not None and piece.write:
                     done += piece.stop - piece.start
                     progress(done, total)
-            written.result()
+            for written in unwritten:
+                written.result()
         for key, tally in self.tallies.items():
             tally.settle(self._factors[key], with_base=self.base is not None)
         return self.tallies
 
+    def _lanes(self) -> list[list[int]]:
+        """Which sources one thread reads: each alone, but together where adapters read from the base."""
+        numbers = list(range(len(self.sources)))
+        files = [weights for source in self.sources for weights in source.reads]
+        return [[n] for n in numbers] if len({*map(id, files)}) == len(files) else [numbers]
+
     def _read_ahead(
-        self, pool: ThreadPoolExecutor
+        self, readers: Sequence[ThreadPoolExecutor]
     ) -> Iterator[tuple[_Piece, Sequence[np.ndarray]]]:
-        """Pieces with the stored elements of every source, read one ahead of who asks."""
-        buffers = cycle(np.empty((2, len(self.sources), self.step * 8), np.uint8))
+        """Pieces with the stored elements of every source, read AHEAD of who asks, each lane by its reader."""
+        buffers = cycle(np.empty((AHEAD + 1, len(self.sources), self.step * 8), np.uint8))
+        lanes = self._lanes()
 
-        def load(piece: _Piece, buffer: np.ndarray) -> list[np.ndarray]:
-            return [
-                source.load(piece.key, piece.start, piece.stop, row)
-                for source, row in zip(self.sources, buffer, strict=True)
-            ]
+        def load(lane: list[int], piece: _Piece, buffer: np.ndarray) -> list[np.ndarray]:
+            where = piece.key, piece.start, piece.stop
+            return [self.sources[n].load(*where, buffer[n]) for n in lane]
 
-        loads = ((piece, pool.submit(load, piece, next(buffers))) for piece in self._pieces())
-        for this, _ in pairwise(chain(loads, [None])):  # the next one has been submitted by now
-            assert this is not None
-            yield this[0], this[1].result()
+        waiting: deque[tuple[_Piece, list[Future[list[np.ndarray]]]]] = deque()
+        for piece in chain(self._pieces(), [None] * AHEAD):
+            if piece is not None:
+                room = next(buffers)
+                both = zip(readers, lanes, strict=True)
+                waiting.append((piece, [r.submit(load, lane, piece, room) for r, lane in both]))
+            if waiting and (piece is None or len(waiting) > AHEAD):
+                this, loads = waiting.popleft()
+                yield this, [raw for one in loads for raw in one.result()]
 
     def _pieces(self) -> Iterator[_Piece]:
         """Whole rows where a row is no longer than a piece."""
@@ -141,9 +160,13 @@ class Blend:
         soup, spare = self._room[:, : values.shape[1]]
         weighted_sum(values, self._factors[key], soup, spare)
         room = next(self._results)[: len(soup) * FLOATS[stored].itemsize]
-        result = rounded(soup, stored, room.view(FLOATS[stored]))
-        tally.measure_rounding(soup, self._single[: len(soup)], self._half[: len(soup)])
-        if not np.isfinite(result).all():
+        rounding = self._rounding.head(len(soup))
+        result = half = rounded(soup, stored, room.view(FLOATS[stored]), rounding)
+        if stored != "BF16":
+            half = self._half[: len(soup)]
+            np.copyto(half, rounding.single, casting="unsafe")
+        finite = tally.measure_rounding(rounding.single, half, rounding.spare)
+        if (stored == "F16" or not finite) and not np.isfinite(result).all():
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
         return result
 

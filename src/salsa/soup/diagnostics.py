@@ -3,6 +3,7 @@
 δ_i = θ_i − origin, where the origin is the base if it is given and the first ingredient if not; float64 throughout.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -62,12 +63,17 @@ class Tally:
                 self.gram[j, i] = self.gram[i, j]
         self.size += values.shape[1]
 
-    def measure_rounding(self, soup: np.ndarray, single: np.ndarray, half: np.ndarray) -> None:
-        """Add what bf16 would lose of a chunk of the soup, (n,); float32 and bf16 (n,) are room to work in."""
-        np.copyto(single, soup, casting="same_kind")
-        np.copyto(half, single, casting="unsafe")
-        single -= half
-        self.lost += dot(single, single)
+    def measure_rounding(self, single: np.ndarray, half: np.ndarray, room: np.ndarray) -> bool:
+        """Add what bf16 loses of a chunk of the soup, (n,), given in float32 and in bf16; whether both are finite.
+
+        At a tie it does not matter which neighbour was taken. `room`, float32 (n,), is to work in. False may also be
+        said of finite numbers of more than 1e19.
+        """
+        np.copyto(room, half)
+        np.subtract(single, room, out=room)
+        lost = dot(room, room)
+        self.lost += lost
+        return math.isfinite(lost)
 
     def settle(self, factors: Factors, *, with_base: bool) -> None:
         """Derive the soup's place from the factors of this tensor; shares that sum to 1 are taken for granted."""

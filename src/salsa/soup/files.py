@@ -11,6 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +48,10 @@ _PLAIN = re.compile(r"[^./\\:][^/\\:]*\.safetensors")
 
 MAX_SHARD_BYTES = 5 * 10**9
 _PIECE_BYTES = 1 << 20
+_PREFETCH_BYTES = 1 << 23
+"""The system is told to read as much ahead of us from the disk."""
+_SYNC_BYTES = 1 << 26
+"""Written bytes after which the disk is set to work, so that little is left to wait for at the end."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Weights:
         self.shards: list[Shard] = []
         self.tensors: dict[str, Tensor] = {}
         self._open: tuple[Shard, BinaryIO] | None = None
+        self._asked = 0  # the open file is prefetched up to here
         for name, expected in _shard_names(directory, stem).items():
             shard, header = _read_header(directory / name)
             if expected is not None and expected != header.keys():
@@ -129,7 +135,11 @@ class Weights:
         if self._open is None or self._open[0] is not shard:
             self.close()
             self._open = (shard, shard.path.open("rb", buffering=0))
+            self._asked = 0
         file = self._open[1]
+        if offset + len(view) > self._asked - _PREFETCH_BYTES // 2 and hasattr(os, "posix_fadvise"):
+            self._asked = offset + len(view) + _PREFETCH_BYTES
+            os.posix_fadvise(file.fileno(), offset, self._asked - offset, os.POSIX_FADV_WILLNEED)
         file.seek(offset)
         target = view.data
         while target:
@@ -162,6 +172,9 @@ class WeightsWriter:
         self._file: BinaryIO | None = None
         self._left = 0
         self._hasher = hashlib.sha256()
+        self._unsynced = 0
+        self._disk = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
 
     def write(self, chunk: np.ndarray) -> None:
         """The next elements of the plan; a chunk never spans two tensors."""
@@ -171,6 +184,10 @@ class WeightsWriter:
         self._file.write(data)
         self._hasher.update(data)
         self._left -= len(data)
+        self._unsynced += len(data)
+        if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._unsynced = 0
+            self._syncing = self._disk.submit(os.fsync, self._file.fileno())
 
     def finish(self) -> dict[str, str]:
         """Flush everything to disk, write the index; file name → hex sha256."""
@@ -186,6 +203,9 @@ class WeightsWriter:
 
     def close(self) -> None:
         """Give up the open file."""
+        if self._syncing is not None:  # not of a file that is closed meanwhile
+            self._syncing.exception()
+            self._syncing = None
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -193,6 +213,8 @@ class WeightsWriter:
     def _next_shard(self) -> None:
         if self._file is not None:
             self._file.flush()
+            if self._syncing is not None:
+                self._syncing.result()
             os.fsync(self._file.fileno())
             self._digests[self._shards[len(self._digests)][0]] = self._hasher.hexdigest()
             self.close()

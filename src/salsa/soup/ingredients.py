@@ -74,6 +74,11 @@ class Ingredient:
         places = (home / name for home in reversed(self.homes))
         return next((place for place in places if place.exists()), self.path / name)
 
+    @property
+    def reads(self) -> list[Weights]:
+        """The files that `load` reads: two threads may not read the same."""
+        return [self.weights]
+
     def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements of a tensor, flat; stored ones lie in the head of `buffer`."""
         return self.weights.read(self.tensors[key], start, stop, buffer)

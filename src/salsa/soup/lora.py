@@ -18,7 +18,7 @@ import numpy as np
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
-from salsa.soup.files import FLOATS, WeightsWriter, widest
+from salsa.soup.files import FLOATS, Weights, WeightsWriter, widest
 from salsa.soup.ingredients import Ingredient, refuse
 from salsa.soup.methods import DTYPES, Factors, Mix, rounded
 from salsa.untrusted import read_json
@@ -194,6 +194,11 @@ class MergedAdapter(Ingredient):
             raise CheckpointError(
                 f"{self.path}: brings {stray[0]}, which the base does not have. Leave --base out to keep an adapter."
             )
+
+    @property
+    def reads(self) -> list[Weights]:
+        """The adapter's own and the base's."""
+        return [self.weights, *self.base.reads]
 
     def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements of a tensor that was saved whole; else the base's, W_base + s B A (float64) where it is adapted."""
