@@ -15,7 +15,6 @@ from typer import Argument, Option
 app = typer.Typer(
     help="RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -184,6 +183,41 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
     from salsa.planner import plan
 
     typer.echo(plan(Recipe.load(recipe, overrides or ())))
+
+
+@app.command()
+def init(
+    file: Annotated[Path, Argument(metavar="[RECIPE]", help="file to make")] = Path("recipe.yaml"),
+    model: Annotated[str | None, Option(help="hub name, directory, or embedded")] = None,
+    sft: Annotated[
+        str | None, Option(help="SFT data: file, hub name or module:function; or checkpoints A,B")
+    ] = None,
+    reward: Annotated[
+        str | None, Option(help="preference pairs, or a function module:score")
+    ] = None,
+    prompts: Annotated[str | None, Option(help="prompts for RL")] = None,
+    heldout: Annotated[str | None, Option(help="held-out prompts")] = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe: asks five questions, or takes the answers as options."""
+    from salsa.errors import ConfigError
+    from salsa.starter import answers, write_recipe
+
+    given = {"model": model, "sft": sft, "reward": reward, "prompts": prompts, "heldout": heldout}
+
+    def ask(question: str, default: str) -> str:
+        try:
+            return str(typer.prompt(question, default=default))
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise
+            missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
+            raise ConfigError(f"init: there is nobody to ask. Give {missing}.") from None
+
+    for line in write_recipe(file, answers(given, ask), force=force):
+        typer.echo(f"note: {line}", err=True)
+    typer.echo(f"{file}: written. Next: salsa check {file}; salsa run {file}")
 
 
 @app.command()
