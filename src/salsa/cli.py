@@ -186,6 +186,34 @@ def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False)
 
 
 @app.command()
+def chat(
+    what: Annotated[str, Argument(metavar="MODEL|RUN", help="model or run directory, hub name")],
+    arm: Annotated[
+        list[str] | None, Option(help="of a run: an arm, sft[0], soup, …; again for side by side")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(help="of a run: which RL seed; its first if not given")
+    ] = None,
+    samples: Annotated[int, Option(help="replies to each message", min=1)] = 1,
+    temperature: Annotated[
+        float | None, Option(help="0 takes the likeliest; the run's, else 0.7", min=0)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(help="longest reply; the run's, else 256", min=1)
+    ] = None,
+    system: Annotated[str | None, Option(help="system message")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model, or to arms of a run side by side; reads standard input, a message a line."""
+    from salsa.chat import chat as start
+
+    start(
+        what, arms=arm or (), seed=seed, samples=samples, temperature=temperature,
+        max_new_tokens=max_new_tokens, system=system,
+    )  # fmt: skip
+
+
+@app.command()
 def init(
     file: Annotated[Path, Argument(metavar="[RECIPE]", help="file to make")] = Path("recipe.yaml"),
     model: Annotated[str | None, Option(help="hub name, directory, or embedded")] = None,

@@ -205,8 +205,12 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
 
 def stage_path(run: Path, label: str, digest: str) -> Path:
     """Where the finished stage of that label and digest lies in a run directory."""
-    slug = "".join(c if c.isalnum() else "-" for c in label).strip("-")
-    return run / "stages" / f"{slug}-{digest[:12]}"
+    return run / "stages" / f"{stage_slug(label)}-{digest[:12]}"
+
+
+def stage_slug(label: str) -> str:
+    """A stage's label as a file name: letters and digits, the rest are hyphens."""
+    return "".join(c if c.isalnum() else "-" for c in label).strip("-")
 
 
 def policy_label(arm: str, seed: int) -> str:
