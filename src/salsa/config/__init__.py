@@ -14,6 +14,8 @@ from salsa.config.rl import ArmConfig as ArmConfig
 from salsa.config.rl import LoRAConfig as LoRAConfig
 from salsa.config.rl import RLConfig as RLConfig
 from salsa.config.rl import RLSection as RLSection
+from salsa.config.rl import Select as Select
+from salsa.config.rl import Stop as Stop
 from salsa.config.schema import DataSource as DataSource
 from salsa.config.schema import RewardFunction as RewardFunction
 from salsa.config.schema import Strict as Strict

@@ -21,7 +21,7 @@ from salsa.config.legacy import upgraded
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
-from salsa.config.rl import RLSection
+from salsa.config.rl import RLConfig, RLSection
 from salsa.config.schema import Execution, Input, Strict, nearest, read_yaml, validated
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
@@ -52,6 +52,15 @@ class Recipe(Strict):
             raise ValueError(
                 f"eval.baseline={self.eval.baseline!r} is not an arm. {nearest(self.eval.baseline, self.rl.arms)}"
             )
+        for name in self.rl.arms:
+            config = self.rl.config_of(name)
+            known = ("reward", "score", *self.eval.scores)
+            if isinstance(config, RLConfig) and config.selection.metric not in known:
+                wrong = config.selection.metric
+                raise ValueError(
+                    f"rl.select.metric={wrong!r} is neither reward, score nor one of eval.scores. "
+                    f"{nearest(wrong, known)}"
+                )
         for where, model in self.expressions():
             for index in sft_indices(model, self.soup.ingredients):
                 if index >= self.sft.count:
