@@ -82,3 +82,20 @@ def test_the_python_page(repository, finished):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stderr == "", "no progress bar of a library"
+
+
+def test_the_tracker_page(repository, shell, finished, tmp_path):
+    """A finished run is sent as it stands: nothing is computed anew."""
+    import shutil
+
+    before = sorted(p.name for p in (finished / "stages").iterdir())
+    here = tmp_path / "inputs"
+    shutil.copytree(finished.parents[1], here)
+    for command in blocks(repository, "track.md", "sh")[0].splitlines():
+        done = shell(f"cd {here} && {command}")
+        assert done.returncode == 0, done.stderr
+    run = here / "runs" / "tiny"
+    assert sorted(p.name for p in (run / "stages").iterdir()) == before
+    stages = {p.parent.name for p in run.glob("stages/*/metrics.jsonl")}
+    assert {p.name for p in (run / "tensorboard").iterdir()} == stages
+    assert {p.stem.removeprefix("run-") for p in run.glob("wandb/offline-run-*/*.wandb")} == stages

@@ -7,7 +7,7 @@ paper states neither learning rates nor KL coefficients nor batch sizes (docs/me
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -45,6 +45,8 @@ class Recipe(Strict):
     landscape: Execution[LandscapeConfig | None] = None
     """Where `salsa landscape` looks; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
+    track: Execution[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
+    """Where metrics are sent besides the run directory, each an extra of that name; see `runtime.trackers`."""
 
     @model_validator(mode="after")
     def _references_exist(self) -> Self:
