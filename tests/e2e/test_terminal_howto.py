@@ -99,3 +99,28 @@ def test_the_tracker_page(repository, shell, finished, tmp_path):
     stages = {p.parent.name for p in run.glob("stages/*/metrics.jsonl")}
     assert {p.name for p in (run / "tensorboard").iterdir()} == stages
     assert {p.stem.removeprefix("run-") for p in run.glob("wandb/offline-run-*/*.wandb")} == stages
+
+
+def test_the_training_page(repository, shell, finished, tmp_path):
+    import yaml
+
+    from salsa.config import Recipe
+    from salsa.models import load_policy
+
+    recipe = yaml.safe_load((finished.parents[1] / "tiny.yaml").read_text())
+    for section, keys in yaml.safe_load(blocks(repository, "train.md", "yaml")[0]).items():
+        recipe[section] |= keys
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(recipe))
+    assert Recipe.load(tmp_path / "page.yaml").rl.selection.metric == "gold"
+    *checks, sft = blocks(repository, "train.md", "sh")[0].splitlines()
+    for command in checks:
+        done = shell(command)
+        assert done.returncode == 0 and "tiny: sound" in done.stdout, done.stderr
+    lora = tmp_path / "lora"
+    done = shell(
+        sft.replace("runs/lora", f"{lora} sft.seeds=[0] sft.epochs=1 soup.ingredients=[0]")
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = (lora / "stages").glob("sft-0-*")
+    assert not list(made.glob("adapter*"))
+    load_policy(made)

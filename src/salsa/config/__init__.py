@@ -5,13 +5,13 @@ from salsa.config.engine import EngineConfig as EngineConfig
 from salsa.config.evaluation import EvalConfig as EvalConfig
 from salsa.config.forecast import ForecastConfig as ForecastConfig
 from salsa.config.landscape import LandscapeConfig as LandscapeConfig
+from salsa.config.lora import LoRAConfig as LoRAConfig
 from salsa.config.model import ModelConfig as ModelConfig
 from salsa.config.preferences import PreferencesConfig as PreferencesConfig
 from salsa.config.recipe import Recipe as Recipe
 from salsa.config.reward import RewardConfig as RewardConfig
 from salsa.config.rl import AdaptiveKL as AdaptiveKL
 from salsa.config.rl import ArmConfig as ArmConfig
-from salsa.config.rl import LoRAConfig as LoRAConfig
 from salsa.config.rl import RLConfig as RLConfig
 from salsa.config.rl import RLSection as RLSection
 from salsa.config.rl import Select as Select

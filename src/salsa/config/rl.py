@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from salsa.config.dpo import DPOConfig
 from salsa.config.expressions import Model, ReferenceRule, parse_reference
+from salsa.config.lora import LoRAConfig
 from salsa.config.schema import (
     MAPPING,
     WORD,
@@ -120,17 +121,6 @@ class Stop(Strict):
         if self.kl is None and self.patience is None:
             raise ValueError("give kl, patience or both")
         return self
-
-
-class LoRAConfig(Strict):
-    """Low-rank adapters on a frozen base, which policy and critic share."""
-
-    rank: Count = 16
-    """r of ΔW = (alpha / r)·B·A."""
-    alpha: Count = 32
-    """Scale of the adapters."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the linear layers that get one; every one but the output head if not given."""
 
 
 class RLConfig(Strict):
