@@ -68,10 +68,35 @@ _STAGE_COMMANDS = {
     "forecast": ("forecast", "Say what each reference is worth at the optimum, before any RL."),
     "landscape": ("landscape", "Measure the line between SFT models, or the plane through three."),
     "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
-    "report": ("report", "Write report.html and report.json (and what they need)."),
 }
 for _name, (_until, _help) in _STAGE_COMMANDS.items():
     app.command(_name, help=_help)(_stage_command(_until))
+
+
+@app.command()
+def report(
+    what: Annotated[
+        list[str],
+        Argument(metavar="RECIPE [KEY=VALUE]… | RUN RUN…", help="a recipe; or finished runs"),
+    ],
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", help="run directory; or the page that compares: comparison.html"),
+    ] = None,
+    jobs: Jobs = None,
+    verify: Verify = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a recipe's report (and what it needs), or one page that compares finished runs."""
+    if what[0].endswith((".yaml", ".yml")):
+        _stage_command("report")(Path(what[0]), what[1:], out, jobs, verify, force)
+        return
+    from salsa.report.compare import compare_runs
+
+    page = out or Path("comparison.html")
+    compare_runs([Path(one) for one in what], page, force=force)
+    typer.echo(f"{page}: written")
 
 
 _EvalTarget = Annotated[

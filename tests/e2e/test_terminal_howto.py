@@ -117,10 +117,30 @@ def test_the_training_page(repository, shell, finished, tmp_path):
         done = shell(command)
         assert done.returncode == 0 and "tiny: sound" in done.stdout, done.stderr
     lora = tmp_path / "lora"
-    done = shell(
-        sft.replace("runs/lora", f"{lora} sft.seeds=[0] sft.epochs=1 soup.ingredients=[0]")
-    )
+    done = shell(sft.replace("runs/lora", f"{lora} sft.epochs=1"))
     assert done.returncode == 0, done.stderr
-    (made,) = (lora / "stages").glob("sft-0-*")
+    made, *_ = (lora / "stages").glob("sft-0-*")
     assert not list(made.glob("adapter*"))
     load_policy(made)
+
+
+def test_runs_are_compared_and_cost_something(repository, shell, finished, tmp_path):
+    import json
+    import shutil
+
+    before = sorted(p.name for p in (finished / "stages").iterdir())
+    here = tmp_path / "inputs"
+    shutil.copytree(finished.parents[1], here)
+    shutil.copytree(here / "runs" / "tiny", here / "runs" / "other")
+    for command in blocks(repository, "terminal.md", "sh")[4].splitlines():
+        done = shell(f"cd {here} && {command}")
+        assert done.returncode == 0, done.stderr
+    made = json.loads((here / "comparison.json").read_text())
+    assert made["settings"] == []
+    assert {row["rate"] for row in made["between_runs"]} == {0.5}
+    assert {row["arm"] for row in made["between_runs"]} == {"sft", "ppo", "salsa", "salsa3"}
+    page = (here / "runs" / "tiny" / "report.html").read_text()
+    assert "at 2.5 an hour" in page and 'id="usage"' in page
+    assert sorted(p.name for p in (here / "runs" / "tiny" / "stages").iterdir()) == before
+    for stage in (finished / "stages").iterdir():
+        assert (stage / "README.md").exists() == (stage / "config.json").exists(), stage

@@ -33,6 +33,7 @@ from salsa.artifacts import (
     write_atomic,
 )
 from salsa.errors import ConfigError, accessing
+from salsa.stages.cards import write_card
 from salsa.stages.jobs import Job
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - clock, 2),
     }
+    write_card(partial, record)
     write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     finish_directory(partial, place.final)
     shutil.rmtree(place.final / "resume", ignore_errors=True)
