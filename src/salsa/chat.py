@@ -76,7 +76,7 @@ class Speaker:
             if int(token) in ends:
                 return
             reply.append(int(token))
-            text = self.tokenizer.decode(reply, skip_special_tokens=True).lstrip()
+            text = str(self.tokenizer.decode(reply, skip_special_tokens=True)).lstrip()
             yield text.rstrip(_UNFINISHED)
             step = token.reshape(1, 1)
 

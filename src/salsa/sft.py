@@ -22,12 +22,14 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     config, whole = job.config, job.config.assistant_only_loss
     given = load_rows(job.dataset, SFT_COLUMNS)
     rows = sft_rows(given, tokenizer, describe(job.dataset), whole=whole)
-    arguments = common_arguments(job, directory, engine) | {"packing": config.packing}
-    loss = {"assistant_only_loss": True} if whole else {"completion_only_loss": True}
+    arguments = common_arguments(job, directory, engine) | {
+        "packing": config.packing,
+        "assistant_only_loss" if whole else "completion_only_loss": True,
+    }
     model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**arguments, **loss),
+        args=trl.SFTConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),

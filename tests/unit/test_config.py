@@ -194,7 +194,7 @@ SECTIONS_OF = [
 EXECUTION = {
     "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
     "threads", "jobs", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
-    "precision",
+    "precision", "price_per_hour",
 }  # fmt: skip
 INPUT = {
     "path", "revision", "dataset", "checkpoints", "seeds", "prompts", "labeller", "paths", "functions", "init", "arms",
