@@ -7,6 +7,7 @@ from typing import Any
 _EXPORTS = {
     "Recipe": "salsa.config",
     "RLConfig": "salsa.config",
+    "Run": "salsa.run",
     "load_policy": "salsa.models",
     "make_soup": "salsa.soup",
     "run_recipe": "salsa.pipeline",

@@ -15,7 +15,6 @@ from typer import Argument, Option
 app = typer.Typer(
     help="RLHF with a model soup as its reference: SFT×N → soup → reward → PPO → evaluation → report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -69,10 +68,35 @@ _STAGE_COMMANDS = {
     "forecast": ("forecast", "Say what each reference is worth at the optimum, before any RL."),
     "landscape": ("landscape", "Measure the line between SFT models, or the plane through three."),
     "rl": ("rl", "Run RL for every arm and seed (and what it needs)."),
-    "report": ("report", "Write report.html and report.json (and what they need)."),
 }
 for _name, (_until, _help) in _STAGE_COMMANDS.items():
     app.command(_name, help=_help)(_stage_command(_until))
+
+
+@app.command()
+def report(
+    what: Annotated[
+        list[str],
+        Argument(metavar="RECIPE [KEY=VALUE]… | RUN RUN…", help="a recipe; or finished runs"),
+    ],
+    out: Annotated[
+        Path | None,
+        Option("--out", "-o", help="run directory; or the page that compares: comparison.html"),
+    ] = None,
+    jobs: Jobs = None,
+    verify: Verify = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a recipe's report (and what it needs), or one page that compares finished runs."""
+    if what[0].endswith((".yaml", ".yml")):
+        _stage_command("report")(Path(what[0]), what[1:], out, jobs, verify, force)
+        return
+    from salsa.report.compare import compare_runs
+
+    page = out or Path("comparison.html")
+    compare_runs([Path(one) for one in what], page, force=force)
+    typer.echo(f"{page}: written")
 
 
 _EvalTarget = Annotated[
@@ -214,6 +238,69 @@ def verify(
         raise CheckpointError(
             f"{run}: {len(found.problems)} problems, see above. Do not rely on it."
         )
+
+
+@app.command()
+def chat(
+    what: Annotated[str, Argument(metavar="MODEL|RUN", help="model or run directory, hub name")],
+    arm: Annotated[
+        list[str] | None, Option(help="of a run: an arm, sft[0], soup, …; again for side by side")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(help="of a run: which RL seed; its first if not given")
+    ] = None,
+    samples: Annotated[int, Option(help="replies to each message", min=1)] = 1,
+    temperature: Annotated[
+        float | None, Option(help="0 takes the likeliest; the run's, else 0.7", min=0)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(help="longest reply; the run's, else 256", min=1)
+    ] = None,
+    system: Annotated[str | None, Option(help="system message")] = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model, or to arms of a run side by side; reads standard input, a message a line."""
+    from salsa.chat import chat as start
+
+    start(
+        what, arms=arm or (), seed=seed, samples=samples, temperature=temperature,
+        max_new_tokens=max_new_tokens, system=system,
+    )  # fmt: skip
+
+
+@app.command()
+def init(
+    file: Annotated[Path, Argument(metavar="[RECIPE]", help="file to make")] = Path("recipe.yaml"),
+    model: Annotated[str | None, Option(help="hub name, directory, or embedded")] = None,
+    sft: Annotated[
+        str | None, Option(help="SFT data: file, hub name or module:function; or checkpoints A,B")
+    ] = None,
+    reward: Annotated[
+        str | None, Option(help="preference pairs, or a function module:score")
+    ] = None,
+    prompts: Annotated[str | None, Option(help="prompts for RL")] = None,
+    heldout: Annotated[str | None, Option(help="held-out prompts")] = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe: asks five questions, or takes the answers as options."""
+    from salsa.errors import ConfigError
+    from salsa.starter import answers, write_recipe
+
+    given = {"model": model, "sft": sft, "reward": reward, "prompts": prompts, "heldout": heldout}
+
+    def ask(question: str, default: str) -> str:
+        try:
+            return str(typer.prompt(question, default=default))
+        except typer.Abort:
+            if sys.stdin.isatty():
+                raise
+            missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
+            raise ConfigError(f"init: there is nobody to ask. Give {missing}.") from None
+
+    for line in write_recipe(file, answers(given, ask), force=force):
+        typer.echo(f"note: {line}", err=True)
+    typer.echo(f"{file}: written. Next: salsa check {file}; salsa run {file}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import gzip
 import importlib
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,8 +190,14 @@ def render(
         ) from error
 
 
-def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
-    """Prompt/completion rows for TRL: one per assistant turn of `messages`."""
+def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str, *, whole: bool = False) -> list[Row]:
+    """Prompt/completion rows for TRL: one per assistant turn of `messages`; or `whole` conversations.
+
+    Raises:
+        DataError: rows of the wrong shape; or whole ones, and the chat template does not mark replies.
+    """
+    if whole:
+        return _whole_conversations(rows, tokenizer, where)
     pairs: list[Row] = []
     for row in rows:
         if row.get("messages") is None:
@@ -204,6 +211,39 @@ def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
         raise DataError(f"{where}: no row has an assistant's reply to learn from.")
     _try_template(pairs, ("completion",), tokenizer, where)
     return pairs
+
+
+def _whole_conversations(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
+    if not _marks_replies(tokenizer):
+        raise DataError(
+            f"{where}: sft.assistant_only_loss needs a chat template that marks replies with {{% generation %}}, and "
+            "the model's does not. Set model.chat_template to one that does, or leave assistant_only_loss out."
+        )
+    whole: list[Row] = []
+    for row in rows:
+        if row.get("messages") is None:
+            pair = _pair(row["prompt"], row["completion"], tokenizer, where)
+            whole.append({"messages": pair["prompt"] + pair["completion"]})
+        else:
+            whole.append({"messages": as_messages(row["messages"], tokenizer, where)})
+    whole = [row for row in whole if any(m["role"] == "assistant" for m in row["messages"])]
+    if not whole:
+        raise DataError(f"{where}: no row has an assistant's reply to learn from.")
+    return whole
+
+
+def _marks_replies(tokenizer: Any) -> bool:
+    """Whether the chat template has {% generation %}, or TRL knows a version of it that has."""
+    if not tokenizer.chat_template:
+        return False
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return True
+    from trl import get_training_chat_template
+
+    try:
+        return bool(get_training_chat_template(tokenizer))
+    except ValueError:
+        return False
 
 
 def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 KLKind = Literal["k1", "k2", "k3"]
 Algorithm = Literal["ppo", "rloo", "grpo"]
+Schedule = Literal["linear", "cosine", "constant"]
 Mask = Bool[Tensor, "B R"] | Int[Tensor, "B R"] | Float[Tensor, "B R"]
 
 
@@ -295,6 +296,29 @@ def value_loss(
         loss=masked_mean(torch.maximum(unclipped, clipped), mask) / 2,
         clip_fraction=masked_mean((clipped > unclipped).to(values.dtype), mask).detach(),
     )
+
+
+def entropy_loss(entropy: Float[Tensor, "B R"], mask: Mask) -> Float[Tensor, ""]:
+    """−mean_t H(π(·|s_t)), in nats: minimising it raises the entropy (Mnih et al. 2016, section 4; PPO, eq. 9).
+
+    `entropy` is that of each next-token distribution, Σ_v −π(v)·log π(v), exact and differentiable. The loss gets
+    c·this; the papers maximise and add +c·H. As elsewhere a token's effect on later states is left out.
+    """
+    return -masked_mean(entropy, mask)
+
+
+def schedule(kind: Schedule, number: int, total: int, *, warmup: int = 0) -> float:
+    """The factor on a learning rate in update `number` of `total`, from 0: w(n)·s((n − W)/(total − W)).
+
+    w(n) = min(1, (n+1)/W) rises over the W `warmup` updates, so that the first one moves; s is held at s(0) meanwhile.
+    linear: s(x) = 1 − x;  cosine: s(x) = (1 + cos πx)/2 (Loshchilov and Hutter 2017, eq. 5);  constant: s(x) = 1.
+    """
+    if number < warmup:
+        return (number + 1) / warmup
+    done = (number - warmup) / (total - warmup)
+    if kind == "linear":
+        return 1 - done
+    return (1 + math.cos(math.pi * done)) / 2 if kind == "cosine" else 1.0
 
 
 def adapted_kl_coef(

@@ -19,6 +19,7 @@ from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
+from salsa.runtime.trackers import tracked
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_key
@@ -98,7 +99,8 @@ def run_recipe(
             run.check_precision(recipe.model.precision)
         stages = stages_of(recipe, run.hashes)
         pool = ProcessPool(jobs, threads) if jobs > 1 else None
-        with closing(pool) if pool else nullcontext():
+        trackers = tracked(run.path, recipe.track, recipe.name, recipe.model_dump(mode="json"))
+        with trackers, closing(pool) if pool else nullcontext():
             graph = Graph(
                 run,
                 precision=recipe.model.precision,

@@ -11,7 +11,7 @@ from salsa.errors import DataError
 from salsa.models import RewardModel, load_classifier, load_tokenizer, save_checkpoint
 from salsa.rewards import Scorer
 from salsa.runtime.engine import Engine
-from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.runtime.hf_trainer import adapters, common_arguments, merged, train
 from salsa.stages.jobs import RewardJob
 
 
@@ -43,9 +43,10 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         args=trl.RewardConfig(**arguments, disable_dropout=True),
         train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
         processing_class=tokenizer,
+        peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
     )
     train(trainer, directory, job.label, ("loss", "accuracy", "margin"))
-    save_checkpoint(model, tokenizer, directory)
+    save_checkpoint(merged(trainer, model), tokenizer, directory)
     if num_held_out:
         accuracy = _accuracy(RewardModel.load(directory, engine), rows[:num_held_out])
         text = f"{accuracy:.6f} on {num_held_out} held-out pairs\n"

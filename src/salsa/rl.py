@@ -19,7 +19,7 @@ from torch import Tensor
 from salsa import objectives
 from salsa.alarms import Alarms
 from salsa.artifacts import read_jsonl, write_atomic
-from salsa.config import RLConfig
+from salsa.config import RLConfig, Select
 from salsa.data import Prompt, draw_prompts
 from salsa.errors import WorkFailed
 from salsa.models import LanguageModel
@@ -59,6 +59,9 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
         log.resume_at(progress.update)
         alarms = Alarms(setup.monitors, read_jsonl(log.file))
         for number in range(progress.update, config.num_updates):
+            if reason := stop_reason(progress, config):
+                say(f"{setup.label}: stops after update {number}: {reason}")
+                break
             meter = Meter(engine)
             generator = engine.generator(setup.seed, number)
             prompts = draw_prompts(
@@ -85,10 +88,11 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             due = progress.update % config.checkpoint_every == 0
             if due and progress.update < config.num_updates:
                 progress = save_progress(
-                    models, progress, states, keep_last=config.keep_checkpoints
-                )
-    if config.select == "best":
-        _return_to_best(models, progress, states, setup.label)
+                    models, progress, states, keep_last=config.keep_checkpoints,
+                    within=config.selection.kl,
+                )  # fmt: skip
+    if config.select != "last":
+        _return_to_best(models, progress, states, setup.label, config.selection)
     save_models(models, source.tokenizer, setup.init, directory)
 
 
@@ -232,7 +236,14 @@ def update(
                 mask, losses = micro.rollout.response_mask, []
                 parts: dict[str, Tensor] = {}
                 if "policy" in group:
-                    logprobs = models.policy.logprobs(micro.rollout, config.temperature)
+                    if config.entropy_coef:
+                        logprobs, entropy = models.policy.logprobs_and_entropy(
+                            micro.rollout, config.temperature
+                        )
+                        parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
+                        losses.append(config.entropy_coef * parts["entropy_loss"])
+                    else:
+                        logprobs = models.policy.logprobs(micro.rollout, config.temperature)
                     clipped = objectives.policy_loss(
                         logprobs, micro.logprobs, micro.advantages, mask,
                         clip_range=config.clip_range, weights=micro.weights,
@@ -310,8 +321,25 @@ def advance(
             kl_coef, metrics["kl"], target=rule.target, horizon=rule.horizon,
             num_episodes=config.rollout_size,
         )  # fmt: skip
-    rewards = (*progress.rewards, metrics["reward"])
-    return replace(progress, update=number, kl_coef=kl_coef, rewards=rewards)
+    rewards = (*progress.rewards, metrics[config.selection.metric])
+    kl = metrics["kl"]
+    return replace(progress, update=number, kl_coef=kl_coef, rewards=rewards, kl=kl)
+
+
+def stop_reason(progress: Progress, config: RLConfig) -> str | None:
+    """Why the run ends after `progress.update` updates, or None. It follows from what a checkpoint keeps."""
+    if (rule := config.stop) is None:
+        return None
+    if rule.kl is not None and progress.kl > rule.kl:
+        return f"its KL {progress.kl:.4g} is above rl.stop.kl={rule.kl:g}"
+    if rule.patience is not None and progress.best is not None:
+        update, value = progress.best
+        if progress.update - update >= rule.patience * config.checkpoint_every:
+            name = config.selection.metric
+            return (
+                f"no checkpoint since update {update} is better than its mean {name} of {value:.4g}"
+            )
+    return None
 
 
 def _forward(
@@ -335,17 +363,30 @@ def _forward(
 
 
 def _decay_learning_rates(models: RLModels, config: RLConfig, number: int) -> None:
-    """Linearly from the configured rates to 0 over the updates."""
+    """Set both rates to what the schedule says of this update."""
+    factor = objectives.schedule(
+        config.lr_schedule, number, config.num_updates, warmup=config.lr_warmup
+    )
     for optimizer in (learner.optimizer for learner in models.learners.values()):
         rate = optimizer.defaults["lr"]
-        optimizer.param_groups[0]["lr"] = rate * (1 - number / config.num_updates)
+        optimizer.param_groups[0]["lr"] = rate * factor
 
 
-def _return_to_best(models: RLModels, progress: Progress, states: Path, label: str) -> None:
-    """Put the best checkpoint back if it was better than what came since."""
-    if progress.best is not None and progress.best[1] > progress.reward:
-        say(f"{label}: returns to update {progress.best[0]}, mean reward {progress.best[1]:.4g}")
-        load_progress(models, states, progress.best[0])
+def _return_to_best(
+    models: RLModels, progress: Progress, states: Path, label: str, rule: Select
+) -> None:
+    """Put the best checkpoint back if it was better than what came since, or that is over the KL budget."""
+    over = rule.kl is not None and progress.kl > rule.kl
+    if progress.best is None:
+        if over:
+            say(f"{label}: no checkpoint is within select.kl={rule.kl:g}: returns the last policy")
+        return
+    update, value = progress.best
+    # without an update since the newest checkpoint, that one lost or it is the best one
+    since = progress.reward if progress.rewards and not over else -math.inf
+    if update != progress.update and value > since:
+        say(f"{label}: returns to update {update}, mean {rule.metric} {value:.4g}")
+        load_progress(models, states, update)
 
 
 def _require_finite(label: str, number: int, metrics: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
 from salsa.config.expressions import ReferenceRule
 from salsa.data import Prompt
-from salsa.errors import CheckpointError, WorkFailed
+from salsa.errors import CheckpointError, ConfigError, WorkFailed
 from salsa.models import LanguageModel, ValueModel, load_tokenizer, same_vocabulary, sampling_for
 from salsa.objectives import Moments
 from salsa.references import Reference
@@ -44,6 +44,13 @@ class RLSetup:
     """Further scores to log, e.g. `gold`; they do not train anything."""
     kl_to: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Name → model whose KL is logged every `monitor_kl_every` updates: the ingredients and the base."""
+
+    def __post_init__(self) -> None:
+        known = ("reward", "score", *self.monitors)
+        if (metric := self.config.selection.metric) not in known:
+            raise ConfigError(
+                f"{self.label}: select.metric={metric!r} is not measured here. Known: {', '.join(known)}."
+            )
 
     @property
     def rewards(self) -> Mapping[str, Scorer]:
@@ -141,13 +148,15 @@ class Progress:
     moments: Moments = field(default_factory=Moments)
     """Of all scores so far, where they are normalised."""
     rewards: tuple[float, ...] = ()
-    """Mean reward of each update since the last checkpoint."""
+    """Of each update since the last checkpoint, what `rl.select` compares: the mean reward, or its metric."""
     best: tuple[int, float] | None = None
-    """Update and mean reward of the best checkpoint."""
+    """Update of the best checkpoint, and the mean of that since the one before."""
+    kl: float = 0.0
+    """To own reference, of the last rollout."""
 
     @property
     def reward(self) -> float:
-        """Mean reward since the last checkpoint."""
+        """Mean of `rewards`."""
         return sum(self.rewards) / len(self.rewards)
 
 
@@ -214,14 +223,22 @@ def save_models(
 
 
 def save_progress(
-    models: RLModels, progress: Progress, directory: Path, *, keep_last: int
+    models: RLModels,
+    progress: Progress,
+    directory: Path,
+    *,
+    keep_last: int,
+    within: float | None = None,
 ) -> Progress:
     """Write a resume state; drop those that neither are new nor the best. The progress to go on with.
+
+    One whose KL is not `within` a budget is not the best.
 
     Raises:
         WorkFailed: a weight is no longer finite.
     """
-    if progress.best is None or progress.reward > progress.best[1]:
+    eligible = within is None or progress.kl <= within
+    if eligible and (progress.best is None or progress.reward > progress.best[1]):
         progress = replace(progress, best=(progress.update, progress.reward))
     progress = replace(progress, rewards=())
     for name, learner in models.learners.items():
@@ -234,8 +251,8 @@ def save_progress(
     state |= {name: learner.state() for name, learner in models.learners.items()}
     state["reference"] = models.reference.state()
     save_state(state_file(directory, progress.update), state)
-    assert progress.best is not None
-    prune_states(directory, keep_last=keep_last, keep=progress.best[0])
+    best = progress.best[0] if progress.best else None
+    prune_states(directory, keep_last=keep_last, keep=best)
     return progress
 
 

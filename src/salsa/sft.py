@@ -1,11 +1,11 @@
-"""Supervised fine-tuning: TRL's SFTTrainer, loss on the reply only, one dataclass in, one checkpoint out."""
+"""Supervised fine-tuning: TRL's SFTTrainer, loss on replies only, one dataclass in, one checkpoint out."""
 
 from pathlib import Path
 
 from salsa.data import SFT_COLUMNS, describe, load_rows, sft_rows
 from salsa.models import load_policy, load_tokenizer, save_checkpoint
 from salsa.runtime.engine import Engine
-from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.runtime.hf_trainer import adapters, common_arguments, merged, train
 from salsa.stages.jobs import SFTJob
 
 
@@ -19,14 +19,20 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     import trl
 
     tokenizer = load_tokenizer(job.base.path)
-    rows = sft_rows(load_rows(job.dataset, SFT_COLUMNS), tokenizer, describe(job.dataset))
-    arguments = common_arguments(job, directory, engine)
+    config, whole = job.config, job.config.assistant_only_loss
+    given = load_rows(job.dataset, SFT_COLUMNS)
+    rows = sft_rows(given, tokenizer, describe(job.dataset), whole=whole)
+    arguments = common_arguments(job, directory, engine) | {
+        "packing": config.packing,
+        "assistant_only_loss" if whole else "completion_only_loss": True,
+    }
     model = load_policy(job.base.path)
     trainer = trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**arguments, completion_only_loss=True),
+        args=trl.SFTConfig(**arguments),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
+        peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),
     )
     train(trainer, directory, job.label, ("loss", "mean_token_accuracy"))
-    save_checkpoint(model, tokenizer, directory)
+    save_checkpoint(merged(trainer, model), tokenizer, directory)

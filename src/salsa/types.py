@@ -126,6 +126,7 @@ class UpdateStats:
     approx_kl: float | None = None
     ratio: float | None = None
     kl_loss: float | None = None
+    entropy_loss: float | None = None
     grad_norm: float | None = None
     value_loss: float | None = None
     value_clip_fraction: float | None = None

@@ -9,7 +9,14 @@ from salsa import models, objectives
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.rl_models import Progress, save_progress
 from salsa.runtime.checkpoint import load_state, saved_steps, state_file
-from tests.tiny_rl import ascii_share, first_experience, run, run_killed, weights
+from tests.tiny_rl import (
+    ascii_share,
+    first_experience,
+    run,
+    run_killed,
+    weights,
+    without_times,
+)
 
 
 def scripted(*scores):
@@ -58,6 +65,50 @@ def test_select_best_keeps_the_last_where_it_is_best(job, tmp_path):
         rising = replace(job, reward=scripted(0.0, 1.0, 2.0, 3.0, 4.0))
         run(rising, tmp_path / name, num_updates=5, kl_coef=0.0, select=select)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_selection_by_a_score_that_nothing_is_trained_on(job, tmp_path):
+    """The reward rises all the time, gold peaks before the second of four checkpoints."""
+    gold = {"gold": scripted(0.0, 0.0, 5.0, 5.0, *[1.0] * 4)}
+    hacked = replace(job, reward=scripted(*map(float, range(8))), monitors=gold)
+    options = {"kl_coef": 0.0, "num_updates": 8}
+    run(hacked, tmp_path / "a", select={"metric": "gold"}, **options)
+    plain = replace(job, reward=scripted(*map(float, range(4))))
+    with pytest.raises(KeyboardInterrupt):
+        run(plain, tmp_path / "four", **options)
+    state = load_state(state_file(tmp_path / "four" / "resume", 4))
+    returned = dict(models.load_policy(tmp_path / "a").named_parameters())
+    assert all(torch.equal(returned[k], v) for k, v in state["policy"]["weights"].items())
+
+
+@pytest.mark.slow
+def test_a_kl_budget_stops_the_run_where_it_is_passed(job, tmp_path, capsys):
+    options = {"num_updates": 12, "kl_coef": 0.0, "learning_rate": 3e-3, "lr_schedule": "constant"}
+    straight = run(job, tmp_path / "straight", **options)
+    budget = sorted(row["kl"] for row in straight)[-4]
+    passed = next(row["step"] for row in straight if row["kl"] > budget)
+    stopped = run(job, tmp_path / "stopped", **options, stop={"kl": budget})
+    assert "is above rl.stop.kl" in capsys.readouterr().err
+    assert without_times(stopped)[:-1] == without_times(straight[: passed - 1])
+    assert len(stopped) == passed < 12
+    run_killed(job, tmp_path / "resumed", passed, **options, stop={"kl": budget})
+    assert len(run(job, tmp_path / "resumed", **options, stop={"kl": budget})) == passed
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_whose_score_falls(job, tmp_path):
+    """Best after the first checkpoint, at 2; those at 4 and 6 are worse: it stops at 6, before or after a kill."""
+    scores = [0.0, 2.0, 0.5, 0.5, 0.4, 0.4, 9.0, 9.0]
+    options = {"kl_coef": 0.0, "num_updates": 8, "stop": {"patience": 2}, "select": "best"}
+    rows = run(replace(job, reward=scripted(*scores)), tmp_path / "a", **options)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    again = run(replace(job, reward=scripted(*scores)), tmp_path / "a", **options)
+    assert len(again) == 6, "the newest checkpoint says that it is over"
+    state = load_state(state_file(tmp_path / "a" / "resume", 2))
+    returned = dict(models.load_policy(tmp_path / "a").named_parameters())
+    assert all(torch.equal(returned[k], v) for k, v in state["policy"]["weights"].items())
 
 
 def test_nan_keeps_the_last_good_checkpoint(job, tmp_path, monkeypatch):

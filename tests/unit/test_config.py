@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from salsa.artifacts import digest_of
 from salsa.config import (
     DPOConfig,
     EngineConfig,
@@ -193,7 +194,7 @@ SECTIONS_OF = [
 EXECUTION = {
     "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
     "threads", "jobs", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
-    "precision", "url", "transfer", "verify",
+    "precision", "price_per_hour", "url", "transfer", "verify",
 }  # fmt: skip
 INPUT = {
     "path", "revision", "dataset", "checkpoints", "seeds", "prompts", "labeller", "paths", "functions", "init", "arms",
@@ -212,7 +213,8 @@ def test_every_field_decides_the_result_or_says_why_not(section: type[BaseModel]
 
 
 def test_identity_and_execution_share_no_field_and_leave_none_out():
-    config = RLConfig(kl_coef=0.1)
+    later = {"lr_schedule": "cosine", "lr_warmup": 1, "entropy_coef": 0.01, "stop": {"kl": 8}}
+    config = RLConfig(kl_coef=0.1, **later)
     identity, execution = config.identity(), config.execution()
     assert identity.keys() | execution.keys() == RLConfig.model_fields.keys()
     assert not identity.keys() & execution.keys() and "kl_coef" in identity
@@ -222,6 +224,38 @@ def test_checkpoints_decide_what_the_best_of_them_is():
     every = lambda **keys: RLConfig(kl_coef=0.1, select="best", **keys).identity()
     assert every(checkpoint_every=2) != every(checkpoint_every=3)
     assert every(keep_checkpoints=2) == every(keep_checkpoints=3)
+
+
+def test_fields_that_came_later_leave_old_identities_alone(repository):
+    """The digest of these identities before the first such field (commit 5a3ae8e)."""
+    recipe = Recipe.load(repository / "recipes" / "quickstart.yaml")
+    parts = [
+        RLConfig(kl_coef=0.1), RLConfig(kl_coef=0.1, select="best"), SFTConfig(dataset="x"), RewardConfig(),
+        recipe.sft, recipe.reward, recipe.rl.config_of("salsa"),
+    ]  # fmt: skip
+    known = "b07aff919d7c0c94257d9678f6d965e70f7e9f04c5dc76fee5c1b78e7b2f512d"
+    assert digest_of([part.identity() for part in parts]) == known
+
+
+def test_checkpoints_count_where_patience_does():
+    counted = lambda **stop: "checkpoint_every" in RLConfig(kl_coef=0.1, stop=stop).identity()
+    assert counted(patience=2) and not counted(kl=8)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl.select=beste", "rl.select='beste': input should be 'last' or 'best'."),
+        ("rl.select={metrik: gold}", "unknown key 'rl.select.metrik'. Did you mean 'metric'?"),
+        ("rl.select={metric: silver}", "rl.select.metric='silver' is neither reward, score nor one of eval.scores."),
+        ("rl.stop={}", "rl.stop: give kl, patience or both."),
+        ("rl.lr_warmup=50", "lr_warmup=50 leaves none of 50 updates at the full rate. Lower it."),
+    ],
+)  # fmt: skip
+def test_stopping_and_selecting_that_cannot_be_meant(override, message, recipe_file):
+    with pytest.raises(ConfigError) as raised:
+        Recipe.load(recipe_file, [override])
+    assert message in str(raised.value)
 
 
 def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):

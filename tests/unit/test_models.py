@@ -46,8 +46,23 @@ def test_logprobs_are_those_of_each_row_alone(family, pad_id):
             assert stats.entropy[row, t].item() == pytest.approx(entropy, abs=1e-4)
         assert (stats.logprobs[row, length:] == 0).all()
         assert (stats.entropy[row, length:] == 0).all()
-    learnt = wrap(model, learns=True).logprobs(rollout, temperature)
+    learns = wrap(model, learns=True)
+    learnt = learns.logprobs(rollout, temperature)
     assert torch.allclose(learnt, stats.logprobs, atol=1e-6)
+    both = learns.logprobs_and_entropy(rollout, temperature)
+    assert torch.equal(both.logprobs, learnt) and both.entropy.requires_grad
+    assert torch.allclose(both.entropy, stats.entropy, atol=1e-6)
+
+
+def test_chunks_change_no_gradient_of_the_entropy(monkeypatch):
+    gradients = []
+    for chunk in (1, 512):
+        monkeypatch.setattr(language, "LOGITS_CHUNK", chunk)
+        model = wrap(tiny_model("llama"), learns=True)
+        model.logprobs_and_entropy(rollout_of(), 0.7).entropy.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])

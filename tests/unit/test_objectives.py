@@ -481,3 +481,44 @@ def test_kl_loss_against_a_loop(kind):
             weighed.append(kl * math.exp((new[b, t] - old[b, t]).item()))
     close(o.kl_loss(new, old, ref, mask, kl_kind=kind, importance=True), sum(weighed) / len(plain))
     close(o.kl_loss(new, old, ref, mask, kl_kind=kind, importance=False), sum(plain) / len(plain))
+
+
+def test_entropy_loss_and_its_gradient_in_closed_form():
+    """∂H/∂z_k = −p_k·(log p_k + H): a step against the gradient of the loss raises the entropy."""
+    lengths, mask, _ = ragged()
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(B, R, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    distribution = logits.log_softmax(-1)
+    entropy = -(distribution.exp() * distribution).sum(-1)
+    loss = o.entropy_loss(entropy, mask)
+    loss.backward()
+    count, total = sum(lengths), 0.0
+    for b in range(B):
+        for t in range(R):
+            weights = [math.exp(z) for z in logits[b, t].tolist()]
+            p = [w / sum(weights) for w in weights]
+            h = -sum(x * math.log(x) for x in p)
+            real_token = t < lengths[b]
+            total += h * real_token
+            for k in range(4):
+                expected = p[k] * (math.log(p[k]) + h) / count if real_token else 0.0
+                assert logits.grad[b, t, k].item() == pytest.approx(expected, abs=1e-12)
+    close(loss.detach(), -total / count)
+    uniform = torch.full((1, 1), math.log(4), dtype=torch.float64)
+    close(o.entropy_loss(uniform, torch.ones(1, 1)), -math.log(4))
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_schedules_are_those_of_transformers_after_the_warm_up(warmup):
+    import transformers
+
+    total = 11
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    for kind in ("linear", "cosine"):
+        make = getattr(transformers, f"get_{kind}_schedule_with_warmup")
+        (theirs,) = make(optimizer, warmup, total).lr_lambdas
+        for number in range(warmup, total):
+            assert o.schedule(kind, number, total, warmup=warmup) == pytest.approx(theirs(number))
+    assert {o.schedule("constant", n, total, warmup=warmup) for n in range(warmup, total)} == {1.0}
+    rising = [o.schedule("cosine", n, total, warmup=warmup) for n in range(warmup)]
+    assert rising == pytest.approx([1 / 3, 2 / 3, 1][:warmup])

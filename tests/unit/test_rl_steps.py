@@ -9,17 +9,17 @@ import torch
 
 from salsa import rl
 from salsa.artifacts import Checkpoint
-from salsa.config import AdaptiveKL
+from salsa.config import AdaptiveKL, Select
 from salsa.config.expressions import ReferenceRule
 from salsa.data import draw_prompts
-from salsa.errors import CheckpointError, WorkFailed
+from salsa.errors import CheckpointError, ConfigError, WorkFailed
 from salsa.models import LanguageModel
 from salsa.objectives import Moments
 from salsa.references import Reference, sha256_of
 from salsa.rl_models import Learner, Progress, load_progress, save_progress
 from salsa.runtime.checkpoint import load_state, state_file
 from salsa.types import rows_of
-from tests.tiny_rl import FP32, GRPO, changed, drawn, first_experience, run_killed
+from tests.tiny_rl import FP32, GRPO, ascii_share, changed, drawn, first_experience, run_killed
 
 
 def generator(seed=0):
@@ -125,6 +125,41 @@ def test_learning_rates_fall_linearly_from_their_own_value_to_zero(job):
         rl._decay_learning_rates(models, config, number)
         rates = {n: one.optimizer.param_groups[0]["lr"] for n, one in models.learners.items()}
         assert rates == pytest.approx({"policy": 1e-3 * factor, "critic": 1e-2 * factor})
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"lr_schedule": "cosine"}, (1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2)),
+        ({"lr_schedule": "constant"}, (1, 1, 1, 1)),
+        ({"lr_schedule": "constant", "lr_warmup": 2}, (0.5, 1, 1, 1)),
+        ({"lr_warmup": 2}, (0.5, 1, 1, 0.5)),
+    ],
+)
+def test_other_schedules(settings, factors, job):
+    job = changed(job, num_updates=4, learning_rate=1e-3, critic_learning_rate=1e-2, **settings)
+    models, _, _ = first_experience(job)
+    for number, factor in enumerate(factors):
+        rl._decay_learning_rates(models, job.config, number)
+        rates = {n: one.optimizer.param_groups[0]["lr"] for n, one in models.learners.items()}
+        assert rates == pytest.approx({"policy": 1e-3 * factor, "critic": 1e-2 * factor})
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_an_entropy_bonus_raises_the_entropy(coefficient, job):
+    """Nothing else acts on the policy: all advantages are 0. Without the bonus it stays where it is."""
+    one_step = changed(job, entropy_coef=coefficient, num_epochs=1, minibatch_size=8)
+    models, experience, _ = first_experience(one_step)
+    experience = replace(experience, advantages=torch.zeros_like(experience.advantages))
+    mask = experience.rollout.response_mask
+    entropy = lambda: models.policy.stats(experience.rollout, 1.0).entropy[mask].mean().item()
+    before, weights = entropy(), policy_weights(models)
+    stats = one_update(one_step, models, experience)
+    if coefficient:
+        assert entropy() > before + 1e-3
+        assert stats.entropy_loss == pytest.approx(-before, rel=1e-5)
+    else:
+        assert moved(models, weights) == 0 and stats.entropy_loss is None
 
 
 def test_an_update_uses_the_decayed_rate(job):
@@ -413,8 +448,63 @@ def test_select_best_returns_to_the_best_checkpoint(best, returns, job, tmp_path
     one_update(job, models, experience)
     assert moved(models, before) > 0
     progress = Progress(0.1, 4, rewards=(0.5, 0.7), best=(2, best))
-    rl._return_to_best(models, progress, tmp_path, "test")
+    rl._return_to_best(models, progress, tmp_path, "test", Select())
     assert (moved(models, before) == 0) == returns
+
+
+@pytest.mark.parametrize(
+    ("now", "kl", "best", "budget", "returns"),
+    [
+        ((0.5,), 3.0, (2, 0.3), 2.0, True),  # the last policy is better and over the budget
+        ((0.5,), 1.0, (2, 0.3), 2.0, False),
+        ((), 1.0, (2, 0.3), None, True),  # stopped right after a checkpoint that was not the best
+        ((), 1.0, (4, 0.3), None, False),  # that one is the best
+        ((0.5,), 3.0, None, 2.0, False),  # nothing was within the budget
+    ],
+)
+def test_selection_within_a_kl_budget(now, kl, best, budget, returns, job, tmp_path, capsys):
+    models, experience, _ = first_experience(job)
+    save_progress(models, Progress(0.1, 2, rewards=(0.3,)), tmp_path, keep_last=2)
+    before = policy_weights(models)
+    one_update(job, models, experience)
+    progress = Progress(0.1, 4, rewards=now, best=best, kl=kl)
+    rl._return_to_best(models, progress, tmp_path, "test", Select(kl=budget))
+    assert (moved(models, before) == 0) == returns
+    assert ("no checkpoint is within select.kl=2" in capsys.readouterr().err) == (best is None)
+
+
+def test_what_is_over_the_budget_is_not_the_best(job, tmp_path):
+    models, _, _ = first_experience(job)
+    progress = Progress(0.1)
+    for update, reward, kl in ((1, 0.9, 5.0), (2, 0.2, 1.0), (3, 0.8, 3.1), (4, 0.1, 0.5)):
+        progress = replace(progress, update=update, rewards=(reward,), kl=kl)
+        progress = save_progress(models, progress, tmp_path, keep_last=1, within=3.0)
+        assert progress.best == (None if update == 1 else (2, 0.2))
+    assert sorted(p.name[-4] for p in tmp_path.glob("state-*")) == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("progress", "reason"),
+    [
+        (Progress(0.1, 4, best=(2, 0.5), kl=7.9), None),
+        (Progress(0.1, 4, best=(2, 0.5), kl=8.1), "its KL 8.1 is above rl.stop.kl=8"),
+        (Progress(0.1, 7, best=(2, 0.5)), None),
+        (Progress(0.1, 8, best=(2, 0.5)), "no checkpoint since update 2 is better than its mean gold of 0.5"),
+        (Progress(0.1, 80), None),
+    ],
+)  # fmt: skip
+def test_when_a_run_stops(progress, reason, job):
+    rules = {"stop": {"kl": 8, "patience": 3}, "select": {"metric": "gold"}, "checkpoint_every": 2}
+    monitored = replace(job, monitors={"gold": ascii_share})
+    assert rl.stop_reason(progress, changed(monitored, **rules).config) == reason
+    assert rl.stop_reason(progress, job.config) is None
+
+
+def test_a_metric_that_is_not_measured_is_refused(job):
+    with pytest.raises(
+        ConfigError, match=r"select.metric='gold' is not measured here. Known: reward, score."
+    ):
+        changed(job, select={"metric": "gold"})
 
 
 def test_the_best_checkpoint_is_the_one_with_the_highest_reward(job, tmp_path):

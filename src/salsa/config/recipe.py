@@ -7,7 +7,7 @@ paper states neither learning rates nor KL coefficients nor batch sizes (docs/me
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from salsa.config.legacy import upgraded
 from salsa.config.model import ModelConfig
 from salsa.config.preferences import PreferencesConfig
 from salsa.config.reward import RewardConfig
-from salsa.config.rl import RLSection
+from salsa.config.rl import RLConfig, RLSection
 from salsa.config.schema import Execution, Input, Strict, nearest, validated
 from salsa.config.sft import SFTConfig
 from salsa.config.soup import SoupConfig
@@ -46,6 +46,8 @@ class Recipe(Strict):
     landscape: Execution[LandscapeConfig | None] = None
     """Where `salsa landscape` looks; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
+    track: Execution[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
+    """Where metrics are sent besides the run directory, each an extra of that name; see `runtime.trackers`."""
 
     @model_validator(mode="after")
     def _references_exist(self) -> Self:
@@ -53,6 +55,15 @@ class Recipe(Strict):
             raise ValueError(
                 f"eval.baseline={self.eval.baseline!r} is not an arm. {nearest(self.eval.baseline, self.rl.arms)}"
             )
+        for name in self.rl.arms:
+            config = self.rl.config_of(name)
+            known = ("reward", "score", *self.eval.scores)
+            if isinstance(config, RLConfig) and config.selection.metric not in known:
+                wrong = config.selection.metric
+                raise ValueError(
+                    f"rl.select.metric={wrong!r} is neither reward, score nor one of eval.scores. "
+                    f"{nearest(wrong, known)}"
+                )
         for where, model in self.expressions():
             for index in sft_indices(model, self.soup.ingredients):
                 if index >= self.sft.count:

@@ -4,7 +4,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from salsa.config.lora import LoRAConfig
 from salsa.config.schema import (
+    Added,
     Count,
     Execution,
     Input,
@@ -39,6 +41,8 @@ class RewardConfig(Strict):
     """Which pairs are kept back: the same ones for every seed."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the pairs kept back to measure the accuracy on."""
+    lora: Added[LoRAConfig | None] = None
+    """Train adapters and the head instead of all weights; the checkpoint has them merged."""
     checkpoint_every: Execution[Count] = 50
     """Steps between checkpoints."""
 

@@ -6,12 +6,24 @@ A key that would change nothing, or two keys that contradict each other, are err
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from salsa.config.dpo import DPOConfig
 from salsa.config.expressions import Model, ReferenceRule, parse_reference
+from salsa.config.lora import LoRAConfig
 from salsa.config.schema import (
+    MAPPING,
+    WORD,
+    Added,
     Count,
     DataSource,
     Execution,
@@ -86,15 +98,29 @@ class AdaptiveKL(Strict):
     """Episodes over which β may change by a factor of about e^0.2."""
 
 
-class LoRAConfig(Strict):
-    """Low-rank adapters on a frozen base, which policy and critic share."""
+class Select(Strict):
+    """Which checkpoint's policy the run returns: the best by a metric, within a KL budget if one is given."""
 
-    rank: Count = 16
-    """r of ΔW = (alpha / r)·B·A."""
-    alpha: Count = 32
-    """Scale of the adapters."""
-    target_modules: tuple[str, ...] = ()
-    """Names of the linear layers that get one; every one but the output head if not given."""
+    metric: str = "reward"
+    """`reward` (the score minus penalties, what `best` goes by), `score`, or a function under `eval.scores`, which
+    nothing is trained on; its mean over the rollouts since the checkpoint before."""
+    kl: Positive | None = None
+    """Only among checkpoints whose KL to own reference, in their last rollout, is at most this; nats per response."""
+
+
+class Stop(Strict):
+    """When a run ends before `num_updates`."""
+
+    kl: Positive | None = None
+    """After the first update whose rollout has a KL to own reference above this; nats per response."""
+    patience: Count | None = None
+    """After this many checkpoints in a row that are not better, by what `select` goes by, than the best before."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.kl is None and self.patience is None:
+            raise ValueError("give kl, patience or both")
+        return self
 
 
 class VLLMConfig(Strict):
@@ -134,9 +160,15 @@ class RLConfig(Strict):
     num_epochs: Count = 2
     """Passes over each rollout."""
     learning_rate: Positive = 1.0e-6
-    """Policy's learning rate, decayed linearly to 0."""
+    """Policy's learning rate at its peak."""
     critic_learning_rate: Positive | None = None
     """Critic's learning rate; the policy's if not given."""
+    lr_schedule: Added[Literal["linear", "cosine", "constant"]] = "linear"
+    """How both learning rates go from their peak to 0 over the updates, or stay (`objectives.schedule`)."""
+    lr_warmup: Added[Annotated[int, Field(ge=0)]] = 0
+    """First updates in which both learning rates rise linearly to their peak."""
+    entropy_coef: Added[NonNegative] = 0.0
+    """Weight of an entropy bonus in the loss, per nat of the policy's mean entropy per token; 0 is none."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL penalty acts: subtracted from the per-token reward, or added to the loss."""
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
@@ -175,7 +207,7 @@ class RLConfig(Strict):
     """Subtracted from the score of a response that hits the length limit, after scaling and clipping."""
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights."""
-    vllm: VLLMConfig | None = None
+    vllm: Added[VLLMConfig | None] = None
     """Let a vLLM server sample the rollouts; they are sampled in this process if not given."""
     monitor_kl_every: Count = 5
     """Updates between measurements of the KL to every ingredient and to the base (also in the first and the last)."""
@@ -183,8 +215,14 @@ class RLConfig(Strict):
     """Updates between checkpoints."""
     keep_checkpoints: Execution[Count] = 2
     """Newest checkpoints that stay while the run lasts; the best one stays besides."""
-    select: Literal["last", "best"] = "last"
-    """Which policy the run returns: the last, or that of the checkpoint with the highest mean reward."""
+    select: Annotated[
+        Annotated[Literal["last", "best"], Tag(WORD)] | Annotated[Select, Tag(MAPPING)],
+        Discriminator(lambda value: WORD if isinstance(value, str) else MAPPING),
+    ] = "last"
+    """Which policy the run returns: the last; that of the checkpoint with the highest mean reward (`best`); or the best
+    by another metric or within a KL budget, `{metric: gold, kl: 8}`."""
+    stop: Added[Stop | None] = None
+    """When to end early, `{kl: 8}` or `{patience: 3}`; the learning rates' schedule is that of all updates."""
 
     @model_validator(mode="before")
     @classmethod
@@ -217,6 +255,10 @@ class RLConfig(Strict):
                 f"critic_warmup={self.critic_warmup} leaves none of {self.num_updates} updates for the policy. "
                 "Lower it"
             )
+        if self.lr_warmup >= self.num_updates:
+            raise ValueError(
+                f"lr_warmup={self.lr_warmup} leaves none of {self.num_updates} updates at the full rate. Lower it"
+            )
         if self.kl_in == "loss" and self.kl_kind == "k1":
             raise ValueError(
                 "kl_kind=k1 in the loss has an expected gradient of 0. Use k2 (the gradient of KL(π ‖ reference)) "
@@ -233,22 +275,23 @@ class RLConfig(Strict):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """As of every section; with `select: best` the checkpoints are what is selected from.
+        """As of every section; checkpoints count where they are what is selected from, or when it stops.
 
         A vLLM server's numerics decide the result, its address does not.
         """
         values = super().identity()
-        if self.select == "best":
+        if self.select != "last" or (self.stop is not None and self.stop.patience):
             values["checkpoint_every"] = self.checkpoint_every
-        if self.vllm is None:  # as before there was the choice
-            del values["vllm"]
-        else:
-            values["vllm"] = self.vllm.identity()
-        return values
+        return values | ({"vllm": self.vllm.identity()} if self.vllm else {})
 
     def execution(self) -> dict[str, Any]:
         """As of every section, and where a vLLM server is."""
         return super().execution() | {"vllm": self.vllm and self.vllm.execution()}
+
+    @property
+    def selection(self) -> Select:
+        """What checkpoints are compared by."""
+        return self.select if isinstance(self.select, Select) else Select()
 
     def weighs_kl(self, number: int) -> bool:
         """Whether the KL in the loss gets the ratio π/π_old in pass `number` (from 0) over a rollout."""

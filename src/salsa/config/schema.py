@@ -17,12 +17,18 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
+WORD, MAPPING = "a word", "a mapping"
+"""Tags of a value that may be either."""
+_NO_KEYS = {"function-before[_from_string()", WORD, MAPPING}
+"""Parts of pydantic's locations that are no keys of the recipe."""
 _CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
 Execution = Annotated[T, "execution"]
 """A field that says how something is computed and does not decide the result."""
+Added = Annotated[T, "added"]
+"""A field of a later version: its default means what the stage did before, and is no part of the identity."""
 Input = Annotated[T, "input"]
 """A field whose content enters a stage's identity as the digest of an input, a seed or another stage."""
 
@@ -34,7 +40,9 @@ class Strict(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide a result, as JSON values: neither `Execution` nor `Input`."""
-        return self.model_dump(mode="json", exclude=self._marked("execution", "input"))
+        fields = type(self).model_fields
+        added = {n for n in self._marked("added") if getattr(self, n) == fields[n].default}
+        return self.model_dump(mode="json", exclude=self._marked("execution", "input") | added)
 
     def execution(self) -> dict[str, Any]:
         """The `Execution` fields, as JSON values."""
@@ -160,7 +168,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem in one line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "function-before[_from_string()")
+    where = ".".join(str(part) for part in first["loc"] if part not in _NO_KEYS)
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1], root)
         text = f"unknown key {where!r}. {nearest(str(first['loc'][-1]), known)}"

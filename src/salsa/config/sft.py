@@ -4,7 +4,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from salsa.config.schema import Count, DataSource, Execution, Input, Positive, Seeds, Strict
+from salsa.config.lora import LoRAConfig
+from salsa.config.schema import Added, Count, DataSource, Execution, Input, Positive, Seeds, Strict
 
 
 class SFTConfig(Strict):
@@ -26,6 +27,14 @@ class SFTConfig(Strict):
     """Sequences per forward pass; batch_size if not given."""
     max_length: Count = 512
     """Tokens of prompt and reply; longer rows are cut at the end."""
+    packing: Added[bool] = False
+    """Fill sequences of max_length with whole rows, which do not see each other: fewer, fuller forward passes. Then
+    batch_size counts filled sequences."""
+    assistant_only_loss: Added[bool] = False
+    """A conversation is one row with the loss on all its replies, instead of a row for each reply; the chat template
+    must mark replies with {% generation %}."""
+    lora: Added[LoRAConfig | None] = None
+    """Train adapters instead of all weights; the checkpoint has them merged, so that soups are made as ever."""
     checkpoint_every: Execution[Count] = 50
     """Steps between checkpoints; a kill loses at most this many."""
 

@@ -156,8 +156,35 @@ def summarise(results: Results) -> dict[str, Any]:
             {"stage": s.label, "digest": s.digest, "output": s.record["output"]}
             for s in results.stages
         ],
-        "times": {s.label: s.record["seconds"] for s in results.stages},
+        "usage": _usage(results),
+        "times": {s.label: _seconds(s) for s in results.stages},
     }
+
+
+def _usage(results: Results) -> dict[str, dict[str, Any]]:
+    """Trained arm → its stages, and the tokens of all its seeds; `times` has their seconds."""
+    return {
+        name: {
+            "stages": [policy_label(name, seed) for seed in results.arms[name].seeds],
+            "tokens": {
+                phase: sum(_tokens(row, phase) for rows in of_arm for row in rows)
+                for phase in ("rollout", "update")
+            },
+        }
+        for name, of_arm in results.curves.items()
+    }
+
+
+def _tokens(row: Mapping[str, Any], phase: str) -> int:
+    """Tokens of one update's phase; 0 where that is not measured (DPO)."""
+    return round(row.get(f"tokens_per_second_{phase}", 0) * row.get(f"seconds_{phase}", 0))
+
+
+def _seconds(stage: Stage) -> float:
+    """How long a stage took; of one that was interrupted at least what its updates took."""
+    rows = stage.metrics
+    phases = sum(v for row in rows for name, v in row.items() if name.startswith("seconds_"))
+    return max(stage.record["seconds"], round(phases, 2))
 
 
 def verdict_rows(bench: Bench) -> list[dict[str, Any]]:

@@ -86,6 +86,10 @@ class LanguageModel(MixedPrecisionModule):
         """Log π(y_t | x, y_<t) under `temperature`, in nats, to be differentiated; 0 outside the mask."""
         return self(self._logprobs, rollout, temperature)
 
+    def logprobs_and_entropy(self, rollout: Rollout, temperature: float) -> TokenStats:
+        """As `logprobs`, with the entropy of π(· | x, y_<t), both to be differentiated, of one forward pass."""
+        return self(self._logprobs_and_entropy, rollout, temperature)
+
     @torch.no_grad()
     def stats(self, rollout: Rollout, temperature: float) -> TokenStats:
         """Log π(y_t | x, y_<t) and the entropy of π(· | x, y_<t), both under `temperature`, in nats."""
@@ -140,6 +144,18 @@ class LanguageModel(MixedPrecisionModule):
         again = len(chunks) > 1
         parts = [checkpoint(chunk, *c, use_reentrant=False) if again else chunk(*c) for c in chunks]
         return rollout.unflatten(torch.cat(parts))
+
+    def _logprobs_and_entropy(self, rollout: Rollout, temperature: float) -> TokenStats:
+        def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
+            logits = _logits(self.backbone, hidden, temperature)
+            distribution = logits.log_softmax(dim=-1)
+            entropy = -(distribution.exp() * distribution).sum(dim=-1)
+            return torch.stack([-cross_entropy(logits, tokens, reduction="none"), entropy])
+
+        chunks = self._chunks(rollout)
+        again = len(chunks) > 1
+        parts = [checkpoint(chunk, *c, use_reentrant=False) if again else chunk(*c) for c in chunks]
+        return TokenStats(*map(rollout.unflatten, torch.cat(parts, dim=1)))
 
     def _stats(self, rollout: Rollout, temperature: float) -> TokenStats:
         parts = []

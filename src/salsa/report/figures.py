@@ -26,7 +26,7 @@ def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
     held_out = summary["scores"][1:]
     panels = {"score": CURVES["score"]} | {s: f"{s} (not trained on)" for s in held_out} | CURVES
     figures = {
-        f"curve-{name}": _curve(name, title, curves, arms)
+        f"curve-{name}": curve(name, title, curves, arms)
         for name, title in panels.items()
         if any(name in row for seeds in curves.values() for row in seeds[0][:1])
     }
@@ -40,7 +40,7 @@ def colour(arm: str, arms: Sequence[str]) -> str:
     return f"slot-{arms.index(arm)}"
 
 
-def _curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
+def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():

@@ -125,6 +125,7 @@ def render(
         num_verdicts=len(verdicts),
         verdicts=Markup(script_json(packed(verdicts))),
         recipe_yaml=recipe_yaml,
+        usage=usage_rows(summary),
         total_minutes=sum(summary["times"].values()) / 60,
         **(_forecast_parts(forecast) if forecast else {"forecast": None}),
     )
@@ -154,6 +155,30 @@ def _forecast_parts(forecast: Mapping[str, Any]) -> dict[str, Any]:
         "sentences": forecast_view.sentences(forecast),
         "caveats": forecast_view.caveats(forecast),
     }
+
+
+def usage_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each trained arm and one for all other stages: seconds, tokens, and cost if an hour has a price."""
+    times, usage = summary["times"], summary.get("usage") or {}
+    price = summary["recipe"].get("engine", {}).get("price_per_hour")
+    of_arms = {stage for arm in usage.values() for stage in arm["stages"]}
+    rows = [
+        {
+            "name": name,
+            "seconds": sum(times.get(stage, 0) for stage in arm["stages"]),
+            "sampled": arm["tokens"]["rollout"],
+            "trained": arm["tokens"]["update"],
+        }
+        for name, arm in usage.items()
+    ]
+    if rows:
+        shared = sum(seconds for stage, seconds in times.items() if stage not in of_arms)
+        rows.append(
+            {"name": "all other stages", "seconds": shared, "sampled": None, "trained": None}
+        )
+    return [
+        row | {"cost": None if price is None else row["seconds"] / 3600 * price} for row in rows
+    ]
 
 
 def headline(summary: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
-from transformers import PrinterCallback, Trainer, TrainerCallback
+import torch
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from salsa.runtime.engine import Engine
@@ -44,6 +45,31 @@ def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def adapters(config: Any, task: str, seed: int, whole: tuple[str, ...] = ()) -> Any:
+    """Peft's settings for `config` (rank, alpha, target_modules), None for None; modules in `whole` learn entirely.
+
+    Seeds torch, which draws the adapters when a trainer is made: TRL seeds later.
+    """
+    if config is None:
+        return None
+    import peft
+
+    torch.manual_seed(seed)
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.target_modules) or "all-linear",
+        modules_to_save=list(whole) or None,
+        task_type=task,
+    )
+
+
+def merged(trainer: Trainer, model: PreTrainedModel) -> PreTrainedModel:
+    """What was trained, as an ordinary model: W + (alpha / r)·B·A where there are adapters, else `model` itself."""
+    trained: Any = trainer.model
+    return trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else model
 
 
 def train(trainer: Trainer, directory: Path, label: str, show: tuple[str, ...]) -> None:

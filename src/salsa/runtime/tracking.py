@@ -100,8 +100,9 @@ def quiet_libraries() -> None:
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when, and if, datasets is imported
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    # TRL still sets the name that transformers is leaving behind
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    # TRL and peft still use names that transformers is leaving behind
+    message = "`(is_)?gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", message, FutureWarning)
 
 
 def round_metric(value: float) -> float:

@@ -33,6 +33,7 @@ from salsa.artifacts import (
     write_atomic,
 )
 from salsa.errors import ConfigError, accessing
+from salsa.stages.cards import write_card
 from salsa.stages.jobs import Job
 from salsa.stages.provenance import signed
 
@@ -199,6 +200,7 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.monotonic() - clock, 2),
     }
+    write_card(partial, record)
     record = signed(record)
     write_atomic(partial / "stage.json", json.dumps(record, indent=1, default=str) + "\n")
     finish_directory(partial, place.final)
@@ -207,8 +209,12 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
 
 def stage_path(run: Path, label: str, digest: str) -> Path:
     """Where the finished stage of that label and digest lies in a run directory."""
-    slug = "".join(c if c.isalnum() else "-" for c in label).strip("-")
-    return run / "stages" / f"{slug}-{digest[:12]}"
+    return run / "stages" / f"{stage_slug(label)}-{digest[:12]}"
+
+
+def stage_slug(label: str) -> str:
+    """A stage's label as a file name: letters and digits, the rest are hyphens."""
+    return "".join(c if c.isalnum() else "-" for c in label).strip("-")
 
 
 def policy_label(arm: str, seed: int) -> str:

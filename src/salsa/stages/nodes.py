@@ -193,7 +193,8 @@ def check_inputs(recipe: Recipe) -> None:
     path = resolve(model.path, revision=model.revision)
     tokenizer = load_tokenizer(path, gguf_file=model.gguf_file, chat_template=model.chat_template)
     if (source := recipe.sft.dataset) is not None:
-        data.sft_rows(data.load_rows(source, data.SFT_COLUMNS), tokenizer, data.describe(source))
+        rows, whole = data.load_rows(source, data.SFT_COLUMNS), recipe.sft.assistant_only_loss
+        data.sft_rows(rows, tokenizer, data.describe(source), whole=whole)
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
     functions = [*recipe.reward.functions, *recipe.eval.scores.values()]
     if (pairs := recipe.preferences) is not None:
