@@ -16,7 +16,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,11 @@ class Place:
         """The directory while the work lasts."""
         return self.final.with_name(self.final.name + ".partial")
 
+    @property
+    def lock(self) -> Path:
+        """The file that the process which does the work holds locked."""
+        return self.final.with_name(f".{self.final.name}.lock")
+
 
 class RunDirectory:
     """`runs/<name>`: opened by one process at a time, holding one recipe."""
@@ -126,7 +131,8 @@ class RunDirectory:
             try:
                 yield self
             finally:
-                self.hashes.save()
+                with suppress(OSError):  # a full disk: nothing but a memory is lost
+                    self.hashes.save()
 
     def check_precision(self, precision: str) -> None:
         """ConfigError if `precision` is not `auto` and would compute anew what was finished here in another."""
