@@ -1,6 +1,6 @@
 """The recipe's `engine:` section: where and how much runs at once. It decides no result."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class SlurmConfig(Strict):
     """Time limit of a stage. One that reaches it is queued again and goes on from its last checkpoint."""
     account: Execution[str | None] = None
     """Who pays."""
-    parameters: Execution[dict[str, Any]] = {}
+    parameters: Execution[dict[str, str | int | bool]] = Field(default_factory=dict)
     """Further options of sbatch, e.g. {constraint: a100, qos: long}."""
 
 
