@@ -18,6 +18,7 @@ from salsa.analysis.written import forecast_of, write_forecast, write_landscape,
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
 from salsa.resolve import Models
+from salsa.runtime.store import Store
 from salsa.runtime.tracking import say, showing_jobs
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_key
@@ -91,7 +92,10 @@ def run_recipe(
     Raises:
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
-    directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
+    store = Store(recipe.engine.artifacts) if recipe.engine.artifacts else None
+    directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify, store=store)
+    if store is not None:
+        store.check()
     with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
         if not force:
             run.check_precision(recipe.model.precision)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from salsa.errors import WorkerLost, WorkFailed
 from salsa.runtime.executors import Executor, Request, Task
 from salsa.runtime.tracking import Followed, Status, View, say
-from salsa.stages.directory import Place
+from salsa.stages.directory import Place, RunDirectory
 from salsa.stages.jobs import Job
 from salsa.stages.performing import perform
 
@@ -36,8 +36,8 @@ class _Job(Generic[N]):
 class Elsewhere(Generic[N]):
     """The jobs of some nodes, as long as they are not done here."""
 
-    def __init__(self, executor: Executor, view: View, retries: int) -> None:
-        self._executor, self._view, self._retries = executor, view, retries
+    def __init__(self, executor: Executor, run: RunDirectory, view: View, retries: int) -> None:
+        self._executor, self._run, self._view, self._retries = executor, run, view, retries
         self.running: dict[Any, _Job[N]] = {}
 
     @property
@@ -50,15 +50,18 @@ class Elsewhere(Generic[N]):
         self, node: N, place: Place, job: Job, engine: "Engine | None", request: Request
     ) -> None:
         """Send a job off."""
+        store = self._run.store
         task = Task(
             label=job.label,
             request=request,
             work=perform,
-            args=(place, job),
+            args=(place, job, store),
             engine=engine,
             home=place.partial,
-            working_directory=os.getcwd(),
-        ).issued()
+            working_directory=None if store else os.getcwd(),
+        )
+        if store is None:  # else nobody needs to see the same directory
+            task = task.issued()
         followed = Followed(place.partial, job.label, self._view)
         self.running[self._executor.submit(task)] = _Job(node, place, task, followed)
 
@@ -83,7 +86,7 @@ class Elsewhere(Generic[N]):
             job.followed.look()
             self._view.show(Status(job.task.label, "failed"))
             raise
-        _wait_until_visible(job.place)
+        self._wait_until_visible(job.place)
         job.followed.look(job.place.final)
         yield job.node, job.place
 
@@ -99,8 +102,18 @@ class Elsewhere(Generic[N]):
         say(
             f"{label}: lost, {error}; it goes on from its last checkpoint ({job.lost} of {self._retries})"
         )
-        task = job.task.issued()
+        task = job.task if self._run.store else job.task.issued()
         self.running[self._executor.submit(task)] = replace(job, task=task)
+
+    def _wait_until_visible(self, place: Place) -> None:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while self._run.find(place) is None:
+            if time.monotonic() > deadline:
+                raise WorkFailed(
+                    f"{place.final}: was finished elsewhere and is not to be seen here. Is it on a path that all "
+                    "machines share?"
+                )
+            time.sleep(0.2)
 
     @staticmethod
     def only(executor: Executor, task: Task) -> Any:
@@ -109,14 +122,3 @@ class Elsewhere(Generic[N]):
         while executor.wait([handle], LOOK_SECONDS) is None:
             pass
         return executor.outcome(handle).get()
-
-
-def _wait_until_visible(place: Place) -> None:
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not (place.final / "stage.json").exists():
-        if time.monotonic() > deadline:
-            raise WorkFailed(
-                f"{place.final}: was finished elsewhere and is not to be seen here. Is it on a path that all machines "
-                "share?"
-            )
-        time.sleep(0.2)

@@ -122,13 +122,13 @@ class Graph:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
                 self._view.show(Status(node.label, "running"))
-                perform(place, job, engine)
+                perform(place, job, self.run.store, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
         """As `finish`, as many jobs at once as the executor has slots."""
         jobs: dict[Node, Job] = {}
-        elsewhere: Elsewhere[Node] = Elsewhere(executor, self._view, self._retries)
+        elsewhere: Elsewhere[Node] = Elsewhere(executor, self.run, self._view, self._retries)
         while waiting or jobs or elsewhere.running:
             for node in [n for n in waiting if all(need in self._outputs for need in n.needs)]:
                 waiting.remove(node)

@@ -2,14 +2,16 @@
 
 import errno
 import shutil
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salsa.artifacts import locked
 from salsa.errors import ConfigError, WorkFailed
+from salsa.runtime.store import Store
 from salsa.stages.directory import Place, filling
-from salsa.stages.jobs import Job
+from salsa.stages.jobs import Job, directories_of
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -21,19 +23,26 @@ _FULL_BYTES = 2**20
 """With less room than this, a failed write is put down to the disk, whatever the library called it."""
 
 
-def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """Do the job, unless another process just has.
+def perform(place: Place, job: Job, store: Store | None, engine: "Engine | None") -> None:
+    """Do the job, unless another process just has; with a `store`, inputs come from there and the output goes there.
 
     Raises:
-        ConfigError: another process is at it.
-        WorkFailed: the disk is full.
+        ConfigError: another process is at it, or an input is not on this machine.
+        WorkFailed: the disk is full, or the store does not take the output.
     """
+    if store is not None:
+        place.final.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_inputs(place, job, store)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
             with locked(place.lock, place.partial):
-                if not (place.final / "stage.json").exists():
+                if (place.final / "stage.json").exists():
+                    shutil.rmtree(place.partial, ignore_errors=True)
+                else:
                     _fill(place, job, engine)
+                if store is not None and not store.has(place.final.name):
+                    store.upload(place.final)
                 return
         except ConfigError as error:
             if error.args[0].find("in use by another") < 0 or time.monotonic() > deadline:
@@ -52,6 +61,17 @@ def _fill(place: Place, job: Job, engine: "Engine | None") -> None:
                 "again: finished stages and the last checkpoint are kept."
             ) from error
         raise
+
+
+def _fetch_inputs(place: Place, job: Job, store: Store) -> None:
+    stages = place.final.parent
+    for directory in directories_of(job):
+        if not directory.exists() and stages in directory.parents:
+            store.fetch(stages / directory.relative_to(stages).parts[0])
+        if not directory.exists():
+            raise ConfigError(
+                f"{job.label}: {directory} is not on {socket.gethostname()}. Put it there under the same path."
+            )
 
 
 def is_disk_full(error: BaseException | None, directory: Path) -> bool:

@@ -1,15 +1,12 @@
 """Which executor a recipe asks for, and what each job asks of a machine."""
 
 import os
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
-from salsa.artifacts import Checkpoint
 from salsa.config.engine import EngineConfig, SlurmConfig
 from salsa.planner import parameter_count
 from salsa.runtime.executors import Executor, Request
-from salsa.stages.jobs import DPOJob, Job, RewardJob, RLJob, SFTJob
+from salsa.stages.jobs import DPOJob, Job, RewardJob, RLJob, SFTJob, directories_of
 
 _PROCESS_GIB = 1.5
 """A Python process with torch and transformers, before any model."""
@@ -53,22 +50,8 @@ def request_of(job: Job, engine: EngineConfig, executor: Executor | None) -> Req
 
 def _memory_gib(job: Job) -> float:
     """An estimate from the parameters of the job's models, as far as they can be counted."""
-    models = {path: parameter_count(path) for path in _paths(job)}
+    models = {path: parameter_count(path) for path in directories_of(job)}
     counts = [count for count in models.values() if count is not None]
     trains = {SFTJob: 1, RewardJob: 1, DPOJob: 1, RLJob: 2}.get(type(job), 0)
     total = _BYTES_FROZEN * sum(counts) + _BYTES_TRAINED * trains * max(counts, default=0)
     return round(_PROCESS_GIB + _ACTIVATIONS * total / 2**30, 2)
-
-
-def _paths(value: Any) -> set[Path]:
-    """Directories of every checkpoint in a job, each once."""
-    match value:
-        case Checkpoint():
-            return {value.path}
-        case tuple() | list():
-            return set().union(*map(_paths, value))
-        case dict():
-            return _paths(tuple(value.values()))
-        case _ if is_dataclass(value):
-            return _paths(tuple(getattr(value, f.name) for f in fields(value)))
-    return set()

@@ -92,6 +92,7 @@ def run_task(task: Task) -> Outcome:
     try:
         _enter(task)
         if task.home is not None:
+            task.home.mkdir(parents=True, exist_ok=True)
             publish(task.home, socket.gethostname())
         engine = task.engine
         if engine is not None:
