@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.whole_run import write_inputs
 
+Driver = subprocess.Popen[str]
 RECIPE = ("run", "tiny.yaml", "rl.seeds=[0]", "model.precision=fp32", "engine.threads=1")
 SLURM = ("engine.executor=slurm", "engine.slurm={hours: 0.5, partition: all}")
 
@@ -23,8 +24,7 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_inputs(folder)
-    alone = start(folder, "alone", *RECIPE)
-    finish(alone)
+    finish(start(folder, "alone", *RECIPE))
     expected = outputs(folder / "alone")
     checks = {
         "no fault": nothing,
@@ -34,57 +34,64 @@ def main(folder: Path) -> None:
     }
     results = {}
     for number, (name, fault) in enumerate(checks.items()):
-        out = f"slurm-{number}"
-        began = time.monotonic()
-        driver = fault(folder, out)
-        said = finish(driver)
-        same = outputs(folder / out) == expected
+        run, began = folder / f"slurm-{number}", time.monotonic()
+        if number:  # what comes before RL is done
+            shutil.copytree(folder / "slurm-0", run)
+            for stage in (*run.glob("stages/rl-*"), *run.glob("stages/eval-*")):
+                shutil.rmtree(stage)
+        driver = start(folder, run.name, *RECIPE, *SLURM)
+        said = finish(fault(run, driver))
+        same = outputs(run) == expected
         results[name] = {"same digests": same, "seconds": round(time.monotonic() - began)}
         told = [line for line in said.splitlines() if "lost" in line or "going on from" in line]
+        verdict = "the same" if same else "OTHER"
         print(
-            f"{name}: {'the same' if same else 'OTHER'} digests of {len(expected)} stages",
+            f"{name}: {verdict} output digests of {len(expected)} stages",
             *told,
             sep="\n  ",
+            flush=True,
         )
     jobs = sacct()
-    states = {state: sum(j == state for j in jobs) for state in sorted(set(jobs))}
+    states = {state: jobs.count(state) for state in sorted(set(jobs))}
     print(json.dumps({"results": results, "jobs by state": states}))
     sys.exit(not all(one["same digests"] for one in results.values()))
 
 
-def nothing(folder: Path, out: str) -> subprocess.Popen[str]:
+def nothing(run: Path, driver: Driver) -> Driver:
     """The whole recipe on SLURM."""
-    return start(folder, out, *RECIPE, *SLURM)
-
-
-def requeue(folder: Path, out: str) -> subprocess.Popen[str]:
-    """SLURM takes the machine away from the first RL job that has a checkpoint, and gives it back."""
-    driver = start(folder, out, *RECIPE, *SLURM)
-    subprocess.run(["scontrol", "requeue", job_at_work(folder / out, driver)], check=True)
     return driver
 
 
-def kill_job(folder: Path, out: str) -> subprocess.Popen[str]:
-    """The job ends as one does that needs more memory than it asked for: killed, without a word."""
-    driver = start(folder, out, *RECIPE, *SLURM)
-    job = job_at_work(folder / out, driver)
+def requeue(run: Path, driver: Driver) -> Driver:
+    """SLURM takes the machine away from the first RL job that has a checkpoint, and gives it back."""
+    subprocess.run(["scontrol", "requeue", job_at_work(run, driver)], check=True)
+    return driver
+
+
+def kill_job(run: Path, driver: Driver) -> Driver:
+    """The job ends as one does that needs more memory than there is: killed, without a word."""
+    job = job_at_work(run, driver)
     subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
     return driver
 
 
-def kill_driver(folder: Path, out: str) -> subprocess.Popen[str]:
-    """The process that submits is killed; the job goes on, and the next process waits for it instead of its own."""
-    driver = start(folder, out, *RECIPE, *SLURM)
-    job = job_at_work(folder / out, driver)
+def kill_driver(run: Path, driver: Driver) -> Driver:
+    """The process that submits is killed; its job goes on, and the next process waits for that one."""
+    job = job_at_work(run, driver)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    again = start(folder, out, *RECIPE, *SLURM)
-    time.sleep(1)
-    print(f"  job {job} when the driver was killed")
+    again = start(run.parent, run.name, *RECIPE, *SLURM)
+    while again.poll() is None and not (
+        numbers := list(run.glob("stages/rl-*.partial/resume/slurm-job"))
+    ):
+        time.sleep(0.1)
+    print(
+        f"  the driver was killed while SLURM ran job {job}; {len(numbers)} jobs known to the next driver"
+    )
     return again
 
 
-def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, out: str, *arguments: str) -> Driver:
     """Start salsa in `folder`."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "salsa", *arguments, "-o", out]
@@ -98,7 +105,7 @@ def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(driver: subprocess.Popen[str]) -> str:
+def finish(driver: Driver) -> str:
     """What it said, once it has ended well."""
     _, said = driver.communicate()
     if driver.returncode:
@@ -106,7 +113,7 @@ def finish(driver: subprocess.Popen[str]) -> str:
     return said
 
 
-def job_at_work(run: Path, driver: subprocess.Popen[str]) -> str:
+def job_at_work(run: Path, driver: Driver) -> str:
     """The number of an RL job's SLURM job once the RL job has written a checkpoint."""
     while driver.poll() is None:
         for state in run.glob("stages/rl-*.partial/resume/state-*.pt"):

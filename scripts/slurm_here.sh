@@ -35,7 +35,7 @@ AuthType=auth/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
+SelectTypeParameters=CR_CPU_Memory
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=2
 JobAcctGatherParams=OverMemoryKill
@@ -48,23 +48,22 @@ SlurmdPidFile=$home/slurmd.pid
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/slurmd.log
 ReturnToService=2
-SlurmctldParameters=enable_configless
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(free -m | awk '/^Mem/ {print int($2 * 0.8)}') State=UNKNOWN
 PartitionName=all Nodes=$host Default=YES MaxTime=1:00:00 State=UP
 EOF
 
 if ! scontrol ping 2>/dev/null | grep -q "is UP"; then
   install -d -o munge -g munge /run/munge
-  pgrep -x munged >/dev/null || runuser -u munge -- /usr/sbin/munged
-  pgrep -x mariadbd >/dev/null || { service mariadb start >/dev/null 2>&1 || true; }
+  pgrep -x munged >/dev/null || setsid runuser -u munge -- /usr/sbin/munged
+  pgrep -x mariadbd >/dev/null || { setsid service mariadb start >/dev/null 2>&1 || true; }
   for _ in $(seq 60); do mariadb -e 'select 1' >/dev/null 2>&1 && break; sleep 1; done
   mariadb -e "create database if not exists slurm_acct_db; create user if not exists slurm@localhost identified by 'slurm'; grant all on slurm_acct_db.* to slurm@localhost;"
-  slurmdbd
+  setsid slurmdbd
   for _ in $(seq 60); do sacctmgr -n list cluster >/dev/null 2>&1 && break; sleep 1; done
   sacctmgr -i add cluster here >/dev/null 2>&1 || true
-  slurmctld
+  setsid slurmctld
   sleep 3
-  slurmd
+  setsid slurmd
   for _ in $(seq 60); do sinfo -h -o %t | grep -qE 'idle|mix|alloc' && break; sleep 1; done
 fi
 sinfo

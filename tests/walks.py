@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from salsa.artifacts import Checkpoint, read_jsonl, write_atomic, write_jsonl
 from salsa.runtime.executors import Executor
+from salsa.runtime.store import Store
 from salsa.runtime.tracking import say, tracker
 from salsa.stages.directory import RunDirectory, Stage
 from salsa.stages.graph import Graph, Node
@@ -86,9 +87,15 @@ def walks(**faults: str) -> list[Node]:
     return [a, b, both, Node.of(Walk, "last", (both,), 3, faults.get("last", ""))]
 
 
-def finish(path: Path, executor: Executor | None, nodes: list[Node], **options) -> dict[str, Stage]:
+def finish(
+    path: Path,
+    executor: Executor | None,
+    nodes: list[Node],
+    store: Store | None = None,
+    **options,
+) -> dict[str, Stage]:
     """The finished stages of `nodes` in the run directory at `path`."""
-    run = RunDirectory(path)
+    run = RunDirectory(path, store=store)
     with run.opened("recipe"):
         Graph(run, executor=executor, **options).finish(nodes)
     return {stage.label: stage for stage in run.finished}

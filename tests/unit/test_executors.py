@@ -11,20 +11,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
+from salsa.artifacts import append_jsonl, locked, write_atomic
 from salsa.config import DataSource, EngineConfig, Recipe, SFTConfig
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
 from salsa.planner import parameter_count
+from salsa.runtime.checkpoint import save_state
 from salsa.runtime.executors import Request, Task
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.executors.ray_cluster import RayCluster
 from salsa.runtime.executors.slurm import Slurm
 from salsa.runtime.executors.task import run_task
+from salsa.runtime.store import Store
 from salsa.runtime.tracking import progress_file
+from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Node
 from salsa.stages.jobs import SFTJob, SoupJob
+from salsa.stages.performing import is_disk_full, perform
 from salsa.stages.placing import request_of
 from tests.walks import LABELS, STEPS, Walk, finish, outputs, steps_of, walks
 
@@ -33,15 +40,19 @@ RESUMED = [*range(1, 8), *range(7, STEPS + 1)]
 
 
 @pytest.fixture(scope="module")
-def ray_nodes(tmp_path_factory):
+def ray_nodes():
     """Two nodes of Ray on this machine, a CPU each; the second one can be taken away and comes back."""
     from ray.cluster_utils import Cluster
 
+    known = os.environ.get("PYTHONPATH")
+    root = str(Path(__file__).parents[2])  # workers are to find this package
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *sys.path])
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=small)
     cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     yield cluster
     cluster.shutdown()
+    os.environ.pop("PYTHONPATH") if known is None else os.environ.update(PYTHONPATH=known)
 
 
 KINDS = ["pool", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("slurm", "ray"))]
@@ -320,3 +331,109 @@ def test_a_job_asks_for_what_its_models_need(make_checkpoint):
     assert asked.memory_gib == pytest.approx(1.5 + 1.5 * count * (4 + 18) / 2**30, abs=0.01)
     assert request_of(averages, EngineConfig(executor="ray", gpus=2), Remote()).gpus == 0
     assert request_of(trains, EngineConfig(threads=4), ProcessPool(2)) == Request(cpus=2)
+
+
+@pytest.mark.slow
+def test_ray_carries_the_working_directory_to_machines_that_share_none(
+    ray_nodes, expected, tmp_path, monkeypatch
+):
+    """The workers are in a copy of it; finished stages go through the store and are fetched from there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    executor = RayCluster(ray_nodes.address, ship=tmp_path / "here")
+    store = Store(f"file://{tmp_path}/store")
+    try:
+        stages = finish(Path("runs/walks"), executor, walks(), store=store)
+    finally:
+        executor.close()
+    assert outputs(stages) == expected
+    assert all(store.has(stage.path.name) for stage in stages.values())
+    assert not list((tmp_path / "here").rglob("ticket"))
+
+
+# one process at a time
+
+
+@pytest.fixture
+def place(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    return run.place(Walk("a", (), 0), "")
+
+
+def test_a_stage_that_another_process_still_writes_is_waited_for(place):
+    """As one does whose driver was killed a moment ago."""
+    times = []
+
+    def hold() -> None:
+        with locked(place.lock, place.partial):
+            held.set()
+            time.sleep(0.5)
+            times.append(time.monotonic())
+
+    held, thread = threading.Event(), threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    perform(place, Walk("a", (), 0), None, None)
+    thread.join()
+    assert steps_of(place.final) == list(range(1, STEPS + 1))
+    assert (place.final / "steps.log").stat().st_mtime > 0 and times
+    assert not place.lock.exists()
+
+
+def test_a_stage_that_stays_in_use_is_refused(place, monkeypatch):
+    monkeypatch.setattr("salsa.stages.performing.PATIENCE", 0.3)
+    with (
+        locked(place.lock, place.partial),
+        pytest.raises(ConfigError, match=r"a-.*partial: in use by another salsa process"),
+    ):
+        perform(place, Walk("a", (), 0), None, None)
+    assert not place.final.exists() and not place.partial.exists()
+
+
+def test_what_another_process_has_finished_meanwhile_is_not_done_again(place):
+    perform(place, Walk("a", (), 0), None, None)
+    place.partial.mkdir()
+    perform(place, Walk("a", (), 0), None, None)
+    assert steps_of(place.final) == list(range(1, STEPS + 1)) and not place.partial.exists()
+
+
+# a full disk, as the libraries say it
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one MiB that is full after half of it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    (disk / "ballast").write_bytes(bytes(2**19))
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def _save_tensors(file: Path) -> None:
+    save_file({"weight": torch.zeros(2**20)}, file)
+
+
+WRITERS = {
+    "a resume state": lambda path: save_state(path / "state.pt", {"weight": torch.zeros(2**20)}),
+    "a checkpoint": lambda path: _save_tensors(path / "model.safetensors"),
+    "rows": lambda path: append_jsonl(path / "rows.jsonl", [{"text": "x" * 2**20}]),
+    "a text": lambda path: write_atomic(path / "text.json", "x" * 2**20),
+}
+
+
+@pytest.mark.parametrize("writes", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_is_recognised_whatever_the_library_calls_it(writes, small_disk, tmp_path):
+    with pytest.raises(Exception, match=".") as error:
+        writes(small_disk)
+    assert is_disk_full(error.value, small_disk)
+
+
+def test_other_failures_are_not_put_down_to_the_disk(small_disk, tmp_path):
+    assert not is_disk_full(RuntimeError("could not write"), tmp_path)
+    assert not is_disk_full(PermissionError(13, "Permission denied"), small_disk)
+    assert not is_disk_full(ValueError("loss is NaN"), small_disk)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import ConfigError, WorkerLost
+from salsa.errors import ConfigError, WorkerLost, WorkFailed
 from salsa.runtime.executors.task import Outcome, Request, Task, run_task
 from salsa.runtime.tracking import say
 
@@ -81,6 +81,11 @@ class RayCluster:
         self._labels.pop(handle, None)
         try:
             return self._ray.get(handle)
+        except self._ray.exceptions.RayTaskError as error:  # our own errors come in the outcome
+            raise WorkFailed(
+                f"engine.executor=ray: a worker could not begin ({str(error).strip().splitlines()[-1]}). Is the same "
+                "version of salsa-rlhf installed on every machine?"
+            ) from error
         except self._ray.exceptions.RayError as error:
             raise WorkerLost(_reason(error)) from error
 
