@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types study base-model clean
+.PHONY: demo test fast check lint types faults study base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -24,6 +24,9 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+faults: $(VENV)/installed      ## the table of faults in docs/how-to/cluster.md, from a test run that injects them
+	$(BIN)/python -m pytest -m fault --fault-table docs/how-to/cluster.md
 
 study: $(VENV)/installed       ## docs/study-plan.md, about three hours; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml

@@ -19,6 +19,10 @@ def outputs(run) -> dict[str, str]:
     return {record["stage"]: record["output"] for record in records}
 
 
+@pytest.mark.fault(
+    "a worker is killed in the middle of RL (the tiny recipe)",
+    "as above: the same output digests of all ten stages",
+)
 def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
     finished, inputs, tmp_path
 ):
@@ -53,6 +57,9 @@ def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
     assert len(made) == 10 and made == {stage: expected[stage] for stage in made}
 
 
+@pytest.mark.fault(
+    "the disk fills up during SFT (the tiny recipe)", "as above: the same output digests"
+)
 def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(finished, inputs, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

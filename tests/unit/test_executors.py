@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from salsa.artifacts import append_jsonl, locked, write_atomic
+from salsa.artifacts import locked, write_atomic
 from salsa.config import DataSource, EngineConfig, Recipe, SFTConfig
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
@@ -90,6 +90,10 @@ def expected(tmp_path_factory):
     return outputs(finish(tmp_path_factory.mktemp("here") / "run", None, walks()))
 
 
+@pytest.mark.fault(
+    "a worker is killed, as one is when memory runs out",
+    "the job goes on from its last checkpoint: the same output digests",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_worker_is_retried_from_its_checkpoint_and_changes_no_digest(
     kind, make, expected, tmp_path, capfd
@@ -103,6 +107,10 @@ def test_a_killed_worker_is_retried_from_its_checkpoint_and_changes_no_digest(
     assert "a: went on" in said and "a: going on from step 6 of 12" in said
 
 
+@pytest.mark.fault(
+    "it is killed every time",
+    "after `retries` more attempts exit code 1 and one line; finished stages and the last checkpoint stay",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_job_that_is_lost_every_time_ends_in_one_line(kind, make, tmp_path):
     with pytest.raises(WorkFailed) as error:
@@ -123,6 +131,10 @@ def test_what_a_job_raises_is_raised_here_and_not_retried(kind, make, tmp_path):
     assert steps_of(partial) == list(range(1, 8))
 
 
+@pytest.mark.fault(
+    "the disk is full",
+    "exit code 1 and one line; with space again, the job goes on from its last checkpoint: the same output digests",
+)
 @pytest.mark.parametrize("kind", ["here", *KINDS])
 def test_a_full_disk_is_one_message_and_loses_nothing(kind, make, expected, tmp_path):
     executor = None if kind == "here" else make(kind)
@@ -134,6 +146,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(kind, make, expected, tmp_
     assert steps_of(stages["ab"].path) == RESUMED
 
 
+@pytest.mark.fault("a worker is slow", "the others go on with all that does not need it")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slow_worker_does_not_hold_up_the_others(kind, make, tmp_path):
     slow, first = walks(a="slow")[:2]
@@ -142,6 +155,10 @@ def test_a_slow_worker_does_not_hold_up_the_others(kind, make, tmp_path):
     assert order == ["b", "after b", "a"]
 
 
+@pytest.mark.fault(
+    "a machine is lost",
+    "its job goes on elsewhere, from its last checkpoint: the same output digests",
+)
 @pytest.mark.slow
 def test_a_lost_node_of_ray_costs_what_came_after_its_checkpoint(
     make, ray_nodes, expected, tmp_path
@@ -185,6 +202,10 @@ def _steps(directory: Path) -> list[int]:
     return steps_of(directory) if (directory / "steps.log").exists() else []
 
 
+@pytest.mark.fault(
+    "a job is preempted, or reaches its time limit",
+    "it is queued again and goes on from its last checkpoint: the same output digests",
+)
 @pytest.mark.slow
 def test_slurm_queues_a_job_again_that_it_interrupts(tmp_path, make, expected):
     """submitit's signal before the time limit or preemption: the same job goes on from its checkpoint."""
@@ -211,6 +232,10 @@ def _partial(folder: Path, label: str) -> Path:
     return directory
 
 
+@pytest.mark.fault(
+    "the driver is killed",
+    "its workers end with it; the same command again goes on from the last checkpoints",
+)
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     """A driver that is killed leaves nobody who writes beside the next one; the next one resumes."""
     code = (
@@ -272,6 +297,9 @@ def test_no_slurm_here_is_one_line(tmp_path, monkeypatch):
         Slurm(tmp_path / "slurm")
 
 
+@pytest.mark.fault(
+    "a machine does not see the run directory", "one line that names the directory and the machine"
+)
 def test_a_directory_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("salsa.runtime.executors.task.PATIENCE", 0.2)
     task = Task("a", Request(), print, home=tmp_path / "here").issued()
@@ -361,6 +389,9 @@ def place(tmp_path):
     return run.place(Walk("a", (), 0), "")
 
 
+@pytest.mark.fault(
+    "another process still writes the stage", "the new one waits for it, half a minute at most"
+)
 def test_a_stage_that_another_process_still_writes_is_waited_for(place):
     """As one does whose driver was killed a moment ago."""
     times = []
@@ -421,7 +452,6 @@ def _save_tensors(file: Path) -> None:
 WRITERS = {
     "a resume state": lambda path: save_state(path / "state.pt", {"weight": torch.zeros(2**20)}),
     "a checkpoint": lambda path: _save_tensors(path / "model.safetensors"),
-    "rows": lambda path: append_jsonl(path / "rows.jsonl", [{"text": "x" * 2**20}]),
     "a text": lambda path: write_atomic(path / "text.json", "x" * 2**20),
 }
 

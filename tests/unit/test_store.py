@@ -65,6 +65,10 @@ def test_what_is_fetched_is_what_was_uploaded(store, tmp_path):
     assert [p.name for p in there.parent.iterdir()] == [stage.name]
 
 
+@pytest.mark.fault(
+    "an upload to the object store breaks off",
+    "exit code 1 and one line; what is there is never taken for whole",
+)
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_an_upload_that_breaks_off_is_never_taken_for_whole(store, fails_at, tmp_path, monkeypatch):
     """At its first file, at its second, at the mark."""
@@ -104,6 +108,9 @@ def test_a_second_upload_that_breaks_off_leaves_the_first(store, tmp_path, monke
     assert (tmp_path / "sft-0-abc" / "config.json").read_text() == '{"of": 1}'
 
 
+@pytest.mark.fault(
+    "an object was damaged or is gone", "one line that names it; nothing of it is used"
+)
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_what_was_damaged_there_is_refused_and_nothing_is_kept(store, damage, tmp_path):
     stage = a_stage(tmp_path / "here")
