@@ -16,6 +16,8 @@ from salsa.stages.jobs import Job, directories_of
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
 
+_WRITING = ("write", "writing", "iostream")
+"""Words of torch's errors for a file that it could not write."""
 PATIENCE = 30.0
 """Seconds to wait for another process that still writes the stage: one whose driver is gone ends at once."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -76,14 +78,15 @@ def _fetch_inputs(place: Place, job: Job, store: Store) -> None:
 
 def is_disk_full(error: BaseException | None, directory: Path) -> bool:
     """Whether a failure is for want of disk space; torch and safetensors have errors of their own for it."""
-    first = error
+    writing = False
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        if "No space left on device" in str(error):
+        text = str(error)
+        if "No space left on device" in text:
             return True
+        writing |= any(word in text for word in _WRITING)
         error = error.__cause__ or error.__context__
-    writing = "write" in str(first).lower()
     return writing and shutil.disk_usage(directory).free < _FULL_BYTES
 
 
