@@ -26,7 +26,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 faults: $(VENV)/installed      ## the table of faults in docs/how-to/cluster.md, from a test run that injects them
-	$(BIN)/python -m pytest -m fault --fault-table docs/how-to/cluster.md
+	$(BIN)/python -m pytest -p tests.fault_table -m fault --fault-table docs/how-to/cluster.md
 
 study: $(VENV)/installed       ## docs/study-plan.md, about three hours; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml

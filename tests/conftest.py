@@ -24,8 +24,8 @@ from salsa.artifacts import Checkpoint
 from salsa.models import LanguageModel
 from salsa.runtime.engine import Engine
 
-# their fixtures: a run of the tiny recipe, shared by e2e/ and browser/; an RL job on a tiny model; and --fault-table
-pytest_plugins = ["tests.whole_run", "tests.tiny_rl", "tests.fault_table"]
+# their fixtures: a run of the tiny recipe, shared by e2e/ and browser/; an RL job on a tiny model
+pytest_plugins = ["tests.whole_run", "tests.tiny_rl"]
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""`pytest -m fault --fault-table FILE`: the faults that this run injected and saw handled, as a table in FILE.
+"""`python -m pytest -p tests.fault_table -m fault --fault-table FILE`: the faults that this run injected and saw handled, as a table in FILE.
 
 A test names its fault with `@pytest.mark.fault(fault, outcome)`. Nothing is written unless all of them passed.
 """

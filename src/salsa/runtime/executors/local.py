@@ -18,6 +18,7 @@ class ProcessPool:
     Every slot is a pool of its own: a process that the system kills takes no other down.
     """
 
+    slots: int | None
     remote = False
 
     def __init__(self, slots: int) -> None:

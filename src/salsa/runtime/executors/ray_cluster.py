@@ -1,5 +1,6 @@
 """The machines of a Ray cluster. Experimental: run on two nodes of one machine only, with one process a job."""
 
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ class RayCluster:
             ray.init(
                 address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env=environment,
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
