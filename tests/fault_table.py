@@ -1,4 +1,6 @@
-"""`python -m pytest -p tests.fault_table -m fault --fault-table FILE`: the faults that this run injected and saw handled, as a table in FILE.
+"""The faults that a run of the tests injected and saw handled, as a table in a file.
+
+    python -m pytest -p tests.fault_table -m fault --fault-table FILE
 
 A test names its fault with `@pytest.mark.fault(fault, outcome)`. Nothing is written unless all of them passed.
 """

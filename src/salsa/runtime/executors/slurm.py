@@ -81,8 +81,8 @@ class Slurm:
             request = task.request
             self._executor.update_parameters(
                 name="".join(c if c.isalnum() else "-" for c in task.label),
-                tasks_per_node=request.processes,
-                cpus_per_task=request.cpus,
+                tasks_per_node=1,  # which starts the processes of the job
+                cpus_per_task=request.cpus * request.processes,
                 gpus_per_node=request.gpus * request.processes or None,
                 mem_gb=request.memory_gib and request.memory_gib * request.processes,
                 **self._options,
@@ -116,14 +116,14 @@ class Slurm:
         """What the task returned or raised; WorkerLost if the job ended without a word."""
         self._jobs.remove(handle)
         try:
-            outcomes: list[Outcome] = handle.results()
+            outcome: Outcome = handle.result()
         except self._submitit.core.utils.UncompletedJobError as error:
             state = handle.state
             handle.cancel(check=False)  # SLURM may be about to queue it again by itself
             raise WorkerLost(
                 f"SLURM's job {handle.job_id} ended without a result (state {state})"
             ) from error
-        return next((one for one in outcomes if one.error is not None), outcomes[0])
+        return outcome
 
     def close(self) -> None:
         """Cancel what is queued or running."""
@@ -143,11 +143,7 @@ class _Resumable:
     """What submitit pickles, and asks for what to run next when SLURM takes the machine away."""
 
     def __call__(self, task: Task) -> Outcome:
-        """Run the task; several processes find each other by the variables that torch reads."""
-        if task.request.processes > 1:
-            import submitit
-
-            submitit.helpers.TorchDistributedEnvironment().export()
+        """Run the task."""
         return run_task(task)
 
     def checkpoint(self, task: Task) -> Any:

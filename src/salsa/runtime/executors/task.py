@@ -30,7 +30,7 @@ class Request:
     memory_gib: float | None = None
     """Of each process; None where it is not known, and nothing is asked for."""
     processes: int = 1
-    """More than one are ranks of one job."""
+    """Of one job, all on one machine: the task that is sent there starts the others."""
 
     def __str__(self) -> str:
         """In words, for a person."""
@@ -100,7 +100,9 @@ def run_task(task: Task) -> Outcome:
             from salsa.runtime.tracking import quiet_libraries
 
             quiet_libraries()
-            made = Engine.create(engine.precision, threads=task.request.cpus)
+            made = Engine.create(
+                engine.precision, threads=task.request.cpus * task.request.processes
+            )
             engine = replace(made, reason=engine.reason)
         return Outcome(task.work(*task.args, engine))
     except Exception as error:
