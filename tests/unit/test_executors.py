@@ -303,6 +303,9 @@ def test_no_slurm_here_is_one_line(tmp_path, monkeypatch):
 def test_a_directory_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("salsa.runtime.executors.task.PATIENCE", 0.2)
     task = Task("a", Request(), print, home=tmp_path / "here").issued()
+    assert (
+        task.issued() == task
+    )  # a job in a queue keeps a valid ticket when its driver starts again
     elsewhere = replace(task, home=tmp_path / "there")
     for wrong in (elsewhere, replace(task, ticket="of another run")):
         with pytest.raises(

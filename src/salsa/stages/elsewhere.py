@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from salsa.errors import WorkerLost, WorkFailed
@@ -102,8 +102,7 @@ class Elsewhere(Generic[N]):
         say(
             f"{label}: lost, {error}; it goes on from its last checkpoint ({job.lost} of {self._retries})"
         )
-        task = job.task if self._run.store else job.task.issued()
-        self.running[self._executor.submit(task)] = replace(job, task=task)
+        self.running[self._executor.submit(job.task)] = job
 
     def _wait_until_visible(self, place: Place) -> None:
         deadline = time.monotonic() + VISIBLE_SECONDS

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from salsa.artifacts import write_atomic
 from salsa.errors import ConfigError, WorkFailed, accessing
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ class Task:
     """What a worker must find in `home`, so that it is the directory that this process sees."""
 
     def issued(self) -> "Task":
-        """The task with a new ticket, which lies in its `home` from here on."""
+        """The task with the ticket of its `home`; one that is there stays: a job with it may be waiting in a queue."""
         assert self.home is not None
-        ticket = secrets.token_hex(8)
         file = _ticket_file(self.home)
         with accessing(file, "write"):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(ticket, encoding="utf-8")
-        return replace(self, ticket=ticket)
+            if not file.exists():
+                write_atomic(file, secrets.token_hex(8))
+        return replace(self, ticket=_ticket(self.home))
 
 
 @dataclass(frozen=True)
