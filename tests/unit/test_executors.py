@@ -382,6 +382,19 @@ def test_ray_carries_the_working_directory_to_machines_that_share_none(
     assert not list((tmp_path / "here").rglob("ticket"))
 
 
+@pytest.mark.slow
+def test_a_job_that_fits_on_no_machine_of_ray_waits_and_says_so_once(make, monkeypatch, capfd):
+    monkeypatch.setattr("salsa.runtime.executors.ray_cluster.UNPLACED_SECONDS", 0.0)
+    executor = make("ray")
+    handle = executor.submit(Task("rl ppo seed 0", Request(cpus=64, gpus=1, memory_gib=2.0), print))
+    for _ in range(2):
+        assert executor.wait([handle], 0.3) is None
+    waits = [line for line in capfd.readouterr().err.splitlines() if "waits" in line]
+    assert len(waits) == 1
+    asked = "rl ppo seed 0: waits for a machine with 64 CPUs, 1 GPUs, 2.0 GiB of memory; the cluster has none so large"
+    assert waits[0].startswith(asked) and "1 CPUs, 0 GPUs" in waits[0]
+
+
 # one process at a time
 
 

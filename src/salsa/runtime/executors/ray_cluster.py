@@ -19,7 +19,6 @@ UNPLACED_SECONDS = 10.0
 class RayCluster:
     """Each task is one Ray task, with the CPUs, GPUs and memory that it asks for."""
 
-    slots: int | None
     remote = True
 
     def __init__(
@@ -41,13 +40,9 @@ class RayCluster:
         address = address or "auto"
         _answers(address)
         environment = {"working_dir": str(ship), "excludes": ["runs/", ".git/"]} if ship else None
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            ray.init(
-                address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env=environment,
-            )
+            ray.init(address, runtime_env=environment, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(f"{_no_cluster(address)} ({reason})") from error
@@ -145,10 +140,9 @@ def _size(node: dict[str, float]) -> str:
 
 def _reason(error: Exception) -> str:
     """Ray's report of a lost worker in a few words."""
-    words = {
+    name, words = type(error).__name__, (str(error).strip() or "no reason given").splitlines()[0]
+    return {
         "OutOfMemoryError": "Ray stopped it, its machine was running out of memory",
         "NodeDiedError": "its machine is gone",
         "WorkerCrashedError": "its process ended without a word",
-    }
-    name = type(error).__name__
-    return words.get(name) or f"{name}: {str(error).splitlines()[0]}"
+    }.get(name, f"{name}: {words}")

@@ -9,12 +9,9 @@ from typing import Any
 from salsa.errors import ConfigError, WorkerLost
 from salsa.runtime.executors.task import Outcome, Task, run_task
 
-POLL_SECONDS = 0.2
 MOST_TIMEOUTS = 1000
 """So often a job that reaches its time limit is queued again; every time it goes on from its last checkpoint."""
-_ALIVE = {
-    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "PREEMPTED",
-}  # fmt: skip
+_ALIVE = "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED REQUEUED REQUEUE_HOLD PREEMPTED".split()
 
 
 class Slurm:
@@ -36,19 +33,10 @@ class Slurm:
         parameters: Mapping[str, Any] | None = None,
         cluster: str = "slurm",
     ) -> None:
-        """Submit from this machine.
+        """Submit from this machine, at most `slots` jobs at once; options as of sbatch, `parameters` are further ones.
 
-        Args:
-            folder: on a path that all machines share; gets each job's output (`<job>_0_log.out`).
-            slots: jobs in the queue at once; all if not given.
-            partition: as of sbatch.
-            hours: time limit of a job.
-            account: as of sbatch.
-            parameters: further options of sbatch.
-            cluster: what submitit calls it; `local` runs jobs as processes here, without a queue.
-
-        Raises:
-            ConfigError: submitit is not installed, or there is no SLURM here.
+        Each job's output goes to `folder`, on a path that all machines share. `cluster` is what submitit calls it:
+        `local` runs jobs as processes here, without a queue. ConfigError without submitit or SLURM.
         """
         try:
             import submitit
@@ -110,7 +98,7 @@ class Slurm:
                     return job
             if time.monotonic() > deadline:
                 return None
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.2)
 
     def outcome(self, handle: Any) -> Outcome:
         """What the task returned or raised; WorkerLost if the job ended without a word."""
@@ -136,7 +124,7 @@ class Slurm:
             return None
         number = _number_file(task.home).read_text(encoding="utf-8")
         job: Any = self._submitit.SlurmJob(self._executor.folder, number)
-        return job if job.state.split(" ")[0] in _ALIVE else None
+        return job if job.state.split()[0] in _ALIVE else None
 
 
 class _Resumable:
@@ -158,5 +146,4 @@ def _number_file(home: Path) -> Path:
 
 
 def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
