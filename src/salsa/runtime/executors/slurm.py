@@ -11,7 +11,7 @@ from salsa.runtime.executors.task import Outcome, Task, run_task
 
 MOST_TIMEOUTS = 1000
 """So often a job that reaches its time limit is queued again; every time it goes on from its last checkpoint."""
-_ALIVE = "PENDING CONFIGURING RUNNING COMPLETING SUSPENDED REQUEUED REQUEUE_HOLD PREEMPTED".split()
+_ALIVE = "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "PREEMPTED"  # fmt: skip
 
 
 class Slurm:
