@@ -11,7 +11,6 @@ from salsa.runtime.executors.task import Outcome, Task, run_task
 
 MOST_TIMEOUTS = 1000
 """So often a job that reaches its time limit is queued again; every time it goes on from its last checkpoint."""
-_ALIVE = "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "PREEMPTED"  # fmt: skip
 
 
 class Slurm:
@@ -124,7 +123,8 @@ class Slurm:
             return None
         number = _number_file(task.home).read_text(encoding="utf-8")
         job: Any = self._submitit.SlurmJob(self._executor.folder, number)
-        return job if job.state.split()[0] in _ALIVE else None
+        known = job.state != "UNKNOWN"  # asks sacct
+        return job if known and not job.watcher.is_done(number, mode="cache") else None
 
 
 class _Resumable:
