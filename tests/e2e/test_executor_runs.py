@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.ray_here import two_nodes
 from tests.whole_run import salsa
 
 pytestmark = pytest.mark.slow
@@ -26,11 +27,6 @@ def outputs(run) -> dict[str, str]:
 def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
     finished, inputs, tmp_path
 ):
-    from ray.cluster_utils import Cluster
-
-    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=small | {"include_dashboard": False})
-    cluster.add_node(**small)
     run, killed = tmp_path / "run", []
 
     def kill() -> None:
@@ -39,15 +35,14 @@ def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
             for state in run.glob("stages/rl-salsa-seed-0-*.partial/resume/state-*.pt"):
                 killed.append(json.loads((state.parent / "progress.json").read_text())["pid"])
                 os.kill(killed[0], signal.SIGKILL)
+                break
             time.sleep(0.02)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    ray = ["engine.executor=ray", f"engine.address={cluster.address}", "engine.memory_gib=0.8"]
-    try:
+    with two_nodes() as cluster:
+        ray = ["engine.executor=ray", f"engine.address={cluster.address}", "engine.memory_gib=0.8"]
         done = salsa(inputs, "rl", "tiny.yaml", "rl.seeds=[0]", *ray, "-o", str(run))
-    finally:
-        cluster.shutdown()
     assert done.returncode == 0, done.stderr
     assert (
         "rl salsa seed 0: lost, " in done.stderr

@@ -33,6 +33,7 @@ from salsa.stages.graph import Node
 from salsa.stages.jobs import SFTJob, SoupJob
 from salsa.stages.performing import is_disk_full, perform
 from salsa.stages.placing import request_of
+from tests.ray_here import SMALL, two_nodes
 from tests.walks import LABELS, STEPS, Walk, finish, outputs, steps_of, walks
 
 RESUMED = [*range(1, 8), *range(7, STEPS + 1)]
@@ -42,17 +43,8 @@ RESUMED = [*range(1, 8), *range(7, STEPS + 1)]
 @pytest.fixture(scope="module")
 def ray_nodes():
     """Two nodes of Ray on this machine, a CPU each; the second one can be taken away and comes back."""
-    from ray.cluster_utils import Cluster
-
-    known = os.environ.get("PYTHONPATH")
-    root = str(Path(__file__).parents[2])  # workers are to find this package
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *sys.path])
-    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-    yield cluster
-    cluster.shutdown()
-    os.environ.pop("PYTHONPATH") if known is None else os.environ.update(PYTHONPATH=known)
+    with two_nodes() as cluster:
+        yield cluster
 
 
 KINDS = ["pool", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("slurm", "ray"))]
@@ -184,7 +176,7 @@ def test_a_lost_node_of_ray_costs_what_came_after_its_checkpoint(
         stages = finish(tmp_path / "run", executor, walks(a="waits", b="waits"))
     finally:
         thread.join()
-        ray_nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        ray_nodes.add_node(**SMALL)
     assert outputs(stages) == expected
     done = sorted((steps_of(stages[label].path) for label in "ab"), key=len)
     assert done == [list(range(1, STEPS + 1)), RESUMED]
