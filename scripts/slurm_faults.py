@@ -131,7 +131,7 @@ def outputs(run: Path) -> dict[str, str]:
 def sacct() -> list[str]:
     """The state of every job."""
     command = ["sacct", "-X", "-n", "--parsable2", "-o", "State"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 if __name__ == "__main__":

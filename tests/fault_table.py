@@ -2,7 +2,8 @@
 
     python -m pytest -p tests.fault_table -m fault --fault-table FILE
 
-A test names its fault with `@pytest.mark.fault(fault, outcome)`. Nothing is written unless all of them passed.
+A test names its fault with `@pytest.mark.fault(fault, outcome)`, and `where` it injects it unless its parameters say so.
+Nothing is written unless all of them passed.
 """
 
 from pathlib import Path
@@ -52,16 +53,12 @@ def table_of(rows: dict[tuple[str, str], list[pytest.Item]]) -> list[str]:
     """The lines of the table: fault, where it was injected, what happened, how many tests saw it."""
     lines = ["| fault | injected with | what happens | tests |", "|---|---|---|---|"]
     for (fault, outcome), items in rows.items():
+        where = items[0].get_closest_marker("fault").kwargs.get("where", "")
         used = [getattr(i, "callspec", None) and i.callspec.params for i in items]
         names = {v: None for params in used for v in (params or {}).values() if isinstance(v, str)}
         kinds = ", ".join(KINDS[name] for name in names if name in KINDS)
-        lines.append(f"| {fault} | {kinds or _of_file(items[0])} | {outcome} | {len(items)} |")
+        lines.append(f"| {fault} | {where or kinds} | {outcome} | {len(items)} |")
     return lines
-
-
-def _of_file(item: pytest.Item) -> str:
-    words = item.name.split("_")
-    return next((KINDS[kind] for kind in KINDS if kind in words), "processes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -22,7 +22,7 @@ def outputs(run) -> dict[str, str]:
 
 @pytest.mark.fault(
     "a worker is killed in the middle of RL (the tiny recipe)",
-    "as above: the same output digests of all ten stages",
+    "the job goes on from its last checkpoint: the same output digests of ten stages",
 )
 def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
     finished, inputs, tmp_path
@@ -53,7 +53,9 @@ def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
 
 
 @pytest.mark.fault(
-    "the disk fills up during SFT (the tiny recipe)", "as above: the same output digests"
+    "the disk fills up during SFT (the tiny recipe)",
+    "exit code 1 and one line; with space again, it goes on: the same output digests",
+    where="one process",
 )
 def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(finished, inputs, tmp_path):
     disk = tmp_path / "disk"

@@ -150,6 +150,7 @@ def test_a_slow_worker_does_not_hold_up_the_others(kind, make, tmp_path):
 @pytest.mark.fault(
     "a machine is lost",
     "its job goes on elsewhere, from its last checkpoint: the same output digests",
+    where="Ray",
 )
 @pytest.mark.slow
 def test_a_lost_node_of_ray_costs_what_came_after_its_checkpoint(
@@ -197,6 +198,7 @@ def _steps(directory: Path) -> list[int]:
 @pytest.mark.fault(
     "a job is preempted, or reaches its time limit",
     "it is queued again and goes on from its last checkpoint: the same output digests",
+    where="SLURM's client",
 )
 @pytest.mark.slow
 def test_slurm_queues_a_job_again_that_it_interrupts(tmp_path, make, expected):
@@ -227,6 +229,7 @@ def _partial(folder: Path, label: str) -> Path:
 @pytest.mark.fault(
     "the driver is killed",
     "its workers end with it; the same command again goes on from the last checkpoints",
+    where="processes",
 )
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     """A driver that is killed leaves nobody who writes beside the next one; the next one resumes."""
@@ -290,7 +293,9 @@ def test_no_slurm_here_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault(
-    "a machine does not see the run directory", "one line that names the directory and the machine"
+    "a machine does not see the run directory",
+    "one line that names the directory and the machine",
+    where="one process",
 )
 def test_a_directory_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("salsa.runtime.executors.task.PATIENCE", 0.2)
@@ -398,7 +403,9 @@ def place(tmp_path):
 
 
 @pytest.mark.fault(
-    "another process still writes the stage", "the new one waits for it, half a minute at most"
+    "another process still writes the stage",
+    "the new one waits for it, half a minute at most",
+    where="one process",
 )
 def test_a_stage_that_another_process_still_writes_is_waited_for(place):
     """As one does whose driver was killed a moment ago."""

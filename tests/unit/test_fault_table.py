@@ -29,7 +29,7 @@ def test_the_docs_name_every_fault_that_a_test_injects(repository):
 def test_nothing_is_written_unless_every_fault_was_handled(passes, tmp_path):
     file = tmp_path / "page.md"
     file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    mark = SimpleNamespace(args=("a fault", "an outcome"))
+    mark = SimpleNamespace(args=("a fault", "an outcome"), kwargs={})
     items = [
         SimpleNamespace(
             nodeid=f"test[{kind}]", name="test", callspec=SimpleNamespace(params={"kind": kind}),
