@@ -2,7 +2,7 @@
 
     python -m pytest -p tests.fault_table -m fault --fault-table FILE
 
-A test names its fault with `@pytest.mark.fault(fault, outcome)`, and `where` it injects it unless its parameters say so.
+A test names its fault with `@pytest.mark.fault(fault, outcome)`, and `where` it injects it if no parameter says so.
 Nothing is written unless all of them passed.
 """
 
