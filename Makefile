@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types docs dist audit study gpu-check base-model clean
+.PHONY: demo test fast check lint types docs dist audit faults study gpu-check base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -34,6 +34,9 @@ dist: $(VENV)/installed        ## wheel and sdist, and the wheel tried in an env
 audit: $(VENV)/installed       ## known holes in what constraints.txt pins; needs a network, fails where it has none
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+faults: $(VENV)/installed      ## the table of faults in docs/how-to/cluster.md, from a test run that injects them
+	$(BIN)/python -m pytest -p tests.fault_table -m fault --fault-table docs/how-to/cluster.md
 
 study: $(VENV)/installed       ## docs/study-plan.md, a night on two cores; goes on where it stopped
 	$(BIN)/salsa sweep recipes/study/forecast.yaml

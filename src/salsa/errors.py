@@ -34,6 +34,10 @@ class WorkFailed(SalsaError, RuntimeError):
     """The input was sound and the work failed all the same: a reward raised, a loss became NaN."""
 
 
+class WorkerLost(WorkFailed):
+    """The process or machine that did the work is gone; what the work had written is still there."""
+
+
 _PERMISSION_DENIED = {
     "read": "read (permission denied). Give yourself the right to read it, or name another.",
     "write": "written (permission denied). Give yourself the right to write there, or choose another place.",

@@ -18,12 +18,13 @@ from salsa.analysis.written import forecast_of, write_forecast, write_landscape,
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
 from salsa.resolve import Models
-from salsa.runtime.executors.local import ProcessPool
+from salsa.runtime.store import Store
 from salsa.runtime.trackers import tracked
-from salsa.runtime.tracking import say
+from salsa.runtime.tracking import say, showing_jobs
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_key
 from salsa.stages.graph import Graph, Node
+from salsa.stages.placing import executor_of, request_of
 
 Until = Literal["sft", "reward", "forecast", "landscape", "rl", "eval", "report"]
 
@@ -86,27 +87,32 @@ def run_recipe(
         out: the run directory; `runs/<name>` if not given.
         until: the last stage to finish.
         force: replace another recipe's run; its finished stages are reused where they apply.
-        jobs: independent stages that run at once, in processes of their own; the recipe's if not given.
+        jobs: independent stages that run at once; the recipe's if not given.
         verify: hash all that is used again, also where size and time are as recorded.
 
     Raises:
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
-    directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
-    jobs, threads = jobs or recipe.engine.jobs, recipe.engine.threads
+    store = Store(recipe.engine.artifacts) if recipe.engine.artifacts else None
+    directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify, store=store)
+    if store is not None:
+        store.check()
     with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
         if not force:
             run.check_precision(recipe.model.precision)
         stages = stages_of(recipe, run.hashes)
-        pool = ProcessPool(jobs, threads) if jobs > 1 else None
+        executor = executor_of(recipe.engine, jobs, run.path)
         trackers = tracked(run.path, recipe.track, recipe.name, recipe.model_dump(mode="json"))
-        with trackers, closing(pool) if pool else nullcontext():
+        with trackers, closing(executor) if executor else nullcontext(), showing_jobs() as view:
             graph = Graph(
                 run,
                 precision=recipe.model.precision,
-                threads=threads,
-                executor=pool,
+                threads=recipe.engine.threads,
+                executor=executor,
+                request=lambda job: request_of(job, recipe.engine, executor),
+                retries=recipe.engine.retries,
                 before_work=lambda: nodes.check_inputs(recipe),
+                view=view,
             )
             _finish(recipe, graph, stages, until)
     return directory.path

@@ -21,6 +21,7 @@ from salsa.config import (
     SFTConfig,
     SoupConfig,
 )
+from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -189,12 +190,13 @@ def test_missing_broken_and_empty_files(recipe_file, tmp_path):
 
 SECTIONS_OF = [
     DPOConfig, EngineConfig, EvalConfig, ModelConfig, PreferencesConfig, RewardConfig, RewardFunction, RLSection,
-    SFTConfig, SoupConfig,
+    SFTConfig, SlurmConfig, SoupConfig,
 ]  # fmt: skip
 EXECUTION = {
     "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
     "threads", "jobs", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
-    "precision", "price_per_hour", "url", "transfer", "verify",
+    "precision", "executor", "address", "slurm", "gpus", "memory_gib", "artifacts", "partition", "hours", "account",
+    "parameters", "price_per_hour", "url", "transfer", "verify",
 }  # fmt: skip
 INPUT = {
     "path", "revision", "dataset", "checkpoints", "seeds", "prompts", "labeller", "paths", "functions", "init", "arms",

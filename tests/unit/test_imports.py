@@ -11,8 +11,9 @@ SOURCE = Path(__file__).parents[2] / "src" / "salsa"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets"}
 LIGHT = (
     "salsa", "salsa.cli", "salsa.config", "salsa.artifacts", "salsa.errors", "salsa.soup", "salsa.resolve",
-    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.planner", "salsa.starter", "salsa.run",
-    "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
+    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.stages.elsewhere",
+    "salsa.stages.performing", "salsa.stages.placing", "salsa.runtime.executors", "salsa.runtime.store",
+    "salsa.planner", "salsa.starter", "salsa.run", "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
     "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
     "salsa.analysis.frontier", "salsa.analysis.policies",

@@ -243,7 +243,7 @@ def test_work_is_prepared_only_if_there_is_any(tmp_path):
 
 def test_several_processes_finish_what_one_does(tmp_path):
     outputs = []
-    for name, pool in (("one", None), ("two", ProcessPool(2, 2))):
+    for name, pool in (("one", None), ("two", ProcessPool(2))):
         run = RunDirectory(tmp_path / name)
         with run.opened("recipe"):
             graph = Graph(run, executor=pool)
@@ -255,7 +255,7 @@ def test_several_processes_finish_what_one_does(tmp_path):
 
 
 def test_an_error_in_a_process_is_raised_here(tmp_path):
-    pool = ProcessPool(2, 2)
+    pool = ProcessPool(2)
     run = RunDirectory(tmp_path / "run")
     node = Node("a", (), lambda: Writes("a", fails=True))
     with run.opened("recipe"), pytest.raises(RuntimeError, match="killed"):

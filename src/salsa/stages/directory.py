@@ -16,7 +16,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from salsa.artifacts import (
     write_atomic,
 )
 from salsa.errors import ConfigError, accessing
+from salsa.runtime.store import Store
 from salsa.stages.cards import write_card
 from salsa.stages.jobs import Job
 from salsa.stages.provenance import signed
@@ -83,13 +84,21 @@ class Place:
         """The directory while the work lasts."""
         return self.final.with_name(self.final.name + ".partial")
 
+    @property
+    def lock(self) -> Path:
+        """The file that the process which does the work holds locked."""
+        return self.final.with_name(f".{self.final.name}.lock")
+
 
 class RunDirectory:
     """`runs/<name>`: opened by one process at a time, holding one recipe."""
 
-    def __init__(self, path: Path, *, verify: bool = False) -> None:
-        """`verify` hashes every file again, also where size and time are as recorded."""
-        self.path = path
+    def __init__(self, path: Path, *, verify: bool = False, store: Store | None = None) -> None:
+        """`verify` hashes every file again, also where size and time are as recorded.
+
+        What is not here is fetched from the `store`, if there is one and it has it.
+        """
+        self.path, self.store = path, store
         self.finished: list[Stage] = []
         self.hashes = FileHashes(path / "hashes.json", verify=verify)
 
@@ -128,7 +137,8 @@ class RunDirectory:
             try:
                 yield self
             finally:
-                self.hashes.save()
+                with suppress(OSError):  # a full disk: nothing but a memory is lost
+                    self.hashes.save()
 
     def check_precision(self, precision: str) -> None:
         """ConfigError if `precision` is not `auto` and would compute anew what was finished here in another."""
@@ -152,9 +162,10 @@ class RunDirectory:
     def find(self, place: Place) -> Stage | None:
         """The finished stage there, if any; CheckpointError if its files are no longer those that were written."""
         if not (place.final / "stage.json").exists():
-            if not (place.partial / "stage.json").exists():
+            if (place.partial / "stage.json").exists():
+                os.replace(place.partial, place.final)  # killed just before the rename
+            elif self.store is None or not self.store.fetch(place.final):
                 return None
-            os.replace(place.partial, place.final)  # killed just before the rename
         shutil.rmtree(place.final / "resume", ignore_errors=True)  # killed just after it
         record = json.loads((place.final / "stage.json").read_text(encoding="utf-8"))
         stage = Stage(place.label, place.final, record, reused=True)

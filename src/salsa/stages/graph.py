@@ -12,13 +12,15 @@ from salsa.artifacts import Checkpoint
 from salsa.config.expressions import ReferenceRule
 from salsa.errors import CheckpointError, ConfigError
 from salsa.rewards import RewardSource
-from salsa.runtime.tracking import say
-from salsa.stages.directory import Place, RunDirectory, Stage, filling
+from salsa.runtime.executors import Executor, Request, Task
+from salsa.runtime.tracking import Lines, Status, View, say
+from salsa.stages.directory import Place, RunDirectory, Stage
+from salsa.stages.elsewhere import Elsewhere
 from salsa.stages.jobs import Job
+from salsa.stages.performing import measure, perform
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
-    from salsa.runtime.executors.local import ProcessPool
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -69,13 +71,28 @@ class Graph:
         *,
         precision: str = "auto",
         threads: int | None = None,
-        executor: "ProcessPool | None" = None,
+        executor: Executor | None = None,
+        request: Callable[[Job], Request] = lambda job: Request(),
+        retries: int = 2,
         before_work: Callable[[], None] = lambda: None,
+        view: View | None = None,
     ) -> None:
-        """Without an executor jobs run here. `before_work` is called once, before the first job that runs."""
+        """Jobs run here, or, with an `executor`, where it chooses.
+
+        Args:
+            run: the run directory.
+            precision: as of `model.precision`.
+            threads: CPU threads of this process.
+            executor: runs jobs elsewhere.
+            request: what a job asks the executor for.
+            retries: how often a job is started again that an executor lost.
+            before_work: called once, before the first job that runs.
+            view: is told where every stage stands.
+        """
         self.run, self.precision, self.executor = run, precision, executor
-        self._threads = executor.threads if executor else threads
+        self._threads, self._request, self._retries = threads, request, retries
         self._before_work = before_work
+        self._view: View = view or Lines()
         self._the_engine: Engine | None = None
         self._outputs: dict[Node, Checkpoint] = {}
 
@@ -96,30 +113,34 @@ class Graph:
             SalsaError: an input is bad or the work failed; finished stages are kept.
         """
         waiting = [node for node in _closure(wanted) if node not in self._outputs]
+        for node in waiting:
+            self._view.show(Status(node.label, "waiting"))
         if self.executor is not None:
             self._finish_elsewhere(waiting, self.executor)
             return
         for node in waiting:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
-                perform(place, job, engine)
+                self._view.show(Status(node.label, "running"))
+                perform(place, job, self.run.store, engine)
                 self._end(node, place)
 
-    def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:
+    def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
         """As `finish`, as many jobs at once as the executor has slots."""
         jobs: dict[Node, Job] = {}
-        running: dict[Any, tuple[Node, Place]] = {}
-        while waiting or jobs or running:
+        elsewhere: Elsewhere[Node] = Elsewhere(executor, self.run, self._view, self._retries)
+        while waiting or jobs or elsewhere.running:
             for node in [n for n in waiting if all(need in self._outputs for need in n.needs)]:
                 waiting.remove(node)
                 if (job := self._skip(node)) is not None:
                     jobs[node] = job
-            for node in list(jobs)[: executor.slots - len(running)]:
+            for node in list(jobs)[: elsewhere.room]:
                 job = jobs.pop(node)
                 place, engine = self._begin(job)
-                running[executor.submit(perform, place, job, engine)] = node, place
-            if running:
-                self._end(*running.pop(executor.wait(list(running))))
+                elsewhere.start(node, place, job, engine, self._request(job))
+            if elsewhere.running:
+                for node, place in elsewhere.ended():
+                    self._end(node, place)
 
     def remaining(self, wanted: Iterable[Node]) -> dict[str, str]:
         """Digest → label of the jobs that are left for `wanted`; nothing is run.
@@ -170,7 +191,7 @@ class Graph:
         self._before_work = lambda: None
         if not job.needs_engine:
             return self.run.place(job, ""), None
-        engine = self.engine()
+        engine = self.engine(self._request(job))
         place = self.run.place(job, engine.precision)
         for other in set(PRECISIONS) - {engine.precision}:
             begun = self.run.place(job, other).partial
@@ -182,12 +203,17 @@ class Graph:
                 )
         return place, engine
 
-    def engine(self) -> "Engine":
-        """Made before the first job that computes with torch."""
+    def engine(self, request: Request | None = None) -> "Engine":
+        """Made before the first job that computes with torch, where `auto` is measured: by a worker if they differ."""
         if self._the_engine is None:
-            from salsa.runtime.engine import Engine
+            if self.executor is not None and self.executor.remote and self.precision == "auto":
+                request = request or Request()
+                task = Task("precision", request, measure, (request.cpus,))
+                self._the_engine = Elsewhere.only(self.executor, task)
+            else:
+                from salsa.runtime.engine import Engine
 
-            self._the_engine = Engine.create(self.precision, threads=self._threads)
+                self._the_engine = Engine.create(self.precision, threads=self._threads)
             say(f"precision: {self._the_engine.precision} ({self._the_engine.reason})")
         return self._the_engine
 
@@ -199,14 +225,9 @@ class Graph:
     def _record(self, node: Node, stage: Stage) -> None:
         self.run.finished.append(stage)
         self._outputs[node] = stage.checkpoint
+        self._view.show(Status(node.label, "reused" if stage.reused else "done"))
         how = "reused" if stage.reused else f"done in {stage.record['seconds']:.0f} s"
         say(f"{stage.label}: {how}")
-
-
-def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """The work of a stage in the process that an executor chose."""
-    with filling(place, job, engine) as directory:
-        job.run(directory, engine)
 
 
 def _closure(wanted: Iterable[Node]) -> list[Node]:

@@ -442,6 +442,20 @@ class LandscapeJob(Job):
         write_places(self, directory, engine)
 
 
+def directories_of(part: Any) -> set[Path]:
+    """The directories of every checkpoint that a job, or a part of one, is made from."""
+    match part:
+        case Checkpoint():
+            return {part.path}
+        case tuple():
+            return set().union(*map(directories_of, part))
+        case dict():
+            return directories_of(tuple(part.values()))
+        case Job() | ReferenceRule() | RewardSource():
+            return directories_of(tuple(vars(part).values()))
+    return set()
+
+
 def identity_of(reference: Reference) -> str:
     """A reference in one line: its rule and its models' digests. A model that stands still is its digest alone."""
     digests = [checkpoint.digest for checkpoint in reference.models]
