@@ -1,7 +1,7 @@
 """`--scale tiny`: the same recipe with tiny random models and a few rows made here, to try the whole path in a minute.
 
-Kept are the stages, the arms, the algorithm, the architecture (grouped heads, tied embeddings, sliding window), the chat
-templates, and which models share a tokenizer. Changed are sizes, data and counts; every change is told. Torch is
+Kept are the stages, the arms, the algorithm, the architecture (grouped heads, tied embeddings, sliding window), the
+chat templates, and which models share a tokenizer. Changed are sizes, data and counts; every change is told. Torch is
 imported when the models are made.
 """
 

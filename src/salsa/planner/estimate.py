@@ -165,7 +165,7 @@ def _evaluation(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) 
         flops = work.forward_flops(shape, rows * sum(lengths), sum(lengths), rows * limit * fill)
         done += Work(flops=flops * (1 + others))
     runs = (len(recipe.rl.arms) + 1) * len(recipe.rl.seeds)
-    return Stage("eval", {"rollout": peak}, done, runs)
+    return Stage("eval", {"rollout": memory.resident(peak, place)}, done, runs)
 
 
 def reward_shape(recipe: Recipe, shape: Shape) -> Shape | None:

@@ -25,6 +25,12 @@ SCORING_TOKENS = 4096
 """`models.scalar.SCORING_TOKENS`."""
 
 
+LIBRARIES = 0.6e9
+"""Resident set of a process that has run, without tensors (benchmarks/planner.py, `baseline_mb`)."""
+HEAP = 0.08
+"""What glibc's heap holds on top of the tensors: freed pieces that nothing fits into (docs/how-to/plan.md)."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at the peak of one phase."""
@@ -39,6 +45,8 @@ class Memory:
     """What the backward pass needs, and the largest temporaries of a pass."""
     kv_cache: float = 0.0
     logits: float = 0.0
+    process: float = 0.0
+    """On a CPU: code and libraries, and what the heap holds between tensors."""
 
     @property
     def total(self) -> float:
@@ -101,7 +109,7 @@ class Pass:
 
 
 def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
-    """Phase → bytes of one rank: `rollout`, `experience`, `update`."""
+    """Phase → bytes of one rank: `rollout`, `experience`, `update`; `load` where that may need most."""
     shape, config, e = work.policy, work.config, place.bytes
     stored = _stored(work, place)
     length = work.prompt_tokens + work.response_tokens
@@ -142,7 +150,20 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
         ),
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
-    return {"rollout": rollout, "experience": experience, "update": update}
+    phases = {"rollout": rollout, "experience": experience, "update": update}
+    if config.lora is not None and not place.on_cpu and place.ranks == 1:
+        whole = shape.parameters * (
+            FP32 + e if e == BF16 else FP32
+        )  # the masters leave the card after it
+        phases = {"load": Memory(weights=whole, frozen=stored.frozen)} | phases
+    return {name: resident(one, place) for name, one in phases.items()}
+
+
+def resident(memory: Memory, place: Place) -> Memory:
+    """With what a process on a CPU holds besides tensors; a card's share for that is set aside by the hardware."""
+    if not place.on_cpu:
+        return memory
+    return replace(memory, process=LIBRARIES + HEAP * memory.total)
 
 
 def _micro_pass(work: RLWork, place: Place) -> Pass:
@@ -172,7 +193,9 @@ def _stored(work: RLWork, place: Place) -> Memory:
     learning = _trained(work)
     each = FP32 + (BF16 if e == BF16 and place.ranks == 1 else 0)
     held = sum(learning) * each
-    if config.lora is not None:  # a card keeps no fp32 of the base, which rests in the host's memory
+    if (
+        config.lora is not None
+    ):  # a card keeps no fp32 of the base, which rests in the host's memory
         held += shape.parameters * (each if place.on_cpu else e)
     frozen = work.references * shape.parameters * (each if work.moves else e)
     if work.reward is not None:
@@ -265,3 +288,4 @@ def trainer_memory(
         activations=training_bytes(shape, one, e, recompute=False, lora=False) + stream,
         logits=min(LOGITS_CHUNK, one.tokens) * shape.vocabulary * 4 * FP32 if head else 0,
     )
+    return resident(peak, place)

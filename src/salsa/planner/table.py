@@ -11,6 +11,7 @@ from salsa.planner.work import Work
 _PARTS = {
     "weights": "weights that learn", "gradients": "gradients", "optimizer": "optimizer",
     "frozen": "frozen models", "activations": "activations", "kv_cache": "KV cache", "logits": "logits",
+    "process": "libraries, heap",
 }  # fmt: skip
 _UNITS = {
     "memory_gib": "GiB a card", "tflops": "TFLOP/s a card", "bandwidth": "GB/s of its memory",
@@ -50,6 +51,8 @@ def _memory_table(recipe: Recipe, stages: Sequence[Stage], hardware: Hardware) -
     rows = [["", *columns]]
     for part, words in _PARTS.items():
         sizes = [vars(memory)[part] for memory in columns.values()]
+        if not any(sizes):
+            continue
         rows.append([words, *("" if size < 0.0005 * GIB else _gib(size) for size in sizes)])
     rows.append(["in all", *(_gib(memory.total) for memory in columns.values())])
     fits = lambda memory: "fits" if memory.total <= hardware.budget else "too much"
@@ -88,8 +91,8 @@ def _work_cells(work: Work, hardware: Hardware) -> list[str]:
 
 
 def _verdicts(recipe: Recipe, hardware: Hardware, stages: Sequence[Stage]) -> list[str]:
-    """One line for each stage that does not fit; one in all if every stage does."""
-    budget, lines = hardware.budget, []
+    """A line for what does not fit; one in all if every stage does."""
+    budget, found = hardware.budget, dict[str, list[str]]()
     for stage in stages:
         if stage.peak.total <= budget:
             continue
@@ -97,12 +100,12 @@ def _verdicts(recipe: Recipe, hardware: Hardware, stages: Sequence[Stage]) -> li
         words = "; or ".join(
             one.words + ("" if one.keeps_result else " (another result)") for one in changes
         )
-        lines.append(
-            f"does not fit: {stage.name} needs {_gib(stage.peak.total)} of {_gib(budget)} GiB; smallest change: "
-            + (words or "none of those tried; a smaller model")
+        line = f"{_gib(stage.peak.total)} of {_gib(budget)} GiB; smallest change: " + (
+            words or "none of those tried; take a smaller model"
         )
-    if lines:
-        return lines
+        found.setdefault(line, []).append(stage.name)
+    if found:
+        return [f"does not fit: {', '.join(names)}: {line}" for line, names in found.items()]
     most = max(stages, key=lambda stage: stage.peak.total)
     return [f"fits: {most.name} needs most, {_gib(most.peak.total)} of {_gib(budget)} GiB"]
 
