@@ -34,7 +34,12 @@ WIDE = SMALL | {
     "num_key_value_heads": 5,
 }
 DEEP = SMALL | {"num_hidden_layers": 20, "vocab_size": 8_000, "tie_word_embeddings": True}
-TINY = SMALL | {"vocab_size": 500, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+TINY = SMALL | {
+    "vocab_size": 500,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fp32-full": {"model": SMALL},
     "bf16-full": {"model": SMALL, "bf16": True},

@@ -273,6 +273,9 @@ def test_the_papers_recipes_fit_where_their_launch_lines_say(repository, name, m
         assert "sound" in plan(recipe)
         text = on_hardware(recipe, hardware_of(on))
         assert "\nfits: " in text, text
+        assert ("models/reward is not here" in text) == (
+            "reward.paths=[models/reward]" in overrides
+        )
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "mistral-7b", "gemma-2b"])

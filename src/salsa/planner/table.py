@@ -1,11 +1,13 @@
 """A plan as a person reads it in the terminal. No torch."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from salsa.config import Recipe
 from salsa.planner.estimate import Stage, smallest_change, stages_of
 from salsa.planner.hardware import GIB, PRICED, Hardware
 from salsa.planner.memory import Memory
+from salsa.planner.shapes import PUBLISHED
 from salsa.planner.work import Work
 
 _PARTS = {
@@ -35,6 +37,9 @@ def on_hardware(recipe: Recipe, hardware: Hardware) -> str:
     lines = [f"on {hardware.text} in {precision}: GiB {who} at the peak of each phase", ""]
     lines += [*_memory_table(recipe, stages, hardware), "", *_work_table(stages, hardware), ""]
     lines += [*_verdicts(recipe, hardware, stages), "", *_assumptions(hardware)]
+    for path in recipe.reward.paths[:1]:
+        if not Path(path).is_dir() and path not in PUBLISHED:
+            lines.append(f"{path} is not here: planned as if it had the base's shape.")
     return "\n".join(lines)
 
 

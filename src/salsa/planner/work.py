@@ -54,12 +54,10 @@ def forward_flops(shape: Shape, tokens: float, length: float, logits: float) -> 
     return 2.0 * shape.matrices * tokens + attention + 2.0 * shape.embedding * logits
 
 
-def training_traffic(shape: Shape, place: Place, passes: int) -> float:
-    """Bytes a rank sends in one step of FSDP: weights gathered twice, gradients scattered once in fp32, each pass."""
-    if place.ranks == 1:
-        return 0.0
+def traffic(shape: Shape, place: Place, passes: float, *, gathers: int, scatters: bool) -> float:
+    """Bytes a rank sends under FSDP2: weights gathered, once each way of a pass; fp32 gradients scattered."""
     others = (place.ranks - 1) / place.ranks
-    return passes * others * shape.parameters * (2 * place.bytes + 4)
+    return passes * others * shape.parameters * (gathers * place.bytes + (4 if scatters else 0))
 
 
 def sft_work(
@@ -69,7 +67,7 @@ def sft_work(
     tokens = rows * length * epochs
     flops = 3 * forward_flops(shape, tokens, length, tokens)
     passes = max(1, round(rows * epochs / steps_rows))
-    return Work(tokens, flops, 0.0, training_traffic(shape, place, passes))
+    return Work(tokens, flops, 0.0, traffic(shape, place, passes, gathers=2, scatters=True))
 
 
 def rl_work(
@@ -89,14 +87,15 @@ def rl_work(
     learning = (2 if config.lora is not None else 3) + again
     training = config.num_epochs * learning * (own + critic)
     flops = own + (1 + references) * own + critic + scored + monitored + training
-    packs = -(-rows * length // config.microbatch_tokens)
-    scale = 2 if critic else 1
-    passes = config.num_epochs * max(1, round(packs / place.ranks)) * scale
+    passes = max(1, round(rows * length / config.microbatch_tokens / place.ranks))
+    scoring = (1 + references + bool(critic)) * passes
+    steps = config.num_epochs * passes * (2 if critic else 1)
     one = Work(
         tokens * (2 + config.num_epochs),
         flops,
         generation_bytes(shape, rows / place.ranks, prompt, response, place),
-        training_traffic(shape, place, passes) if config.lora is None else 0.0,
+        traffic(shape, place, scoring, gathers=1, scatters=False)
+        + traffic(shape, place, steps, gathers=2, scatters=config.lora is None),
     )
     return one * config.num_updates
 
