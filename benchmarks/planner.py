@@ -8,6 +8,8 @@ was resident after the imports. Memory only: a busy machine does not disturb it.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import random
 import resource
@@ -110,6 +112,14 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
+def resident_mb() -> float:
+    """What is resident now, after free memory went back to the system."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Two updates of RL; before them the same of a tiny model, so that code and libraries count as the baseline."""
     import peft  # noqa: F401  (imported late by salsa, and no tensor)
@@ -120,7 +130,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     quiet_libraries()
     engine = Engine.create("bf16" if job.get("bf16") else "fp32", threads=1)
     train(job | job["warm"], engine)
-    before = peak_mb()
+    before = resident_mb()
     rows = train(job, engine)
     names = ("rollout", "experience", "update")
     phases = {p: [round(1e3 * r[f"peak_memory_gb_{p}"] - before) for r in rows] for p in names}

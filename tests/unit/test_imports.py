@@ -11,8 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "salsa"
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets"}
 LIGHT = (
     "salsa", "salsa.cli", "salsa.config", "salsa.artifacts", "salsa.errors", "salsa.soup", "salsa.resolve",
-    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.planner",
-    "salsa.scale",
+    "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.planner", "salsa.scale",
     "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
     "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
@@ -21,7 +20,8 @@ LIGHT = (
 )  # fmt: skip
 ALGORITHM = {
     "rl", "rl_models", "references", "objectives", "sft", "reward", "rewards", "dpo", "preferences", "data", "alarms",
-    "pipeline", "planner", "scale", "resolve", "cli", "config", "stages", "evaluate", "report", "models", "soup", "demo",
+    "pipeline", "planner", "resolve", "cli", "config", "stages", "evaluate", "report", "models", "soup", "demo",
+    "scale",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from salsa.errors import ConfigError
 from salsa.planner.memory import Place
@@ -43,7 +44,7 @@ class Assumptions:
     """Share of the length limits that an average row has; memory is planned for rows at their limits."""
     replies: float = 3.0
     """Replies of an SFT conversation: each becomes a row."""
-    cards_per_machine: int = 8
+    cards_per_machine: float = 8
 
 
 CARDS = {
@@ -130,5 +131,6 @@ def _with(assumed: Assumptions, changes: Sequence[str]) -> Assumptions:
             raise ConfigError(
                 f"--assume {change!r}: write key=number, above 0, with one of {', '.join(known)}."
             )
-        assumed = replace(assumed, **{name: int(number) if name == "cards_per_machine" else number})
+        changed: dict[str, Any] = {name: number}
+        assumed = replace(assumed, **changed)
     return assumed

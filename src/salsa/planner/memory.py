@@ -27,8 +27,10 @@ SCORING_TOKENS = 4096
 
 LIBRARIES = 0.6e9
 """Resident set of a process that has run, without tensors (benchmarks/planner.py, `baseline_mb`)."""
-HEAP = 0.08
-"""What glibc's heap holds on top of the tensors: freed pieces that nothing fits into (docs/how-to/plan.md)."""
+HEAP = 0.04
+"""What glibc's heap holds on top of the tensors."""
+HOLES = 0.5
+"""Share of a pass's temporaries that stay in that heap as holes: it needs more than a tensor's size to align one."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,13 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
     gradients = FP32 * (sum(learning) if shared_head else max(learning)) / place.ranks
     if config.lora is None:  # the embedding's and the head's, before they are added up or scattered
         gradients += shape.embedding * (2 * e if shape.tied or place.ranks > 1 else 0)
+    again, lora = config.gradient_checkpointing, config.lora is not None
+    holes = HOLES * (1 if again else shape.layers) * temporary_bytes(shape, micro, e, lora=lora)
     update = replace(
         stored,
         gradients=gradients,
-        activations=training_bytes(
-            shape, micro, e, recompute=config.gradient_checkpointing, lora=config.lora is not None
-        ),
+        activations=training_bytes(shape, micro, e, recompute=again, lora=lora),
+        process=holes if place.on_cpu else 0.0,
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
     phases = {"rollout": rollout, "experience": experience, "update": update}
@@ -163,7 +166,7 @@ def resident(memory: Memory, place: Place) -> Memory:
     """With what a process on a CPU holds besides tensors; a card's share for that is set aside by the hardware."""
     if not place.on_cpu:
         return memory
-    return replace(memory, process=LIBRARIES + HEAP * memory.total)
+    return replace(memory, process=memory.process + LIBRARIES + HEAP * memory.total)
 
 
 def _micro_pass(work: RLWork, place: Place) -> Pass:
@@ -242,6 +245,16 @@ def layer_bytes(shape: Shape, one: Pass, e: int, *, lora: bool = False) -> float
         attention = 2 * queries + keys * shape.heads // shape.kv_heads
     attended = one.tokens * shape.heads * size
     return norms + mlp + (attention + attended) * e
+
+
+def temporary_bytes(shape: Shape, one: Pass, e: int, *, lora: bool) -> float:
+    """What a pass of one layer makes and drops: of norms, rotary positions, copies to and from rows, adapters."""
+    queries, keys = (
+        one.tokens * heads * shape.head_size for heads in (shape.heads, shape.kv_heads)
+    )
+    adapted = 3 * one.tokens * sum(outputs for _, outputs in shape.linears.values()) if lora else 0
+    made = 4 * one.tokens * shape.hidden + 10.5 * queries + 8.5 * keys + one.scores(shape)
+    return (made + adapted) * e
 
 
 def training_bytes(shape: Shape, one: Pass, e: int, *, recompute: bool, lora: bool) -> float:
