@@ -155,9 +155,8 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
     )
     phases = {"rollout": rollout, "experience": experience, "update": update}
     if config.lora is not None and not place.on_cpu and place.ranks == 1:
-        whole = shape.parameters * (
-            FP32 + e if e == BF16 else FP32
-        )  # the masters leave the card after it
+        # the base's fp32 masters leave the card only after the reference is loaded
+        whole = shape.parameters * (FP32 + (BF16 if e == BF16 else 0))
         phases = {"load": Memory(weights=whole, frozen=stored.frozen)} | phases
     return {name: resident(one, place) for name, one in phases.items()}
 
@@ -196,10 +195,8 @@ def _stored(work: RLWork, place: Place) -> Memory:
     learning = _trained(work)
     each = FP32 + (BF16 if e == BF16 and place.ranks == 1 else 0)
     held = sum(learning) * each
-    if (
-        config.lora is not None
-    ):  # a card keeps no fp32 of the base, which rests in the host's memory
-        held += shape.parameters * (each if place.on_cpu else e)
+    if config.lora is not None:
+        held += shape.parameters * _frozen_base(place)
     frozen = work.references * shape.parameters * (each if work.moves else e)
     if work.reward is not None:
         frozen += (work.reward.trunk + work.reward.hidden) * e
@@ -208,6 +205,13 @@ def _stored(work: RLWork, place: Place) -> Memory:
         optimizer=MOMENTS * sum(learning) / place.ranks,
         frozen=frozen / place.ranks,
     )
+
+
+def _frozen_base(place: Place) -> int:
+    """Bytes of a parameter under adapters: a card's fp32 master is in the host's memory; shares of ranks are fp32."""
+    if place.ranks > 1:
+        return FP32
+    return place.bytes + (FP32 if place.on_cpu and place.precision == "bf16" else 0)
 
 
 def gathered_bytes(shape: Shape, place: Place) -> float:
