@@ -25,11 +25,11 @@ SCORING_TOKENS = 4096
 """`models.scalar.SCORING_TOKENS`."""
 
 
-LIBRARIES = 0.6e9
+LIBRARIES = 0.5e9
 """Resident set of a process that has run, without tensors (benchmarks/planner.py, `baseline_mb`)."""
-HEAP = 0.04
+HEAP = 0.12
 """What glibc's heap holds on top of the tensors."""
-HOLES = 0.5
+HOLES = 0.75
 """Share of a pass's temporaries that stay in that heap as holes: it needs more than a tensor's size to align one."""
 
 
@@ -111,7 +111,7 @@ class Pass:
 
 
 def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
-    """Phase → bytes of one rank: `rollout`, `experience`, `update`; `load` where that may need most."""
+    """Phase → bytes of one rank: `rollout`, `experience`, `update`; `load` and `save` where they may need most."""
     shape, config, e = work.policy, work.config, place.bytes
     stored = _stored(work, place)
     length = work.prompt_tokens + work.response_tokens
@@ -154,6 +154,8 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
     phases = {"rollout": rollout, "experience": experience, "update": update}
+    if place.on_cpu:
+        phases["save"] = replace(stored, activations=_saving_bytes(work))
     if config.lora is not None and not place.on_cpu and place.ranks == 1:
         # the base's fp32 masters leave the card only after the reference is loaded
         whole = shape.parameters * (FP32 + (BF16 if e == BF16 else 0))
@@ -166,6 +168,13 @@ def resident(memory: Memory, place: Place) -> Memory:
     if not place.on_cpu:
         return memory
     return replace(memory, process=memory.process + LIBRARIES + HEAP * memory.total)
+
+
+def _saving_bytes(work: RLWork) -> float:
+    """What writing the results makes: a fresh fp32 classifier for the critic, and the weights with adapters merged."""
+    shape, config = work.policy, work.config
+    critic = shape.trunk + shape.hidden if config.algorithm == "ppo" else 0
+    return FP32 * (critic + (shape.matrices if config.lora is not None else 0))
 
 
 def _micro_pass(work: RLWork, place: Place) -> Pass:
