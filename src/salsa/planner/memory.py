@@ -154,13 +154,15 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
     phases = {"rollout": rollout, "experience": experience, "update": update}
-    if place.on_cpu:
-        phases["save"] = replace(stored, activations=_saving_bytes(work))
     if config.lora is not None and not place.on_cpu and place.ranks == 1:
         # the base's fp32 masters leave the card only after the reference is loaded
         whole = shape.parameters * (FP32 + (BF16 if e == BF16 else 0))
         phases = {"load": Memory(weights=whole, frozen=stored.frozen)} | phases
-    return {name: resident(one, place) for name, one in phases.items()}
+    phases = {name: resident(one, place) for name, one in phases.items()}
+    if place.on_cpu:  # whole weights, which fit where activations were: no further holes
+        saving = replace(stored, activations=_saving_bytes(work), process=LIBRARIES)
+        phases["save"] = saving
+    return phases
 
 
 def resident(memory: Memory, place: Place) -> Memory:
