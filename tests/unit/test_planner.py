@@ -13,7 +13,16 @@ from salsa.errors import ConfigError
 from salsa.models import LanguageModel
 from salsa.planner import hardware_of, on_hardware, plan
 from salsa.planner.estimate import smallest_change, stages_of
-from salsa.planner.memory import Pass, Place, RLWork, kv_cache_bytes, layer_bytes, rl_memory
+from salsa.planner.memory import (
+    LIBRARIES,
+    Pass,
+    Place,
+    RLWork,
+    kv_cache_bytes,
+    layer_bytes,
+    rl_memory,
+    trainer_memory,
+)
 from salsa.planner.shapes import GEMMA_2B, LLAMA_2_7B, MISTRAL_7B, Shape, shape_of
 from salsa.planner.work import forward_flops
 from salsa.rl import load
@@ -202,6 +211,17 @@ def test_assumptions_are_used_and_printed(repository):
     dear = on_hardware(recipe, hardware_of("2xH100-80GB", ["price=9", "memory_gib=70"]))
     assert "price=9 $ an hour" in dear and "memory_gib=70 GiB a card" in dear
     assert f"of {70 * 0.92:.1f}" in dear
+
+
+def test_a_trainer_holds_16_bytes_a_parameter_and_a_process_its_libraries():
+    card, cpu = (
+        trainer_memory(GEMMA_2B, Place("fp32", on_cpu=c), 1, 8, head=True) for c in (False, True)
+    )
+    held = card.weights + card.gradients + card.optimizer
+    assert held == 16 * GEMMA_2B.parameters and card.process == 0
+    assert cpu.process > LIBRARIES and cpu.total == pytest.approx(1.12 * card.total + LIBRARIES)
+    dpo = trainer_memory(GEMMA_2B, Place("bf16", 4), 1, 8, head=True, frozen=GEMMA_2B)
+    assert dpo.frozen == dpo.optimizer / 2 == GEMMA_2B.parameters
 
 
 def test_more_ranks_need_less_each_and_one_rank_is_not_divided():

@@ -302,14 +302,10 @@ def trainer_memory(
     e, count = place.bytes, shape.parameters if head else shape.trunk + shape.hidden
     one = Pass(rows * length, rows, length, length, by_kernel=True)
     gathered = gathered_bytes(shape, place)
-    cast = (
-        count * BF16 if e == BF16 and place.ranks == 1 else 0
-    )  # autocast keeps its copies for a pass
-    stream = (
-        6 * one.tokens * shape.hidden * shape.layers * (FP32 - e)
-    )  # the residual stream stays fp32
-    return Memory(
-        weights=count * FP32 / place.ranks + gathered + cast,
+    cast = BF16 if e == BF16 and place.ranks == 1 else 0  # autocast keeps its copies for a pass
+    stream = 6 * one.tokens * shape.hidden * shape.layers * (FP32 - e)  # between layers it is fp32
+    peak = Memory(
+        weights=count * (FP32 + cast) / place.ranks + gathered,
         gradients=count * FP32 / place.ranks + (2 * e * shape.embedding if place.ranks > 1 else 0),
         optimizer=count * MOMENTS / place.ranks,
         frozen=(frozen.parameters * FP32 / place.ranks) if frozen is not None else 0,
