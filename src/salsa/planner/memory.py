@@ -145,11 +145,13 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
     if config.lora is None:  # the embedding's and the head's, before they are added up or scattered
         gradients += shape.embedding * (2 * e if shape.tied or place.ranks > 1 else 0)
     again, lora = config.gradient_checkpointing, config.lora is not None
-    holes = HOLES * (1 if again else shape.layers) * temporary_bytes(shape, micro, e, lora=lora)
+    passes = 2 if shared_head else 1  # its values are a second pass, differentiated with the first
+    layers = 1 if again else passes * shape.layers
+    holes = HOLES * layers * temporary_bytes(shape, micro, e, lora=lora)
     update = replace(
         stored,
         gradients=gradients,
-        activations=training_bytes(shape, micro, e, recompute=again, lora=lora),
+        activations=training_bytes(shape, micro, e, recompute=again, lora=lora, passes=passes),
         process=holes if place.on_cpu else 0.0,
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
@@ -272,13 +274,15 @@ def temporary_bytes(shape: Shape, one: Pass, e: int, *, lora: bool) -> float:
     return (made + adapted) * e
 
 
-def training_bytes(shape: Shape, one: Pass, e: int, *, recompute: bool, lora: bool) -> float:
-    """Activations of a forward and backward pass, with the temporaries of the layer that is being differentiated."""
+def training_bytes(
+    shape: Shape, one: Pass, e: int, *, recompute: bool, lora: bool, passes: int = 1
+) -> float:
+    """Activations of so many passes that are differentiated together, and temporaries of the layer where that is."""
     kept = layer_bytes(shape, one, e, lora=lora)
     passing = max(3 * one.tokens * shape.intermediate, 2 * one.scores(shape)) * e
     if recompute:
-        return shape.layers * one.tokens * shape.hidden * e + kept + passing
-    return shape.layers * kept + passing
+        return passes * shape.layers * one.tokens * shape.hidden * e + kept + passing
+    return passes * shape.layers * kept + passing
 
 
 def forward_bytes(shape: Shape, one: Pass, e: int) -> float:

@@ -79,8 +79,6 @@ def rl_work(
     tokens, logits = rows * length, rows * response
     own = forward_flops(shape, tokens, length, logits)
     critic = forward_flops(shape, tokens, length, 0) if config.algorithm == "ppo" else 0.0
-    if config.critic == "head":
-        critic = 0.0
     scored = forward_flops(reward, tokens, length, 0) if reward is not None else 0.0
     monitored = own / config.monitor_kl_every
     again = 1 if config.gradient_checkpointing else 0
