@@ -32,6 +32,9 @@ Out = Annotated[Path | None, Option("--out", "-o", help="run directory; runs/<na
 Force = Annotated[bool, Option("--force", help="replace what is there")]
 Jobs = Annotated[int | None, Option(help="independent stages to run at once", min=1)]
 Verify = Annotated[bool, Option("--verify", help="hash all that is used again")]
+Scale = Annotated[
+    str | None, Option(help="tiny: random models, local rows, few updates; to try a recipe")
+]
 Debug = Annotated[bool, Option("--debug", help="show the traceback of an error")]
 
 
@@ -45,11 +48,15 @@ def _stage_command(until: str) -> Callable[..., None]:
         jobs: Jobs = None,
         verify: Verify = False,
         force: Force = False,
+        scale: Scale = None,
         debug: Debug = False,
     ) -> None:
         from salsa.config import Recipe
 
         loaded = Recipe.load(recipe, overrides or ())
+        if scale is not None:
+            out = out or Path("runs") / f"{loaded.name}-{scale}"
+            loaded = _scaled(loaded, scale, out)
         from salsa.pipeline import run_recipe
 
         run = run_recipe(loaded, out=out, until=until, force=force, jobs=jobs, verify=verify)  # type: ignore[arg-type]
@@ -59,6 +66,23 @@ def _stage_command(until: str) -> Callable[..., None]:
             typer.echo("\n".join(read_lines(run)))
 
     return command
+
+
+def _scaled(recipe: Any, scale: str, out: Path) -> Any:
+    """The recipe made tiny, and on the terminal what that changed."""
+    from salsa.errors import ConfigError
+
+    if scale != "tiny":
+        raise ConfigError(
+            f"--scale {scale!r}: there is one other scale than the recipe's own. Use tiny."
+        )
+    from salsa.scale import tiny
+
+    recipe, changes = tiny(recipe, out)
+    typer.echo(
+        "\n".join(["scale tiny: random weights and rows made here; changed", *changes]), err=True
+    )
+    return recipe
 
 
 _STAGE_COMMANDS = {
@@ -211,12 +235,31 @@ def sweep(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Validate a recipe and print its arithmetic, without touching torch."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None, Option(help="plan for it: 8xA100-80GB, 4xH100-80GB, 1x24GB, cpu:2, …")
+    ] = None,
+    assume: Annotated[
+        list[str] | None, Option(help="key=number, e.g. price=1.2; repeatable, with --on")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Validate a recipe and print its arithmetic; with --on also memory, hours and cost. No torch."""
     from salsa.config import Recipe
-    from salsa.planner import plan
+    from salsa.errors import ConfigError
+    from salsa.planner import hardware_of, on_hardware, plan
 
-    typer.echo(plan(Recipe.load(recipe, overrides or ())))
+    if assume and on is None:
+        raise ConfigError(
+            f"--assume {assume[0]} belongs to --on. Add --on 8xA100-80GB or the like."
+        )
+    hardware = hardware_of(on, assume or ()) if on is not None else None
+    loaded = Recipe.load(recipe, overrides or ())
+    typer.echo(plan(loaded))
+    if hardware is not None:
+        typer.echo("\n" + on_hardware(loaded, hardware))
 
 
 @app.command()

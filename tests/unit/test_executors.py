@@ -19,7 +19,6 @@ from salsa.artifacts import locked, write_atomic
 from salsa.config import DataSource, EngineConfig, Recipe, SFTConfig
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
-from salsa.planner import parameter_count
 from salsa.runtime.checkpoint import save_state
 from salsa.runtime.executors import Request, Task
 from salsa.runtime.executors.local import ProcessPool
@@ -33,6 +32,7 @@ from salsa.stages.graph import Node
 from salsa.stages.jobs import SFTJob, SoupJob
 from salsa.stages.performing import is_disk_full, perform
 from salsa.stages.placing import request_of
+from salsa.untrusted import parameter_count
 from tests.ray_here import SMALL, two_nodes
 from tests.walks import LABELS, STEPS, Walk, finish, outputs, steps_of, walks
 

@@ -13,7 +13,8 @@ LIGHT = (
     "salsa", "salsa.cli", "salsa.config", "salsa.artifacts", "salsa.errors", "salsa.soup", "salsa.resolve",
     "salsa.stages.graph", "salsa.stages.jobs", "salsa.stages.nodes", "salsa.stages.elsewhere",
     "salsa.stages.performing", "salsa.stages.placing", "salsa.runtime.executors", "salsa.runtime.store",
-    "salsa.planner", "salsa.starter", "salsa.run", "salsa.pipeline", "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
+    "salsa.planner", "salsa.scale", "salsa.starter", "salsa.run", "salsa.pipeline",
+    "salsa.data", "salsa.rewards", "salsa.evaluate.spec", "salsa.evaluate.judge",
     "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
     "salsa.analysis.frontier", "salsa.analysis.policies",
@@ -22,6 +23,7 @@ LIGHT = (
 ALGORITHM = {
     "rl", "rl_models", "references", "objectives", "sft", "reward", "rewards", "dpo", "preferences", "data", "alarms",
     "pipeline", "planner", "resolve", "cli", "config", "stages", "evaluate", "report", "models", "soup", "demo",
+    "scale",
 }  # fmt: skip
 
 

@@ -70,6 +70,9 @@ class LanguageModel(MixedPrecisionModule):
     @classmethod
     def load(cls, path: Path, engine: Engine, **options: Any) -> "LanguageModel":
         """Load a checkpoint, without dropout; options and errors as above, and CheckpointError if it cannot be."""
+        frozen = not (options.get("learns") or options.get("moves"))
+        if frozen and engine.world_size == 1:  # in fp32 it would need twice the room on a card
+            return cls(load_policy(path), engine, **options).to(engine.device)
         return cls(nn.Module.to(load_policy(path), engine.device), engine, **options)
 
     @property
@@ -130,6 +133,7 @@ class LanguageModel(MixedPrecisionModule):
         """Freeze the weights and learn low-rank adapters instead; at first they change nothing."""
         add_adapters(self.backbone, config, seed=seed)
         self.lower()
+        self.store_frozen_masters()
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         """Write an ordinary checkpoint in fp32."""

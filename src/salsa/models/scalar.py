@@ -114,8 +114,9 @@ class RewardModel:
     def load(cls, path: Path, engine: Engine) -> "RewardModel":
         """Load a checkpoint; CheckpointError if it cannot be, has no head or several labels."""
         tokenizer = load_tokenizer(path)
-        model: Any = load_classifier(path, pad_id=int(tokenizer.pad_token_id))
-        return cls(model.to(engine.device), tokenizer, engine)
+        own = cls(load_classifier(path, pad_id=int(tokenizer.pad_token_id)), tokenizer, engine)
+        own.model.to(engine.device)
+        return own
 
     def __call__(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
         """One score each."""

@@ -75,6 +75,12 @@ class MixedPrecisionModule(nn.Module):
                     parameter.register_post_accumulate_grad_hook(partial(_add_up, master))
             parameter.data = parameter.data.to(self.engine.dtype)
 
+    def store_frozen_masters(self) -> None:
+        """Keep the masters of what learns no longer in the host's memory: only what is saved is made from them."""
+        for parameter, master in self._masters.items():
+            if not parameter.requires_grad:
+                self._masters[parameter] = master.cpu()
+
     def master(self, parameter: Tensor) -> Tensor:
         """The fp32 value of a parameter; the lowered one itself where there is no master."""
         return self._masters.get(parameter, parameter)
@@ -171,7 +177,8 @@ def merged(
             if leaf == "weight":
                 up, down = (master(m[_ADAPTER].weight) for m in (layer.lora_B, layer.lora_A))
                 delta = (up @ down) * layer.scaling[_ADAPTER]
-                weight = weight + (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+                delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+                weight = weight + delta.to(weight.device)
             name = f"{owner}.{leaf}"
         elif ".lora_" in name:
             continue
@@ -182,4 +189,4 @@ def merged(
 def lerp(own: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]], share: float) -> None:
     """θ ← θ + share·(θ_target − θ) in place, by name; `own` is fp32: bf16 would lose steps this small."""
     for name, weight in target:
-        own[name].lerp_(weight, share)
+        own[name].lerp_(weight.to(own[name].device), share)

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from salsa.config.engine import EngineConfig, SlurmConfig
-from salsa.planner import parameter_count
 from salsa.runtime.executors import Executor, Request
 from salsa.stages.jobs import DPOJob, Job, RewardJob, RLJob, SFTJob, directories_of
+from salsa.untrusted import parameter_count
 
 _PROCESS_GIB = 1.5
 """A Python process with torch and transformers, before any model."""

@@ -1,9 +1,10 @@
-"""What a recipe will do, in numbers, before it does it. No torch."""
+"""What a recipe will do: stages, batch arithmetic, the memory of weights. No torch."""
 
 from pathlib import Path
 
 from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import DPOConfig, Recipe
+from salsa.planner.shapes import PUBLISHED, shape_of
 from salsa.untrusted import parameter_count
 
 _BYTES_TRAINED = 12
@@ -74,8 +75,7 @@ def _own(recipe: Recipe, arm: str) -> str:
 def _memory_line(recipe: Recipe) -> str:
     """What learns and what stands still; activations come on top."""
     path, rl = recipe.model.path, recipe.rl
-    here = path == EMBEDDED or Path(path).is_dir()
-    if (count := parameter_count(resolve(path)) if here else None) is None:
+    if (count := _parameters(path)) is None:
         return f"memory   unknown until {path} is here"
     trained = 2 if rl.algorithm == "ppo" and rl.critic == "separate" else 1
     frozen = max(len(arm.rule.models) for arm in rl.arms.values())
@@ -89,3 +89,11 @@ def _memory_line(recipe: Recipe) -> str:
         f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB"
         f"{adapters} activations come on top"
     )
+
+
+def _parameters(path: str) -> int | None:
+    """From the files' headers where they are here, else from the published shape; None if neither is known."""
+    here = path == EMBEDDED or Path(path).is_dir()
+    if here and (count := parameter_count(resolve(path))) is not None:
+        return count
+    return shape_of(path).parameters if path in PUBLISHED else None

@@ -1,0 +1,267 @@
+"""A recipe's stages on given hardware: memory of one rank, work, and the smallest change with which each fits.
+
+No torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from salsa.config import DataSource, DPOConfig, Recipe, RLConfig
+from salsa.config.expressions import parse_model
+from salsa.planner import memory, work
+from salsa.planner.hardware import Hardware
+from salsa.planner.memory import Memory, Place
+from salsa.planner.shapes import Shape, shape_of, shape_or
+from salsa.planner.work import Work
+
+PUBLISHED_ROWS = {
+    ("HuggingFaceH4/ultrachat_200k", "train_sft"): 208_000,
+    ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"): 61_100,
+    ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"): 2_000,
+    ("trl-lib/ultrafeedback_binarized", "train"): 62_100,
+}
+"""(data set, split) → rows, as its page says, rounded."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of stage, as one rank sees it."""
+
+    name: str
+    phases: dict[str, Memory]
+    """Phase → memory; the largest counts."""
+    work: Work | None
+    """Of one run; None if the number of rows is not known."""
+    runs: int = 1
+    """How often the recipe runs it: seeds, arms."""
+
+    @property
+    def peak(self) -> Memory:
+        """The phase that needs most."""
+        return max(self.phases.values(), key=lambda one: one.total)
+
+
+def stages_of(recipe: Recipe, hardware: Hardware) -> list[Stage]:
+    """Every kind of stage that computes with torch, in the order of the pipeline.
+
+    Raises:
+        ConfigError: a model's shape is not known.
+    """
+    place, shape = hardware.place(recipe.model.precision), shape_of(recipe.model.path)
+    found = [*_sft(recipe, shape, place, hardware), *_reward(recipe, shape, place, hardware)]
+    for name in recipe.rl.arms:
+        config = recipe.rl.config_of(name)
+        runs = len(recipe.rl.seeds)
+        if isinstance(config, DPOConfig):
+            found.append(_dpo(recipe, name, config, shape, place, hardware, runs))
+            continue
+        found.append(_rl(recipe, name, config, shape, place, hardware, runs))
+    return [*found, _evaluation(recipe, shape, place, hardware)]
+
+
+def rows_of(source: DataSource | None) -> int | None:
+    """Rows of a source: its limit, a published number, or the lines of a .jsonl file; None if it has to be read."""
+    if source is None:
+        return None
+    known = PUBLISHED_ROWS.get((str(source.path), source.split))
+    if known is None and str(source.path).endswith(".jsonl") and Path(str(source.path)).is_file():
+        with Path(str(source.path)).open("rb") as file:
+            known = sum(1 for _ in file)
+    return min((n for n in (known, source.limit) if n is not None), default=None)
+
+
+def _sft(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iterator[Stage]:
+    sft, assumed = recipe.sft, hardware.assumed
+    if sft.dataset is None:
+        return
+    micro = -(-(sft.microbatch_size or sft.batch_size) // place.ranks)
+    peak = memory.trainer_memory(shape, place, micro, sft.max_length, head=True)
+    rows, done = rows_of(sft.dataset), None
+    if rows is not None:
+        epochs = sum(sft.epochs) / sft.count if isinstance(sft.epochs, tuple) else sft.epochs
+        replies = assumed.replies if "ultrachat" in str(sft.dataset.path) else 1.0
+        done = work.sft_work(
+            shape, rows * replies, sft.max_length * assumed.fill, epochs, micro * place.ranks, place
+        )
+    yield Stage("sft", {"update": peak}, done, sft.count)
+
+
+def _reward(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iterator[Stage]:
+    reward = recipe.reward
+    if not reward.trains or recipe.preferences is None:
+        return
+    micro = 2 * -(-reward.batch_size // place.ranks)
+    peak = memory.trainer_memory(shape, place, micro, reward.max_length, head=False)
+    pairs = rows_of(recipe.preferences.dataset or recipe.preferences.prompts)
+    done = _pairs_work(shape, pairs, reward, micro, place, hardware)
+    yield Stage("reward", {"update": peak}, done, len(reward.seeds))
+
+
+def _dpo(
+    recipe: Recipe, name: str, config: DPOConfig, shape: Shape, place: Place, hardware: Hardware, runs: int
+) -> Stage:  # fmt: skip
+    assert recipe.preferences is not None  # the schema
+    micro = 2 * -(-(config.microbatch_size or config.batch_size) // place.ranks)
+    peak = memory.trainer_memory(shape, place, micro, config.max_length, head=True, frozen=shape)
+    pairs = rows_of(recipe.preferences.dataset or recipe.preferences.prompts)
+    done = _pairs_work(shape, pairs, config, micro, place, hardware)
+    return Stage(name, {"update": peak}, None if done is None else done * (4 / 3), runs)
+
+
+def _pairs_work(
+    shape: Shape, pairs: int | None, config: Any, micro: int, place: Place, hardware: Hardware
+) -> Work | None:
+    if pairs is None:
+        return None
+    length = config.max_length * hardware.assumed.fill
+    return work.sft_work(shape, 2 * pairs, length, config.epochs, micro * place.ranks, place)
+
+
+def _rl(
+    recipe: Recipe, name: str, config: RLConfig, shape: Shape, place: Place, hardware: Hardware, runs: int
+) -> Stage:  # fmt: skip
+    arm, reward = recipe.rl.arms[name], reward_shape(recipe, shape)
+    models = set(arm.rule.models)
+    if config.lora is not None and not arm.rule.moves:
+        models -= {parse_model(arm.init)}  # its weights are the policy's
+    one = memory.RLWork(
+        shape, config, config.max_prompt_tokens, config.max_new_tokens, references=len(models),
+        moves=arm.rule.moves, reward=reward,
+    )  # fmt: skip
+    fill = hardware.assumed.fill
+    lengths = config.max_prompt_tokens * fill, config.max_new_tokens * fill
+    done = work.rl_work(shape, config, *lengths, len(arm.rule.models), reward, place)
+    return Stage(name, memory.rl_memory(one, place), done, runs)
+
+
+def _evaluation(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Stage:
+    """The policy, the models that its KL is measured to, its reference and the reward model, all frozen."""
+    config, e = recipe.eval, place.bytes
+    limit = config.max_new_tokens or recipe.rl.max_new_tokens
+    prompt, slots = recipe.rl.max_prompt_tokens, -(-config.batch_size // place.ranks)
+    reward = reward_shape(recipe, shape)
+    measured = {parse_model(text) for text in config.kl_to}
+    others = max(len(measured | set(arm.rule.models)) for arm in recipe.rl.arms.values())
+    frozen = others * shape.parameters + (reward.trunk if reward else 0)
+    slots = min(memory.SLOTS, slots)
+    one = memory.Pass(slots * (prompt + limit), slots, prompt + limit, prompt + limit)
+    whole = shape.parameters * e if place.ranks > 1 else 0
+    peak = Memory(
+        weights=shape.parameters * e / place.ranks + whole,
+        frozen=frozen * e / place.ranks,
+        activations=memory.forward_bytes(shape, one, e),
+        kv_cache=memory.kv_cache_bytes(shape, slots, prompt, limit, place),
+        logits=2 * memory.LOGITS_CHUNK * shape.vocabulary * 4 * memory.FP32,
+    )
+    rows, done, fill = rows_of(config.prompts), None, hardware.assumed.fill
+    if rows is not None:
+        lengths = prompt * fill, limit * fill
+        done = work.generation_work(shape, rows, *lengths, place)
+        flops = work.forward_flops(shape, rows * sum(lengths), sum(lengths), rows * limit * fill)
+        done += Work(flops=flops * (1 + others))
+    runs = (len(recipe.rl.arms) + 1) * len(recipe.rl.seeds)
+    return Stage("eval", {"rollout": memory.resident(peak, place)}, done, runs)
+
+
+def reward_shape(recipe: Recipe, shape: Shape) -> Shape | None:
+    """Of the model that scores; None for functions."""
+    if recipe.reward.functions:
+        return None
+    return shape_or(recipe.reward.paths[0], shape) if recipe.reward.paths else shape
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to set so that everything fits."""
+
+    settings: dict[str, str]
+    """`key=value`, as on the command line; empty if only the hardware changes."""
+    hardware: Hardware
+    keeps_result: bool
+    """Whether it decides how something is computed and not what comes out."""
+
+    @property
+    def words(self) -> str:
+        """As a person would type it."""
+        settings = " ".join(f"{key}={value}" for key, value in self.settings.items())
+        return settings or f"--on {self.hardware.text}"
+
+
+def smallest_change(recipe: Recipe, hardware: Hardware, stage: Stage) -> list[Change]:
+    """What makes the one `stage` fit: the smallest change of settings, and of the number of cards. May be empty."""
+    fits = lambda one, on: _peak(one, on, stage.name) <= on.budget
+    found = []
+    for settings, keeps_result in _settings(recipe, hardware, stage):
+        changed = _changed(recipe, settings)
+        if changed is not None and fits(changed, hardware):
+            found.append(Change(settings, hardware, keeps_result))
+            break
+    if not hardware.on_cpu:
+        wider = (hardware.times(factor) for factor in (2, 4, 8, 16, 32, 64, 128))
+        more = next((on for on in wider if on.count <= 1024 and fits(recipe, on)), None)
+        found += [Change({}, more, True)] if more else []
+    return found
+
+
+def _settings(
+    recipe: Recipe, hardware: Hardware, stage: Stage
+) -> Iterator[tuple[dict[str, str], bool]]:
+    """Changes to try, the smallest first: of how it is computed, then of what is trained."""
+    if stage.name == "sft":
+        size = recipe.sft.microbatch_size or recipe.sft.batch_size
+        for smaller in _divisors(recipe.sft.batch_size, below=size):
+            yield {"sft.microbatch_size": str(smaller)}, True
+        return
+    if stage.name == "reward":
+        for smaller in _divisors(recipe.reward.batch_size, below=recipe.reward.batch_size):
+            yield {"reward.batch_size": str(smaller)}, False
+        return
+    if stage.name == "eval":
+        for smaller in (recipe.eval.batch_size >> k for k in range(1, 6)):
+            yield {"eval.batch_size": str(max(1, smaller))}, True
+        return
+    if stage.name not in recipe.rl.arms or recipe.rl.arms[stage.name].method == "dpo":
+        return
+    config = recipe.rl.config_of(stage.name)
+    assert isinstance(config, RLConfig)
+    sizes = [config.microbatch_tokens >> k for k in range(1, 6)]
+    length = config.max_prompt_tokens + config.max_new_tokens
+    micro = [{"rl.microbatch_tokens": str(size)} for size in sizes if size >= length]
+    again = {} if config.gradient_checkpointing else {"rl.gradient_checkpointing": "true"}
+    bf16 = {} if hardware.place(recipe.model.precision).bytes == 2 else {"model.precision": "bf16"}
+    head = (
+        {"rl.critic": "head"} if config.algorithm == "ppo" and config.critic == "separate" else {}
+    )
+    lora = {} if config.lora is not None else {"rl.lora": "{rank: 16}"}
+    computed = [one for one in (again, *micro, *(again | m for m in micro if again)) if one]
+    for one in computed:
+        yield one, True
+    for other, one in product((bf16, head, lora, bf16 | lora), ({}, *computed)):
+        if other:
+            yield other | one, False
+
+
+def _divisors(number: int, *, below: int) -> list[int]:
+    return [size for size in range(below - 1, 0, -1) if number % size == 0]
+
+
+def _changed(recipe: Recipe, settings: dict[str, str]) -> Recipe | None:
+    """The recipe with these settings; None if they do not go together."""
+    from salsa.config.recipe import apply_override
+
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in settings.items():
+        apply_override(values, f"{key}={value}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def _peak(recipe: Recipe, hardware: Hardware, name: str) -> float:
+    return next(s.peak.total for s in stages_of(recipe, hardware) if s.name == name)
