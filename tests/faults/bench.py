@@ -102,7 +102,7 @@ def examine(out: Path, name: str, fault: Fault | None, overrides: Sequence[str])
 
 
 def everything(out: Path, only: str, num_healthy: int) -> Iterator[dict[str, Any]]:
-    """Verdicts of all kinds that match `only`, and of healthy runs; faults start from number 0, so it is always there."""
+    """Verdicts of all kinds that match `only`, and of healthy runs; number 0, from which faults start, always."""
     yield examine(out, "healthy 0", None, ())
     for fault in FAULTS:
         if fnmatch(fault.name, only):

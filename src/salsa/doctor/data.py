@@ -45,33 +45,30 @@ def template_marks(data: Data) -> Finding | None:
 
 
 def template_known(sft: SFT | None) -> Finding | None:
-    """Under which rendering the SFT model knows its data best: the chat template's, or another.
+    """Under which rendering SFT gained most on its rows: the chat template's, or another (paired t test over rows).
 
-    Paired t test over rows. A model that learned under the template has its lowest loss there.
+    Rows learned under one rendering get likelier under others too, but never by as much.
     """
     if sft is None or not sft.trained or "template" not in sft.renderings:
         return None
-    right = sft.renderings["template"]
-    p_values = {
-        name: p_mean_above(right - loss)
-        for name, loss in sft.renderings.items()
-        if name != "template"
-    }
+    gains = {name: sft.base_renderings[name] - loss for name, loss in sft.renderings.items()}
+    others = {name: gain - gains["template"] for name, gain in gains.items() if name != "template"}
+    p_values = {name: p_mean_above(more) for name, more in others.items()}
     name = min(p_values, key=p_values.__getitem__)
     verdict = graded(p_values[name] * len(p_values))
     words = {"twice": "with the template applied twice", "bare": "without any template"}[name]
-    losses = {key: float(loss.mean()) for key, loss in sft.renderings.items()}
+    means = {key: float(gain.mean()) for key, gain in gains.items()}
     return Finding(
         "data",
         "template of SFT",
         verdict,
-        f"sft[0]'s loss on its replies is {losses['template']:.3f} nats per token under the chat template, and "
-        f"{losses[name]:.3f} {words}.",
+        f"On its own rows sft[0] gained {means['template']:+.3f} nats per token under the chat template, and "
+        f"{means[name]:+.3f} {words}.",
         ""
         if verdict == "sound"
         else f"The model was trained on text {words}, and everything later shows it the chat "
         "template. Look at one row as the trainer saw it.",
-        losses,
+        {f"gain, {key}": value for key, value in means.items()},
     )
 
 

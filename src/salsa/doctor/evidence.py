@@ -81,7 +81,9 @@ class SFT:
     """Of the average of the soup's first two ingredients, `ends`."""
     ends: tuple[int, int] = (0, 1)
     renderings: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """How the rows are shown → the first model's loss: `template`, `twice`, `bare`."""
+    """How the seen rows are shown → the first model's loss: `template`, `twice`, `bare`."""
+    base_renderings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The same of the base."""
     ended: np.ndarray | None = None
     """Whether each reply of the first model to the held-out prompts ended by itself."""
     expected_ends: float = 1.0

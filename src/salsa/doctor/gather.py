@@ -268,6 +268,7 @@ def _sft(
         midpoint=middle,
         ends=pair,
         renderings=_renderings(rows["seen"], tokenizer, replay.language_model(there[0].path)),
+        base_renderings=_renderings(rows["seen"], tokenizer, original),
         trained=True,
         vocabulary=int(original.config.get_text_config().vocab_size),
     )

@@ -38,10 +38,8 @@ def accuracy(reward: Reward | None) -> Finding | None:
     right, total = _right(reward.held_out), len(reward.held_out)
     trained, ceiling = _right(reward.seen), reward.ceiling or 1.0
     least = 0.5 + LEARNABLE * (ceiling - 0.5)
-    p_value = p_below(right, total, least)
-    verdict: Verdict = (
-        "faulty" if p_value < FAULTY or p_below(right, total, 0.5) < FAULTY else "sound"
-    )
+    p_value = min(p_below(right, total, least), p_below(trained, len(reward.seen), 0.5))
+    verdict: Verdict = "faulty" if p_value < FAULTY else "sound"
     if verdict == "sound" and p_above(right, total, 0.5) > SUSPICIOUS:
         verdict = "suspicious"
     limit = f"; the labels' noise allows for {percent(ceiling)}" if reward.ceiling else ""
@@ -100,7 +98,7 @@ def length_bias(reward: Reward | None, samples: Sequence[Samples]) -> Finding | 
     scores, lengths = before.columns["proxy"][0], before.columns["length"][0]
     if scores.std() == 0 or lengths.std() == 0:
         return None
-    rho = float(stats.spearmanr(scores, lengths).statistic)
+    rho = float(np.clip(stats.spearmanr(scores, lengths).statistic, -0.999, 0.999))
     error = 1 / np.sqrt(len(scores) - 3)
     # more than half of the variance of the ranks is length: |rho| > √½
     z = (abs(np.arctanh(rho)) - np.arctanh(np.sqrt(0.5))) / error
