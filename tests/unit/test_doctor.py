@@ -106,7 +106,9 @@ def an_sft(**changes) -> SFT:
         base, [model(0), model(1)], ["a" * 64, "b" * 64], "c" * 64,
         midpoint={"seen": likelihood(3.45), "unseen": likelihood(3.55)},
         renderings={"template": likelihood(3.5).loss, "twice": likelihood(3.6).loss, "bare": likelihood(4.8).loss},
-        base_renderings={"template": likelihood(4.1).loss, "twice": likelihood(4.15).loss, "bare": likelihood(5.3).loss},
+        base_renderings={
+            "template": likelihood(4.1).loss, "twice": likelihood(4.15).loss, "bare": likelihood(5.3).loss,
+        },
         ended=np.array([1.0] * 190 + [0.0] * 10), expected_ends=0.95, vocabulary=8000,
     )  # fmt: skip
     return replace(plain, **changes)
