@@ -106,9 +106,9 @@ def ends(sft: SFT | None) -> Finding | None:
     if sft.trained:
         for model in sft.models:
             fall = model[where].end - sft.base[where].end  # above 0: the end became less likely
-            gain = sft.base[where].loss - model[where].loss
+            gain = sft.base["seen"].loss - model["seen"].loss
             falls.append(float(fall.mean()))
-            # the end belongs to the reply: where the rest got likelier it may not get less likely
+            # the end belongs to the reply: where the words got likelier it may not get less likely
             verdicts.append(graded(p_mean_above(fall)) if gain.mean() > 0 else "sound")
     says = []
     if falls:
