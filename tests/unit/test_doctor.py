@@ -35,7 +35,8 @@ from salsa.doctor.terminal import lines
 RNG = np.random.default_rng(0)
 CONFIG = {
     "kl_in": "reward", "kl_kind": "k1", "algorithm": "ppo", "gamma": 1.0, "gae_lambda": 0.95, "max_new_tokens": 12,
-    "temperature": 0.7, "rollout_size": 32, "clip_range": 0.2, "group_size": 1,
+    "temperature": 0.7, "rollout_size": 32, "clip_range": 0.2, "group_size": 1, "num_epochs": 2,
+    "minibatch_size": None,
 }  # fmt: skip
 BETA, EOS = 0.1, 2
 WORDS = [
@@ -399,6 +400,8 @@ def test_advantages_against_the_group(algorithm):
     made = [np.full(len(r), a) for r, a in zip(one.rewards, of_episode, strict=True)]
     group = replace(one, advantages=made, config=CONFIG | {"algorithm": algorithm, "group_size": 4})
     assert advantages.recursion([group]).verdict == "sound"
+    cut = {name: list(getattr(group, name))[:10] for name in ("rewards", "values", "advantages")}
+    assert advantages.recursion([replace(group, **cut)]).verdict == "sound"  # ends within a group
     assert advantages.recursion([replace(group, advantages=[-a for a in made])]).verdict == "faulty"
 
 
@@ -477,8 +480,16 @@ def test_critic_policy_and_steps():
     assert critic.explained([a_run(explained_variance=-0.2)]).verdict == "suspicious"
     assert optimisation.moved([replace(a_run(), policy_moved=False)]).verdict == "faulty"
     assert optimisation.moved([a_run(grad_norm=0.0)]).verdict == "suspicious"
-    assert optimisation.step_size([a_run(approx_kl=3.0)]).verdict == "faulty"
-    assert optimisation.step_size([a_run(approx_kl=0.7)]).verdict == "suspicious"
+    # two steps, of which the first sees nothing: 1.2 nats are 2.4 after the first one, more than the 2 there were
+    assert optimisation.step_size([a_run(approx_kl=1.2)]).verdict == "faulty"
+    assert optimisation.step_size([a_run(approx_kl=0.9)]).verdict == "suspicious"
+    jumped = a_run()
+    jumped = replace(
+        jumped, rows=[r | {"kl": 0.0 if r["step"] == 1 else 30.0} for r in jumped.rows]
+    )
+    assert optimisation.step_size([jumped]).numbers["largest step"] == pytest.approx(
+        (30 - 3 * 0.1 * 2**0.5) / 10 / 2
+    )
     fell = replace(a_run(), rows=[r | {"score": -r["score"]} for r in a_run().rows])
     assert optimisation.improves([fell]).verdict == "suspicious"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,7 +57,10 @@ def recursion(episodes: Sequence[Episodes]) -> Finding | None:
     """
     off = {}
     for one in episodes:
-        ours = np.concatenate(list(one.advantages))
+        size = int(one.config.get("group_size", 1))
+        whole = len(one.advantages) // size * size  # the trace may end within a group
+        one = replace(one, rewards=one.rewards[:whole], values=one.values[:whole])
+        ours = np.concatenate([*one.advantages[:whole], np.zeros(0)])
         if len(ours) > 2:
             off[f"{one.run}, update {one.update}"] = _misfit(ours, _expected(one), one.config)
     if not off:

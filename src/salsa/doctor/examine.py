@@ -18,7 +18,6 @@ from salsa.doctor import (
 )
 from salsa.doctor.evidence import Evidence
 from salsa.doctor.findings import Diagnosis, diagnosis
-from salsa.errors import SalsaError
 from salsa.runtime.tracking import say
 
 SMALL = 10**9
@@ -96,8 +95,8 @@ def diagnosed(path: Path) -> dict[str, Any] | None:
     """The diagnosis at the end of a run, for its report; None, and a line that says why, where it could not be made."""
     try:
         found = examine_run(path, largest=SMALL)
-    except SalsaError as error:
-        say(f"doctor: could not look at the run ({error})")
+    except Exception as error:  # whatever it is, it must not cost the run its report
+        say(f"doctor: could not look at the run ({type(error).__name__}: {error})")
         return None
     say(f"doctor: {found.headline}")
     return found.as_json()

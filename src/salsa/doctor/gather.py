@@ -44,6 +44,7 @@ from salsa.doctor.evidence import (
 )
 from salsa.doctor.files import RunFiles
 from salsa.rewards import FunctionScorer
+from salsa.runtime.tracking import quiet_libraries
 from salsa.stages.directory import Stage, policy_label
 from salsa.trace import PER_TOKEN, read_trace
 
@@ -65,6 +66,7 @@ def before(recipe: Recipe) -> Evidence:
     from salsa.artifacts import resolve
     from salsa.models import load_tokenizer
 
+    quiet_libraries()
     model = recipe.model
     path = resolve(model.path, revision=model.revision)
     tokenizer = load_tokenizer(path, gguf_file=model.gguf_file, chat_template=model.chat_template)
@@ -88,6 +90,7 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
     from salsa.doctor import replay
     from salsa.models import load_tokenizer
 
+    quiet_libraries()
     replay.forget()
     passes = (
         largest is None or sum(f.stat().st_size for f in base.path.glob("*.safetensors")) <= largest

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from salsa.doctor.evidence import RLRun
-from salsa.doctor.findings import SUSPICIOUS, Finding, Verdict, p_mean_above
+from salsa.doctor.findings import SUSPICIOUS, Finding, Verdict
 
 
 def moved(runs: Sequence[RLRun]) -> Finding | None:
@@ -36,7 +37,7 @@ def moved(runs: Sequence[RLRun]) -> Finding | None:
 
 
 def step_size(runs: Sequence[RLRun]) -> Finding | None:
-    """How far one update moves the policy: KL(old ‖ new) per token against the entropy of the policy at the start.
+    """How far one update moves the policy, per token, against the policy's entropy at the start.
 
     The clip bounds a ratio at 1 ± ε, a KL of ε²/2. Faulty where one update moved by more nats per token than the policy
     had: it knows nothing any more of what it said. Suspicious where a quarter of that is gone in one update, or more
@@ -44,15 +45,10 @@ def step_size(runs: Sequence[RLRun]) -> Finding | None:
     """
     found = {}
     for run in runs:
-        rows = [row for row in run.rows if "approx_kl" in row]
-        if rows and rows[0]["entropy"] > 0:
-            steps = np.array([row["approx_kl"] for row in rows]) / rows[0]["entropy"]
-            clips = np.array([row["clip_fraction"] for row in rows])
-            found[run.name] = (
-                float(steps.max()),
-                float(clips.max()),
-                run.config.get("clip_range", 0.2),
-            )
+        if run.rows and run.rows[0]["entropy"] > 0:
+            step = max(_within(run), _between(run)) / run.rows[0]["entropy"]
+            clips = [row.get("clip_fraction", 0.0) for row in run.rows]
+            found[run.name] = (step, max(clips), float(run.config["clip_range"]))
     if not found:
         return None
     name = max(found, key=lambda key: found[key][0])
@@ -73,35 +69,60 @@ def step_size(runs: Sequence[RLRun]) -> Finding | None:
     )
 
 
+def _within(run: RLRun) -> float:
+    """Largest KL(old ‖ new) per token within an update, as its optimizer steps saw it.
+
+    The first step of an update sees the policy as it was, so the mean of n steps is one of n − 1.
+    """
+    size = int(run.config["rollout_size"])
+    count = int(run.config["num_epochs"]) * size / int(run.config["minibatch_size"] or size)
+    if count < 2:
+        return 0.0
+    return max(row.get("approx_kl", 0.0) for row in run.rows) * count / (count - 1)
+
+
+def _between(run: RLRun) -> float:
+    """Largest rise of the KL to the reference from one update to the next, per token, less three standard errors."""
+    pairs = list(zip(run.rows, run.rows[1:], strict=False)) if run.pulls else []
+    return max(
+        (
+            (now["kl"] - before["kl"] - 3 * math.hypot(now["kl_stderr"], before["kl_stderr"]))
+            / now["length"]
+            for before, now in pairs
+            if now["length"] > 0
+        ),
+        default=0.0,
+    )
+
+
 def improves(runs: Sequence[RLRun]) -> Finding | None:
-    """Whether the score rises from the first to the last third of each run (one-sided t tests over runs).
+    """Whether the score rises from the first to the last third of the runs (z test with the rollouts' own noise).
 
     Never faulty: too short a run does not rise either.
     """
-    rises = []
+    rises, variances = [], []
     for run in runs:
-        scores = [row["score"] for row in run.rows]
-        third = max(len(scores) // 3, 1)
-        if len(scores) >= 3:
-            rises.append(float(np.mean(scores[-third:]) - np.mean(scores[:third])))
+        third = len(run.rows) // 3
+        if third:
+            first, last = run.rows[:third], run.rows[-third:]
+            batch = int(run.config["rollout_size"])
+            mean = lambda rows, name: float(np.mean([row[name] for row in rows]))
+            rises.append(mean(last, "score") - mean(first, "score"))
+            noise = sum(row["score_std"] ** 2 for row in (*first, *last))
+            variances.append(noise / batch / third**2)
     if not rises:
         return None
-    values, error = np.array(rises), 0.0
-    if len(values) > 1:
-        error = float(values.std(ddof=1) / math.sqrt(len(values)))
-        fell = p_mean_above(-values) < SUSPICIOUS
-        flat = p_mean_above(values) > SUSPICIOUS
-    else:
-        fell, flat = bool(values[0] < 0), False
-    verdict: Verdict = "suspicious" if fell or flat else "sound"
-    word = "falls" if fell else "rises" if not flat else "rises by no more than its noise"
+    rise, error = float(np.mean(rises)), math.sqrt(sum(variances)) / len(rises)
+    fell = stats.norm.cdf(rise / max(error, 1e-12)) < SUSPICIOUS
+    rose = stats.norm.sf(rise / max(error, 1e-12)) < SUSPICIOUS
+    word = "rises" if rose else "falls" if fell else "does not change beyond its noise"
     return Finding(
         "optimisation",
         "score",
-        verdict,
-        f"The score {word}: {values.mean():+.3f} from the first to the last third of the runs (± {error:.3f}).",
+        "sound" if rose else "suspicious",
+        f"The score {word}: {rise:+.3f} ± {error:.3f} from the first to the last third of the runs.",
         ""
-        if verdict == "sound"
+        if rose
         else "More updates or larger rollouts; if it falls, look at the findings above first.",
-        {"rise": float(values.mean()), "standard error": error},
+        {"rise": rise, "standard error": error},
     )

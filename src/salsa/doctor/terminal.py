@@ -23,7 +23,6 @@ def run_doctor(what: Path, overrides: Sequence[str], *, before: bool, as_json: b
     """
     from salsa.config import Recipe
     from salsa.doctor.examine import examine_recipe, examine_run
-    from salsa.runtime.tracking import quiet_libraries
 
     if overrides and not before:
         raise ConfigError(f"{overrides[0]}: a run is as it is. Overrides go with --before RECIPE.")
@@ -32,7 +31,6 @@ def run_doctor(what: Path, overrides: Sequence[str], *, before: bool, as_json: b
             f"{what}: is a file. Give a run directory, or --before {what} for a recipe alone."
         )
     recipe = Recipe.load(what, overrides) if before else None
-    quiet_libraries()
     found = examine_recipe(recipe) if recipe is not None else examine_run(what)
     text = (
         json.dumps(found.as_json(), indent=1, ensure_ascii=False)
