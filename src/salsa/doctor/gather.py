@@ -253,10 +253,14 @@ def _sft(
     tokenizer = replay.tokenizer_of(base.path)
     rows = _likely_rows(recipe.sft.dataset, tokenizer)
     kinds = {name: [_shown(row, tokenizer) for row in own] for name, own in rows.items()}
-    likelihood = lambda model: {
-        name: Likelihood(*replay.nll(replay.logprobs(model, *zip(*shown, strict=True))))
-        for name, shown in kinds.items()
-    }
+
+    def likelihood(model: Any) -> dict[str, Likelihood]:
+        found = {}
+        for name, shown in kinds.items():
+            prompts, replies = zip(*shown, strict=True)
+            found[name] = Likelihood(*replay.nll(replay.logprobs(model, prompts, replies)))
+        return found
+
     measured = [likelihood(replay.language_model(model.path)) for model in there]
     soup = recipe.soup.ingredients
     pair = (soup[0], soup[1]) if len(soup) > 1 else (0, len(there) - 1)
@@ -439,7 +443,9 @@ def _traced(
     prompts, replies = [tuple(r["prompt"]) for r in trace], [r["response"] for r in trace]
     decoded = tokenizer.batch_decode(replies, skip_special_tokens=True)
     names = (*PER_TOKEN, "sampler_logprobs")
-    ragged = {name: [np.array(r[name], dtype=float) for r in trace] for name in names}
+    ragged: dict[str, Any] = {
+        name: [np.array(r[name], dtype=float) for r in trace] for name in names
+    }
     return Episodes(
         run=f"{arm} seed {seed}",
         arm=arm,

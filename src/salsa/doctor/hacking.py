@@ -1,6 +1,6 @@
 """Gates of reward hacking: does what was not trained on rise with what was."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def over_optimised(runs: Sequence[RLRun], scores: Sequence[str]) -> Finding | No
     )
 
 
-def _thirds(rows: Sequence[object]) -> list[Sequence[object]]:
+def _thirds(rows: Sequence[Mapping[str, float]]) -> list[Sequence[Mapping[str, float]]]:
     third = len(rows) // 3
     return [rows[:third], rows[third:-third], rows[-third:]]
 
