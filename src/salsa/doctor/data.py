@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -91,13 +91,11 @@ def truncated(data: Data) -> Finding | None:
         for name, share in shares.items()
     }
     verdict: Verdict = max(limits.values(), key=("sound", "suspicious", "faulty").index)
-    name = max(shares, key=lambda key: (limits[key] == verdict, shares[key]))
     return Finding(
         "data",
         "length limits",
         verdict,
-        f"{percent(shares[name])}: {name} at the length limit"
-        + (", the most of all." if len(shares) > 1 else "."),
+        f"At the length limits: {_listed(shares)}.",
         ""
         if verdict == "sound"
         else "Raise sft.max_length, reward.max_length or rl.max_prompt_tokens: a reply that "
@@ -195,7 +193,7 @@ def empty_replies(data: Data) -> Finding | None:
         "data",
         "empty or equal replies",
         verdict,
-        f"{percent(shares[name])}: {name}.",
+        f"{_listed(shares)}.",
         "" if verdict == "sound" else "Remove these rows, and look at how they came about.",
         shares,
         shown,
@@ -281,6 +279,10 @@ def _clustering(prompts: Sequence[str]) -> float:
 
 def _long(prompts: Sequence[str]) -> list[str]:
     return [text for text in prompts if len(text) > SHORT]
+
+
+def _listed(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
 
 
 def _by_share(share: float) -> Verdict:

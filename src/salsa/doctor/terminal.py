@@ -50,7 +50,7 @@ def lines(found: Diagnosis) -> list[str]:
             verdict = worst(finding.verdict for finding in own)
             gates = ", ".join(f.gate for f in own if f.verdict == verdict or verdict == "sound")
             out.append(
-                textwrap.shorten(f"{stage:<13} {verdict:<11} {gates}", WIDTH, placeholder=" …")
+                f"{stage:<13} {verdict:<11} {textwrap.shorten(gates, WIDTH - 26, placeholder=' …')}"
             )
     rows = [row for row in found.as_json()["findings"] if row["verdict"] != "sound"]
     for row in rows:
