@@ -104,7 +104,8 @@ def first_experience(
     """The models of a setup, its first experience and the metrics of it."""
     models, source = load(job, engine)
     prompts = drawn(job, update=0)
-    rollout = collect_rollout(models.policy, source, prompts, engine.generator(job.seed))
+    generator = engine.generator(job.seed)
+    rollout = collect_rollout(models.policy, source, prompts, generator).rollout
     progress = progress or Progress(kl_coef=job.config.kl_coef)
     experience, metrics, _ = compute_experience(models, rollout, prompts, job, source, progress)
     return models, experience, metrics

@@ -1,6 +1,7 @@
 """The command line: thin, and it imports no torch until there is work to do.
 
-Exit codes: 0 ok, 1 the work failed, 2 bad input, 130 stopped with Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 ok, 1 the work failed, 2 bad input, 3 `salsa doctor` found a fault, 130 stopped with Ctrl-C, 143 by
+SIGTERM.
 """
 
 import sys
@@ -344,6 +345,25 @@ def init(
     for line in write_recipe(file, answers(given, ask), force=force):
         typer.echo(f"note: {line}", err=True)
     typer.echo(f"{file}: written. Next: salsa check {file}; salsa run {file}")
+
+
+@app.command()
+def doctor(
+    what: Annotated[
+        Path, Argument(metavar="RUN | RECIPE", help="run directory; with --before a recipe")
+    ],
+    overrides: Overrides = None,
+    before: Annotated[
+        bool, Option("--before", help="look at a recipe's inputs, before anything is trained")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say which stage of a run is at fault: a verdict per stage, the evidence, what to do. Exit code 3 if faulty."""
+    from salsa.doctor.terminal import run_doctor
+
+    if code := run_doctor(what, overrides or (), before=before, as_json=as_json):
+        raise typer.Exit(code)
 
 
 @app.command()

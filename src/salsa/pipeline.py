@@ -150,6 +150,7 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
     forecast = written(graph.run, "forecast") if recipe.forecast is None else None
     key, current = report_key(graph.run, [one for one in (forecast, landscape) if one])
     if not current:
+        from salsa.doctor.examine import diagnosed
         from salsa.evaluate.results import results_of
         from salsa.report.page import write_report
 
@@ -157,5 +158,8 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
         results = results_of(recipe, graph.run.finished, samples)
         if recipe.forecast is not None:
             forecast = forecast_of(recipe, graph, stages.forecast)
-        write_report(results, graph.run, key=key, forecast=forecast, landscape=landscape)
+        doctor = diagnosed(graph.run.path)
+        write_report(
+            results, graph.run, key=key, forecast=forecast, landscape=landscape, doctor=doctor
+        )
     say(f"report: {graph.run.path / 'report.html'}")

@@ -39,7 +39,8 @@ from salsa.runtime.engine import Engine
 from salsa.runtime.meter import Meter, Work, forward_flops
 from salsa.runtime.packing import num_distinct, packs_of
 from salsa.runtime.tracking import say, tracker
-from salsa.types import Experience, Rollout, UpdateStats, rows_of
+from salsa.trace import write_trace
+from salsa.types import Experience, Generation, Rollout, UpdateStats, rows_of
 
 SHOWN = ("score", "kl", "length", "tokens_per_second_rollout")
 
@@ -67,14 +68,18 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             prompts = draw_prompts(
                 setup.prompts, config.rollout_size, config.group_size, setup.seed, number
             )
-            rollout = collect_rollout(models.policy, source, prompts, generator)
+            generation = collect_rollout(models.policy, source, prompts, generator)
+            rollout = generation.rollout
             meter.phase_done("rollout")
             experience, metrics, moments = compute_experience(
                 models, rollout, prompts, setup, source, progress
             )
+            metrics["sampler_gap"] = sampler_gap(generation, experience)
             _require_finite(setup.label, number, metrics)
             if number % config.monitor_kl_every == 0 or number + 1 == config.num_updates:
                 metrics |= measure_kl(models, experience, setup, engine)
+            if number in (0, config.num_updates - 1):
+                write_trace(directory, number + 1, experience, generation.logprobs)
             meter.phase_done("experience")
             stats = update(models, experience, setup, progress, generator, engine)
             meter.phase_done("update")
@@ -101,7 +106,7 @@ def collect_rollout(
     source: PolicySampler,
     prompts: Sequence[Prompt],
     generator: torch.Generator,
-) -> Rollout:
+) -> Generation:
     """Sample one response per prompt from the policy as it is now.
 
     Raises:
@@ -114,7 +119,13 @@ def collect_rollout(
             f"the sampler held weights {generation.version[:12]}, the policy has {version[:12]}: its samples are "
             "stale and would bias every ratio. Push the policy's weights to the sampler after every update."
         )
-    return generation.rollout
+    return generation
+
+
+def sampler_gap(generation: Generation, experience: Experience) -> float:
+    """Mean over tokens of |log π of the sampler − log π of the trainer|, in nats: rounding, if they agree."""
+    gap = (generation.logprobs - experience.logprobs).abs()
+    return objectives.masked_mean(gap, experience.rollout.response_mask).item()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ LIGHT = (
     "salsa.evaluate.benchmarks", "salsa.evaluate.winrate", "salsa.evaluate.mtbench", "salsa.evaluate.arena_hard",
     "salsa.analysis.forecast", "salsa.analysis.verdicts", "salsa.analysis.sweep",
     "salsa.analysis.frontier", "salsa.analysis.policies",
-    "salsa.report.page", "salsa.integrations",
+    "salsa.report.page", "salsa.integrations", "salsa.doctor.examine", "salsa.doctor.terminal", "salsa.doctor.files",
 )  # fmt: skip
 ALGORITHM = {
     "rl", "rl_models", "references", "objectives", "sft", "reward", "rewards", "dpo", "preferences", "data", "alarms",
@@ -136,6 +136,12 @@ def test_the_report_imports_no_stage(name):
         "dpo",
         "models",
     }
+
+
+def test_the_doctors_forward_passes_share_no_code_with_training():
+    """Else a fault there would be computed the same way twice, and agree."""
+    targets = imports("salsa.doctor.replay", inside_functions=True)
+    assert not [target for target in targets if target.startswith("salsa")]
 
 
 def test_the_walk_sees_every_way_to_import(tmp_path, monkeypatch):

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from salsa import make_soup, objectives
+from salsa.artifacts import sha256_tree
 from salsa.errors import CheckpointError, WorkFailed
 from salsa.runtime.checkpoint import load_state, save_state, saved_steps, state_file
 from salsa.runtime.engine import Engine
+from salsa.trace import read_trace
 from tests.tiny_rl import drawn, run, run_killed
 
 
@@ -133,3 +136,29 @@ def test_states_are_written_whole_or_not_at_all(tmp_path):
         CheckpointError, match="state-000003.pt: cannot be read .* Delete that file"
     ):
         load_state(file)
+
+
+def test_the_first_and_the_last_update_leave_a_trace(job, tmp_path):
+    """It agrees with what was logged, and is no part of the stage's output."""
+    rows = run(job, tmp_path / "a")
+    for update in (1, 4):
+        trace, logged = read_trace(tmp_path / "a", update), rows[update - 1]
+        assert len(trace) == 8
+        scores, kls = (
+            [r["score"] for r in trace],
+            [sum(r["logprobs"]) - sum(r["ref_logprobs"]) for r in trace],
+        )
+        assert sum(scores) / 8 == pytest.approx(logged["score"], rel=1e-5)
+        assert sum(kls) / 8 == pytest.approx(logged["kl"], abs=1e-5)
+        tokens = sum(len(r["response"]) for r in trace)
+        gaps = [
+            abs(a - b)
+            for r in trace
+            for a, b in zip(r["logprobs"], r["sampler_logprobs"], strict=True)
+        ]
+        assert sum(gaps) / tokens == pytest.approx(logged["sampler_gap"], abs=1e-7)
+        assert logged["sampler_gap"] < 1e-4
+    assert read_trace(tmp_path / "a", 2) == []
+    before = sha256_tree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "trace")
+    assert sha256_tree(tmp_path / "a") == before

@@ -350,7 +350,7 @@ def test_the_moments_are_those_of_all_scores_so_far(job):
     normalised = changed(job, normalize_scores=True)
     models, source = rl.load(normalised, FP32)
     prompts = drawn(job, 0)
-    rollout = rl.collect_rollout(models.policy, source, prompts, generator())
+    rollout = rl.collect_rollout(models.policy, source, prompts, generator()).rollout
     before = Moments(100, 5.0, 99.0)
     _, metrics, after = rl.compute_experience(
         models, rollout, prompts, normalised, source, Progress(0.1, moments=before)

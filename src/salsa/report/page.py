@@ -27,12 +27,14 @@ def write_report(
     key: str | None = None,
     forecast: Mapping[str, Any] | None = None,
     landscape: Mapping[str, Any] | None = None,
+    doctor: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `report.json` and `report.html` into the run directory; `landscape` is the content of `landscape.json`.
 
-    `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks.
+    `key` is as of `stages.directory.report_key`, `forecast` as of `analysis.forecast.forecast`, if the recipe asks,
+    `doctor` as of `doctor.findings.Diagnosis.as_json`.
     """
-    summary = summarise(results) | {"forecast": None, "landscape": landscape}
+    summary = summarise(results) | {"forecast": None, "landscape": landscape, "doctor": doctor}
     if forecast:
         summary["forecast"] = {**forecast, "trained": gaps(forecast, summary)}
     if key:
@@ -115,6 +117,7 @@ def render(
         replies=replies,
         replies_json=Markup(script_json(replies)),
         landscape=landscape,
+        doctor=summary.get("doctor"),
         curves=bool(curves),
         seeds=seeds[arms[0]],
         alarms=raised,

@@ -1,0 +1,86 @@
+"""What lies in a run directory: the recipe and the stage of every name in it. Torch-free."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from salsa.artifacts import Checkpoint, FileHashes
+from salsa.config import Recipe
+from salsa.config.expressions import Model
+from salsa.config.schema import validated
+from salsa.errors import ConfigError, SalsaError
+from salsa.resolve import Models
+from salsa.stages import nodes
+from salsa.stages.directory import Stage
+from salsa.stages.graph import Node
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory, read."""
+
+    path: Path
+    recipe: Recipe
+    stages: dict[str, Stage]
+    """Label → finished stage: the one that the report shows, else the newest."""
+    models: Models
+    hashes: FileHashes
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFiles":
+        """Read a run directory.
+
+        Raises:
+            ConfigError: it is none, or its recipe is of another version.
+        """
+        file = path / "recipe.yaml"
+        if not file.is_file():
+            raise ConfigError(
+                f"{path}: holds no run (no recipe.yaml). Give a run directory, or --before RECIPE for a recipe alone."
+            )
+        recipe = validated(Recipe, yaml.safe_load(file.read_text(encoding="utf-8")), file)
+        hashes = FileHashes(path / "hashes.json")
+        base = nodes.base(recipe, hashes)
+        sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
+        return cls(path, recipe, _stages(path), Models(recipe, base, sft, hashes), hashes)
+
+    def model(self, text: Model | str) -> Checkpoint | None:
+        """The checkpoint that a recipe's words name, as it lies on disk; None where it was not made."""
+        return self._made(self.models[text])
+
+    def _made(self, node: Node) -> Checkpoint | None:
+        if (stage := self.stages.get(node.label)) is not None:
+            return stage.checkpoint
+        needs = [self._made(need) for need in node.needs]
+        if any(need is None for need in needs):
+            return None
+        try:
+            made: Any = node.make(*needs)
+        except SalsaError:  # a model that was given and is gone
+            return None
+        return made if isinstance(made, Checkpoint) else None
+
+    def digest_now(self, checkpoint: Checkpoint) -> str:
+        """The digest of a checkpoint's files as they are now."""
+        return self.hashes.tree(checkpoint.path)
+
+
+def _stages(path: Path) -> dict[str, Stage]:
+    records = []
+    for file in path.glob("stages/*/stage.json"):
+        if not file.parent.name.endswith(".partial"):
+            records.append((file.parent, json.loads(file.read_text(encoding="utf-8"))))
+    try:
+        report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        shown = {stage["stage"]: stage["digest"] for stage in report.get("stages", ())}
+    except (OSError, ValueError):
+        shown = {}
+    found: dict[str, Stage] = {}
+    for folder, record in sorted(records, key=lambda pair: pair[1]["started"]):
+        label = record["stage"]
+        if shown.get(label, record["digest"]) == record["digest"]:
+            found[label] = Stage(label, folder, record, reused=True)
+    return found
