@@ -1,6 +1,5 @@
 """RL jobs of a tiny model in several processes: what is sent to them, and what they do with it."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,10 @@ def apart(one: list[dict], other: list[dict]) -> dict[str, float]:
     """Metric → the largest difference between two runs in one step, relative to the metric's size in the run."""
     assert [row.keys() for row in one] == [row.keys() for row in other]
     names = {name for row in one for name in row}
-    return {n: max(_apart(a[n], b[n], one, n) for a, b in zip(one, other, strict=True) if n in a) for n in names}
+    return {
+        n: max(_apart(a[n], b[n], one, n) for a, b in zip(one, other, strict=True) if n in a)
+        for n in names
+    }
 
 
 def _apart(a: float, b: float, rows: list[dict], name: str) -> float:
@@ -108,14 +110,19 @@ if __name__ == "__main__":  # while something is wrong: python -m tests.many_pro
     for seed in (0, 1):
         tiny_model("llama", seed).save_pretrained(root / str(seed))
         tiny_tokenizer().save_pretrained(root / str(seed))
-    from tests.many_processes import Case, Jobs, train_in  # as those that are started know them
-    from tests.many_processes import CASES as cases
     from salsa.models import load_classifier
+    from tests.many_processes import CASES as cases
+    from tests.many_processes import Case, Jobs, train_in  # as those that are started know them
+
     load_classifier(root / "1", pad_id=0, new_head_seed=1).save_pretrained(root / "reward")
     tiny_tokenizer().save_pretrained(root / "reward")
     chosen = {n: c for n, c in cases.items() if not sys.argv[2:] or n in sys.argv[2:]}
-    jobs = Jobs(job_from(Checkpoint.of(root / "0")), Checkpoint.of(root / "1"), root / "reward", chosen)
+    jobs = Jobs(
+        job_from(Checkpoint.of(root / "0")), Checkpoint.of(root / "1"), root / "reward", chosen
+    )
     rows = [train_in(n, root / f"in {n}", jobs) for n in (1, int(sys.argv[1]))]
     for name in chosen:
-        worst = sorted(((v, k) for k, v in apart(rows[0][name], rows[1][name]).items()), reverse=True)
+        worst = sorted(
+            ((v, k) for k, v in apart(rows[0][name], rows[1][name]).items()), reverse=True
+        )
         print(name, worst[:4])

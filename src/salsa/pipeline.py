@@ -17,8 +17,10 @@ from typing import Literal
 from salsa.analysis.written import forecast_of, write_forecast, write_landscape, written
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
+from salsa.errors import ConfigError
 from salsa.resolve import Models
 from salsa.runtime.executors.local import ProcessPool
+from salsa.runtime.launch import leading, led
 from salsa.runtime.tracking import say
 from salsa.stages import nodes
 from salsa.stages.directory import RunDirectory, report_key
@@ -86,13 +88,27 @@ def run_recipe(
         until: the last stage to finish.
         force: replace another recipe's run; its finished stages are reused where they apply.
         jobs: independent stages that run at once, in processes of their own; the recipe's if not given.
+            Under torchrun one stage runs at a time, and all processes share an RL job.
         verify: hash all that is used again, also where size and time are as recorded.
 
     Raises:
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
+    with leading() as leads:
+        if leads:
+            return _run(recipe, out, until, force, jobs, verify)
+    return out or Path("runs") / recipe.name
+
+
+def _run(
+    recipe: Recipe, out: Path | None, until: Until, force: bool, jobs: int | None, verify: bool
+) -> Path:
     directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify)
     jobs, threads = jobs or recipe.engine.jobs, recipe.engine.threads
+    if jobs > 1 and led() > 1:
+        raise ConfigError(
+            f"engine.jobs={jobs} under torchrun: its {led()} processes do one stage at a time. Remove one of the two."
+        )
     with directory.opened(recipe.to_yaml(), force=force, decisive=Recipe.decisive_text) as run:
         if not force:
             run.check_precision(recipe.model.precision)
@@ -104,6 +120,8 @@ def run_recipe(
                 precision=recipe.model.precision,
                 threads=threads,
                 executor=pool,
+                processes=recipe.engine.processes,
+                timeout=recipe.engine.timeout,
                 before_work=lambda: nodes.check_inputs(recipe),
             )
             _finish(recipe, graph, stages, until)

@@ -10,14 +10,16 @@ A process group lasts as long as a job, and torchrun's variables are taken out o
 work that is not divided do not look for company. Imports no torch until there is work.
 """
 
+import itertools
 import logging
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -41,6 +43,14 @@ _VARIABLES = (
 
 Work = Callable[[Any, Any, "Engine"], None]
 """`work(place, job, engine)`: picklable, and so are place and job."""
+
+
+class Lost(WorkFailed):
+    """Other processes of the same job do not answer."""
+
+    def __init__(self, ranks: Sequence[int], message: str) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 @dataclass(frozen=True)
@@ -168,12 +178,18 @@ def led() -> int:
 def joined(engine: "Engine", member: Member, timeout: float) -> Iterator["Engine"]:
     """The engine as one of the processes that do a job together, for as long as the block lasts.
 
+    The threads are divided among those on one machine.
+
     Raises:
-        WorkFailed: another process was lost, or did not come to a meeting for `timeout` seconds.
+        Lost: another process was lost, or did not come to a meeting for `timeout` seconds.
     """
+    import torch
     import torch.distributed as dist
 
-    on_cpu = engine.device.type == "cpu"
+    on_cpu, threads = engine.device.type == "cpu", torch.get_num_threads()
+    if not on_cpu:
+        torch.cuda.set_device(member.local_rank)
+    torch.set_num_threads(max(1, engine.threads // member.local_size))
     try:
         dist.init_process_group(
             "gloo" if on_cpu else "nccl", store=member.store, rank=member.rank,
@@ -183,8 +199,9 @@ def joined(engine: "Engine", member: Member, timeout: float) -> Iterator["Engine
     except RuntimeError as error:
         if isinstance(error, SalsaError) or not _is_lost_contact(error):
             raise
-        raise WorkFailed(_who_is_missing(member, timeout, str(error))) from error
+        raise _lost(member, timeout, str(error)) from error
     finally:
+        torch.set_num_threads(threads)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -205,9 +222,10 @@ def _follow(member: Member) -> None:
     from salsa.runtime.engine import Engine
     from salsa.runtime.tracking import mute, quiet_libraries
 
+    _leave_signals_to_others()
     mute()
     quiet_libraries()
-    for number in range(10**9):
+    for number in itertools.count():
         while not member.store.check([f"call {number}"]):
             time.sleep(_POLL)
         call = pickle.loads(member.store.get(f"call {number}"))
@@ -217,7 +235,12 @@ def _follow(member: Member) -> None:
         engine = replace(
             Engine.create(engine.precision, threads=engine.threads), reason=engine.reason
         )
-        _take_part(member, f"job {number + 1}", work, place, job, engine, timeout)
+        try:
+            _take_part(member, f"job {number + 1}", work, place, job, engine, timeout)
+        except SalsaError as error:
+            if isinstance(error, Lost) and 0 in error.ranks:
+                raise  # nobody else can say it
+            sys.exit(1)
 
 
 def _worker(work: Work, place: Any, job: Any, engine: "Engine", timeout: float) -> None:
@@ -231,14 +254,12 @@ def _recorded(work: Work, place: Any, job: Any, engine: "Engine", timeout: float
     from salsa.runtime.engine import Engine
     from salsa.runtime.tracking import mute, plain_lines, quiet_libraries
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one stops it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _leave_signals_to_others()
     member = Member.from_environment()
     assert member is not None  # it was started as one of several
     (mute if member.rank else plain_lines)()
     quiet_libraries()
-    threads = max(1, engine.threads // member.local_size)
-    engine = replace(Engine.create(engine.precision, threads=threads), reason=engine.reason)
+    engine = replace(Engine.create(engine.precision, threads=engine.threads), reason=engine.reason)
     _take_part(member, "job", work, place, job, engine, timeout)
 
 
@@ -249,7 +270,13 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _who_is_missing(member: Member, timeout: float, error: str) -> str:
+def _leave_signals_to_others() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that leads, or started this one, ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _lost(member: Member, timeout: float, error: str) -> Lost:
     """Which ranks do not answer a roll call through the store."""
     others = [rank for rank in range(member.size) if rank != member.rank]
     try:
@@ -259,13 +286,16 @@ def _who_is_missing(member: Member, timeout: float, error: str) -> str:
             others = [rank for rank in others if not member.store.check([f"here {rank}"])]
             time.sleep(_POLL)
     except RuntimeError:
-        others = [0]  # who keeps the store
+        others = [0]  # with the store, which is where the leader is
+    except KeyboardInterrupt:
+        pass  # torchrun has seen it too, and stops the rest
     who = f"rank {', '.join(map(str, others))} of {member.size}" if others else "the network"
     late = "Timed out" in error or "timed out" in error
     what = f"did not come to a meeting within {timeout:g} s" if late else "was lost"
-    return (
+    return Lost(
+        others,
         f"{who} {what} (said by rank {member.rank}). What was written is intact: run again to go on from the last "
-        "checkpoint. Slow rewards or models need a longer engine.timeout."
+        "checkpoint. Slow rewards or models need a longer engine.timeout.",
     )
 
 
@@ -283,7 +313,7 @@ def _reason(failed: Any, size: int) -> SalsaError:
     rank, failure = failed.get_first_failure()
     message = failure.message if isinstance(failure.message, str) else failure.message["message"]
     kind, _, text = message.partition(": ")
-    known = getattr(errors, kind, None)
+    known = WorkFailed if kind == Lost.__name__ else getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, SalsaError):
         return known(text)
     return WorkFailed(

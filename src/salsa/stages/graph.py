@@ -6,12 +6,15 @@ executor, elsewhere and at once as soon as what they need is there.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
 from salsa.config.expressions import ReferenceRule
 from salsa.errors import ConfigError
 from salsa.rewards import RewardSource
+from salsa.runtime.launch import TIMEOUT, led, spread
 from salsa.runtime.tracking import say
 from salsa.stages.directory import Place, RunDirectory, Stage, filling
 from salsa.stages.jobs import Job
@@ -70,9 +73,15 @@ class Graph:
         precision: str = "auto",
         threads: int | None = None,
         executor: "ProcessPool | None" = None,
+        processes: int = 1,
+        timeout: float = TIMEOUT,
         before_work: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without an executor jobs run here. `before_work` is called once, before the first job that runs."""
+        """Without an executor jobs run here. `before_work` is called once, before the first job that runs.
+
+        A job that can be divided is done by so many `processes`, which wait `timeout` seconds for each other.
+        """
+        self._perform = partial(perform, processes=processes, timeout=timeout)
         self.run, self.precision, self.executor = run, precision, executor
         self._threads = executor.threads if executor else threads
         self._before_work = before_work
@@ -102,7 +111,7 @@ class Graph:
         for node in waiting:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
-                perform(place, job, engine)
+                self._perform(place, job, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: "ProcessPool") -> None:
@@ -117,7 +126,7 @@ class Graph:
             for node in list(jobs)[: executor.slots - len(running)]:
                 job = jobs.pop(node)
                 place, engine = self._begin(job)
-                running[executor.submit(perform, place, job, engine)] = node, place
+                running[executor.submit(self._perform, place, job, engine)] = node, place
             if running:
                 self._end(*running.pop(executor.wait(list(running))))
 
@@ -174,10 +183,28 @@ class Graph:
         say(f"{stage.label}: {how}")
 
 
-def perform(place: Place, job: Job, engine: "Engine | None") -> None:
-    """The work of a stage in the process that an executor chose."""
-    with filling(place, job, engine) as directory:
-        job.run(directory, engine)
+def perform(
+    place: Place,
+    job: Job,
+    engine: "Engine | None",
+    *,
+    processes: int = 1,
+    timeout: float = TIMEOUT,
+) -> None:
+    """The work of a stage in the process that an executor chose, with others' help if the job can be divided."""
+    divided = getattr(job, "can_be_divided", False)
+    execution = {"processes": led() if led() > 1 else processes} if divided else {}
+    with filling(place, job, engine, execution) as directory:
+        if divided:
+            assert engine is not None  # what can be divided computes with torch
+            spread(_run, directory, job, engine, processes=processes, timeout=timeout)
+        else:
+            job.run(directory, engine)
+
+
+def _run(directory: Path, job: Job, engine: "Engine") -> None:
+    """What each process does for a job that is divided."""
+    job.run(directory, engine)
 
 
 def _closure(wanted: Iterable[Node]) -> list[Node]:
