@@ -192,7 +192,8 @@ SECTIONS_OF = [
 ]  # fmt: skip
 EXECUTION = {
     "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
-    "threads", "jobs", "processes", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
+    "threads", "jobs", "processes",
+    "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
     "precision",
 }  # fmt: skip
 INPUT = {

@@ -111,7 +111,7 @@ def spread(
 def run_in_processes(
     work: Work, place: Any, job: Any, engine: "Engine", *, processes: int, timeout: float = TIMEOUT
 ) -> None:
-    """Do `work(place, job, engine)` in `processes` new processes on this machine, the threads divided among them.
+    """Do `work(place, job, engine)` in new `processes`, one or more, on this machine, the threads divided among them.
 
     All arguments are pickled. `engine` says precision and threads; each process gets one that knows the others.
     `timeout` is how long, in seconds, they wait for each other. It is no time limit on the work. Errors as of `spread`.
@@ -256,11 +256,13 @@ def _recorded(work: Work, place: Any, job: Any, engine: "Engine", timeout: float
 
     _leave_signals_to_others()
     member = Member.from_environment()
-    assert member is not None  # it was started as one of several
-    (mute if member.rank else plain_lines)()
+    (mute if member and member.rank else plain_lines)()
     quiet_libraries()
     engine = replace(Engine.create(engine.precision, threads=engine.threads), reason=engine.reason)
-    _take_part(member, "job", work, place, job, engine, timeout)
+    if member is None:
+        work(place, job, engine)
+    else:
+        _take_part(member, "job", work, place, job, engine, timeout)
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
