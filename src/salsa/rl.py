@@ -191,10 +191,11 @@ def measure_kl(
         if (model := loaded.get(checkpoint.digest)) is None:
             model = LanguageModel.load(checkpoint.path, engine)
             engine.shard(model)
-        (theirs,) = _of_every_row(
-            experience.rollout, setup.config, engine,
-            lambda micro, model=model: [model.logprobs(micro, temperature)],
-        )  # fmt: skip
+
+        def of(micro: Rollout, model: LanguageModel = model) -> list[Tensor]:
+            return [model.logprobs(micro, temperature)]
+
+        (theirs,) = _of_every_row(experience.rollout, setup.config, engine, of)
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         metrics[f"kl_to_{name}"] = kl.mean().item()
     return metrics

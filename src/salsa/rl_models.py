@@ -243,6 +243,7 @@ def save_progress(
     state |= {name: learner.state() for name, learner in models.learners.items()}
     state["reference"] = models.reference.state()
     best = progress.best
+    assert best is not None
 
     def write() -> None:
         save_state(state_file(directory, progress.update), state)

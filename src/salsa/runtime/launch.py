@@ -10,7 +10,6 @@ A process group lasts as long as a job, and torchrun's variables are taken out o
 work that is not divided do not look for company. Imports no torch until there is work.
 """
 
-import itertools
 import logging
 import os
 import pickle
@@ -72,18 +71,20 @@ class Member:
         import torch.distributed
 
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = (
-            int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", size))
-        )
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         store, _, _ = next(torch.distributed.rendezvous("env://", rank, size))
         for name in _VARIABLES:
             os.environ.pop(name, None)
-        return cls(rank, size, *local, store)
+        return cls(rank, size, local_rank, local_size, store)
 
 
+_world: Member | None = None
+"""This process as torchrun started it, once it was asked for."""
 _member: Member | None = None
-"""Set while this process leads others that torchrun started."""
+"""The same, while it leads the others."""
 _calls = 0
+"""Calls that were made or followed."""
 
 
 def spread(
@@ -99,9 +100,9 @@ def spread(
     """
     global _calls
     if _member is not None:
-        _member.store.set(f"call {_calls}", pickle.dumps((work, place, job, engine, timeout)))
-        _calls += 1
-        _take_part(_member, f"job {_calls}", work, place, job, engine, timeout)
+        number, _calls = _calls, _calls + 1
+        _member.store.set(f"call {number}", pickle.dumps((work, place, job, engine, timeout)))
+        _take_part(_member, f"job {number}", work, place, job, engine, timeout)
     elif processes > 1:
         run_in_processes(work, place, job, engine, processes=processes, timeout=timeout)
     else:
@@ -153,20 +154,20 @@ def leading() -> Iterator[bool]:
 
     The others do their part of the leader's calls until its block ends, and get False.
     """
-    global _member
-    member = Member.from_environment()
-    if member is None:
+    global _world, _member, _calls
+    _world = _world or Member.from_environment()
+    if _world is None or _member is not None:
         yield True
-    elif member.rank > 0:
-        _follow(member)
+    elif _world.rank > 0:
+        _follow(_world)
         yield False
     else:
-        _member = member
+        _member = _world
         try:
             yield True
         finally:
-            member.store.set(f"call {_calls}", pickle.dumps(None))
-            _member = None
+            _member.store.set(f"call {_calls}", pickle.dumps(None))
+            _member, _calls = None, _calls + 1
 
 
 def led() -> int:
@@ -219,13 +220,15 @@ def _take_part(
 
 def _follow(member: Member) -> None:
     """Do the leader's calls until there are no more."""
+    global _calls
     from salsa.runtime.engine import Engine
     from salsa.runtime.tracking import mute, quiet_libraries
 
     _leave_signals_to_others()
     mute()
     quiet_libraries()
-    for number in itertools.count():
+    while True:
+        number, _calls = _calls, _calls + 1
         while not member.store.check([f"call {number}"]):
             time.sleep(_POLL)
         call = pickle.loads(member.store.get(f"call {number}"))
@@ -236,7 +239,7 @@ def _follow(member: Member) -> None:
             Engine.create(engine.precision, threads=engine.threads), reason=engine.reason
         )
         try:
-            _take_part(member, f"job {number + 1}", work, place, job, engine, timeout)
+            _take_part(member, f"job {number}", work, place, job, engine, timeout)
         except SalsaError as error:
             if isinstance(error, Lost) and 0 in error.ranks:
                 raise  # nobody else can say it
