@@ -419,10 +419,12 @@ def soup(
 def main() -> None:
     """Run a command: one line for an error, the traceback with --debug."""
     from salsa.errors import SalsaError, WorkFailed
+    from salsa.runtime.launch import leading
 
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        code = app(standalone_mode=False)
+        with leading() as leads:  # under torchrun the other processes do their part of its calls
+            code = app(standalone_mode=False) if leads else 0
         if code == _INTERRUPTED:  # typer turns Ctrl-C into an exit code
             raise KeyboardInterrupt
         sys.exit(code)

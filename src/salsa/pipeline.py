@@ -17,7 +17,9 @@ from typing import Literal
 from salsa.analysis.written import forecast_of, write_forecast, write_landscape, written
 from salsa.artifacts import FileHashes
 from salsa.config import ForecastConfig, LandscapeConfig, Recipe
+from salsa.errors import ConfigError
 from salsa.resolve import Models
+from salsa.runtime.launch import leading, led
 from salsa.runtime.store import Store
 from salsa.runtime.trackers import tracked
 from salsa.runtime.tracking import say, showing_jobs
@@ -87,12 +89,27 @@ def run_recipe(
         out: the run directory; `runs/<name>` if not given.
         until: the last stage to finish.
         force: replace another recipe's run; its finished stages are reused where they apply.
-        jobs: independent stages that run at once; the recipe's if not given.
+        jobs: independent stages that run at once; the recipe's if not given. Under torchrun one stage runs at a time,
+            and all processes share an RL job.
         verify: hash all that is used again, also where size and time are as recorded.
 
     Raises:
         SalsaError: bad input, or work that failed; finished stages are kept.
     """
+    with leading() as leads:
+        if leads:
+            return _run(recipe, out, until, force, jobs, verify)
+    return out or Path("runs") / recipe.name
+
+
+def _run(
+    recipe: Recipe, out: Path | None, until: Until, force: bool, jobs: int | None, verify: bool
+) -> Path:
+    if led() > 1 and ((jobs or recipe.engine.jobs or 1) > 1 or recipe.engine.executor != "local"):
+        raise ConfigError(
+            f"engine: jobs and executor under torchrun: its {led()} processes do one stage at a time, here. Remove one "
+            "of the two."
+        )
     store = Store(recipe.engine.artifacts) if recipe.engine.artifacts else None
     directory = RunDirectory(out or Path("runs") / recipe.name, verify=verify, store=store)
     if store is not None:
@@ -111,6 +128,8 @@ def run_recipe(
                 executor=executor,
                 request=lambda job: request_of(job, recipe.engine, executor),
                 retries=recipe.engine.retries,
+                processes=recipe.engine.processes,
+                timeout=recipe.engine.timeout,
                 before_work=lambda: nodes.check_inputs(recipe),
                 view=view,
             )

@@ -18,6 +18,7 @@ from salsa.config.expressions import ReferenceRule
 from salsa.errors import CheckpointError
 from salsa.models import LanguageModel
 from salsa.runtime.engine import Engine
+from salsa.runtime.sharding import whole_on_main
 from salsa.stages.jobs import identity_of
 
 
@@ -67,11 +68,17 @@ class Reference:
         return due
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: the digests of where it started and, if it moves, where it is."""
+        """What a checkpoint holds: the digests of where it started and, if it moves, where it is.
+
+        The weights are whole in the main process, which writes them; the others have none.
+        """
         identity = {"identity": identity_of(self.rule)}
         if not self.rule.moves:
             return identity
-        weights = dict(self.models[0].weights())
+        model = self.models[0]
+        weights = whole_on_main(dict(model.weights()), model.engine.is_main)
+        if not model.engine.is_main:
+            return identity
         return identity | {"weights": weights, "sha256": sha256_of(weights.items())}
 
     def load_state(self, state: Mapping[str, Any], where: Path) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +87,18 @@ class FunctionScorer:
 
 
 def begin(
-    scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str]
+    scorer: Scorer, prompts: Sequence[Prompt], responses: Sequence[str], engine: "Engine"
 ) -> Callable[[], list[float]]:
-    """Start what may wait for something outside; a scorer that computes here and now starts when it is waited for."""
-    if isinstance(scorer, FunctionScorer):
-        return scorer.begin(prompts, responses)
-    return lambda: scorer(prompts, responses)
+    """Start what may wait for something outside; a scorer that computes here and now starts when it is waited for.
+
+    In several processes a model's scores are computed by all of them; functions are called in the main process only, so
+    that they see the same calls as ever, and all get their scores.
+    """
+    if getattr(scorer, "is_divided", False):
+        return lambda: scorer(prompts, responses)
+    if isinstance(scorer, FunctionScorer) and engine.is_main:
+        return partial(engine.from_main, scorer.begin(prompts, responses))
+    return lambda: engine.from_main(lambda: scorer(prompts, responses))
 
 
 def function_scorers(functions: Sequence[RewardFunction]) -> dict[str, Scorer]:

@@ -9,8 +9,9 @@ equal weights give a KL of exactly 0.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from salsa import objectives
 from salsa.alarms import Alarms
-from salsa.artifacts import read_jsonl, write_atomic
 from salsa.config import RLConfig, Select
 from salsa.data import Prompt, draw_prompts
 from salsa.errors import WorkFailed
@@ -56,9 +56,9 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
     config, states = setup.config, directory / "resume"
     models, source = load(setup, engine)
     progress = load_progress(models, states) or Progress(config.kl_coef * setup.rule.pulls)
-    with tracker(directory, setup.label, config.num_updates, SHOWN) as log:
+    with tracker(directory, setup.label, config.num_updates, SHOWN, writes=engine.is_main) as log:
         log.resume_at(progress.update)
-        alarms = Alarms(setup.monitors, read_jsonl(log.file))
+        alarms = Alarms(setup.monitors, log.rows())
         for number in range(progress.update, config.num_updates):
             if reason := stop_reason(progress, config):
                 say(f"{setup.label}: stops after update {number}: {reason}")
@@ -79,7 +79,8 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             if number % config.monitor_kl_every == 0 or number + 1 == config.num_updates:
                 metrics |= measure_kl(models, experience, setup, engine)
             if number in (0, config.num_updates - 1):
-                write_trace(directory, number + 1, experience, generation.logprobs)
+                trace = partial(write_trace, directory, number + 1, experience, generation.logprobs)
+                engine.from_main(trace)
             meter.phase_done("experience")
             stats = update(models, experience, setup, progress, generator, engine)
             meter.phase_done("update")
@@ -87,7 +88,7 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             row = metrics | stats.metrics | meter.metrics(_work(models, rollout, config))
             log.log(number + 1, row)
             if messages := alarms.observe(row | {"step": number + 1}):
-                write_atomic(directory / "alarms.log", "\n".join(alarms.raised.values()) + "\n")
+                log.write("alarms.log", "\n".join(alarms.raised.values()) + "\n")
                 say("\n".join(f"{setup.label}: {message}" for message in messages))
             progress = advance(models, replace(progress, moments=moments), config, metrics)
             due = progress.update % config.checkpoint_every == 0
@@ -96,8 +97,8 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
                     models, progress, states, keep_last=config.keep_checkpoints,
                     within=config.selection.kl,
                 )  # fmt: skip
-    if config.select != "last":
-        _return_to_best(models, progress, states, setup.label, config.selection)
+        if config.select != "last":
+            _return_to_best(models, progress, states, setup.label, config.selection)
     save_models(models, source.tokenizer, setup.init, directory)
 
 
@@ -140,7 +141,10 @@ def compute_experience(
     """Logprobs, values, scores, rewards and advantages of a rollout; their metrics; the scores' moments from now on."""
     config, mask = setup.config, rollout.response_mask
     texts = rollout.texts(source.tokenizer)
-    pending = {name: begin(scorer, prompts, texts) for name, scorer in setup.rewards.items()}
+    engine = models.policy.engine
+    pending = {
+        name: begin(scorer, prompts, texts, engine) for name, scorer in setup.rewards.items()
+    }
     logprobs, entropy, ref_logprobs, values = _forward(models, rollout, config)
     ended = rollout.ended(source.sampling.eos_ids)
     parts = {
@@ -171,7 +175,7 @@ def compute_experience(
     if len(parts) > 1:
         metrics |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
     for name, monitor in setup.monitors.items():
-        metrics[name] = sum(monitor(prompts, texts)) / len(texts)
+        metrics[name] = sum(begin(monitor, prompts, texts, engine)()) / len(texts)
     return experience, metrics, moments
 
 
@@ -219,10 +223,14 @@ def measure_kl(
     loaded, temperature = models.reference.by_digest, setup.config.temperature
     metrics = {}
     for name, checkpoint in setup.kl_to.items():
-        model = loaded.get(checkpoint.digest) or LanguageModel.load(checkpoint.path, engine)
-        order = packs(experience.rollout, setup.config)
-        parts = [model.logprobs(rows_of(experience.rollout, i), temperature) for i in order]
-        theirs = torch.cat(parts)[torch.cat(order).argsort()]
+        if (model := loaded.get(checkpoint.digest)) is None:
+            model = LanguageModel.load(checkpoint.path, engine)
+            engine.shard(model)
+
+        def of(micro: Rollout, model: LanguageModel = model) -> list[Tensor]:
+            return [model.logprobs(micro, temperature)]
+
+        (theirs,) = _of_every_row(experience.rollout, setup.config, engine, of)
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         metrics[f"kl_to_{name}"] = kl.mean().item()
     return metrics
@@ -242,6 +250,7 @@ def update(
     steps = []
     for epoch, minibatch in minibatches(experience, config, generator):
         metrics: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
         for group in models.groups(warming_up=progress.update < config.critic_warmup):
             for micro, share in microbatches(minibatch, config, engine):
                 mask, losses = micro.rollout.response_mask, []
@@ -285,10 +294,11 @@ def update(
                     metrics[name] = metrics.get(name, 0) + part.detach() * share
             for name in group:
                 norm = models.learners[name].step(config.max_grad_norm)
-                metrics["grad_norm" if name == "policy" else "critic_grad_norm"] = norm
+                norms["grad_norm" if name == "policy" else "critic_grad_norm"] = norm.item()
             models.zero_grad()
         models.reference.after_step(models.policy)
-        steps.append({name: float(value) for name, value in metrics.items()})
+        totals = engine.sum(torch.stack(list(metrics.values()))).tolist()
+        steps.append(dict(zip(metrics, totals, strict=True)) | norms)
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return UpdateStats(**means)
 
@@ -306,17 +316,20 @@ def minibatches(
 def microbatches(
     minibatch: Experience, config: RLConfig, engine: Engine
 ) -> Iterator[tuple[Experience, Tensor]]:
-    """What one forward pass takes, and its share of the minibatch's real tokens on all ranks."""
-    total_tokens = engine.sum(minibatch.rollout.response_mask.sum())
-    for index in packs(minibatch.rollout, config):
+    """What one forward pass of this process takes, and its share of the minibatch's real tokens."""
+    total_tokens = minibatch.rollout.response_mask.sum()
+    for index, counts in packs(minibatch.rollout, config, engine):
         micro = rows_of(minibatch, index)
-        yield micro, micro.rollout.response_mask.sum() / total_tokens
+        yield micro, counts * micro.rollout.response_mask.sum() / total_tokens
 
 
-def packs(rollout: Rollout, config: RLConfig) -> list[Tensor]:
-    """Row numbers of each forward pass: rows that begin alike together, `microbatch_tokens` distinct ones at once."""
-    packed = packs_of(rollout.rows, config.microbatch_tokens)
-    return [torch.tensor(pack, device=rollout.response.device) for pack in packed]
+def packs(rollout: Rollout, config: RLConfig, engine: Engine) -> list[tuple[Tensor, bool]]:
+    """Row numbers of each forward pass of this process, and whether it counts (`Engine.share`).
+
+    Rows that begin alike are together, `microbatch_tokens` distinct ones at once.
+    """
+    packed = packs_of(rollout.rows, config.microbatch_tokens, engine.world_size)
+    return engine.share([torch.tensor(pack, device=rollout.response.device) for pack in packed])
 
 
 def advance(
@@ -357,9 +370,9 @@ def _forward(
     models: RLModels, rollout: Rollout, config: RLConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logprobs and entropy of the policy, logprobs of the reference, values: each [B, R]."""
-    parts, order, temperature = [], packs(rollout, config), config.temperature
-    for index in order:
-        micro = rows_of(rollout, index)
+    temperature = config.temperature
+
+    def of(micro: Rollout) -> list[Tensor]:
         own = models.policy.stats(micro, temperature)
         ref_logprobs = models.reference.logprobs(
             [model.logprobs(micro, temperature) for model in models.reference.models]
@@ -367,10 +380,26 @@ def _forward(
         values = torch.zeros_like(own.logprobs)
         if models.critic is not None:
             values = models.critic.values(micro)
-        parts.append(torch.stack([own.logprobs, own.entropy, ref_logprobs, values]))
-    back = torch.cat(order).argsort()
-    logprobs, entropy, ref_logprobs, values = torch.cat(parts, dim=1)[:, back]
+        return [own.logprobs, own.entropy, ref_logprobs, values]
+
+    logprobs, entropy, ref_logprobs, values = _of_every_row(
+        rollout, config, models.policy.engine, of
+    )
     return logprobs, entropy, ref_logprobs, values
+
+
+def _of_every_row(
+    rollout: Rollout, config: RLConfig, engine: Engine, of: Callable[[Rollout], list[Tensor]]
+) -> Tensor:
+    """[k, B, R]: what `of` gives for some rows, k numbers per response token, for all rows of the rollout."""
+    parts, rows = [], []
+    for index, counts in packs(rollout, config, engine):
+        parts.append(torch.stack(of(rows_of(rollout, index))))
+        rows.append(index[: len(index) * counts])
+    together = torch.zeros_like(parts[0][:, :1]).repeat(1, len(rollout), 1)
+    for part, own in zip(parts, rows, strict=True):
+        together[:, own] = part[:, : len(own)]
+    return engine.sum(together)
 
 
 def _decay_learning_rates(models: RLModels, config: RLConfig, number: int) -> None:
@@ -412,7 +441,7 @@ def _require_finite(label: str, number: int, metrics: Mapping[str, float]) -> No
 def _work(models: RLModels, rollout: Rollout, config: RLConfig) -> dict[str, Work]:
     """What each phase has to compute: forward passes of distinct tokens, and thrice that where gradients are needed."""
     rows, tokens, response = rollout.rows, int(rollout.mask.sum()), int(rollout.lengths.sum())
-    packed = packs_of(rows, config.microbatch_tokens)
+    packed = packs_of(rows, config.microbatch_tokens, models.policy.engine.world_size)
     distinct = sum(num_distinct([rows[row] for row in pack]) for pack in packed)
     policy = forward_flops(models.policy, distinct, response)
     critic = forward_flops(models.critic, distinct, 0) if models.critic is not None else 0.0

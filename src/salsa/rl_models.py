@@ -22,6 +22,7 @@ from salsa.runtime.checkpoint import load_state, prune_states, save_state, saved
 from salsa.runtime.engine import Engine
 from salsa.runtime.sampler import LocalSampler, Sampler
 from salsa.runtime.sampler.vllm import VLLMSampler
+from salsa.runtime.sharding import divided_like, local, whole, whole_on_main
 from salsa.types import Sampling
 
 
@@ -95,19 +96,34 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.model.trained().values(), max_grad_norm)
         self.optimizer.step()
         self.model.sync()
-        return norm
+        return whole(norm)
+
+    def is_finite(self) -> bool:
+        """Whether all weights that learn are numbers, in every process."""
+        wrong = [(~local(weight).isfinite()).sum() for weight in self.model.trained().values()]
+        return int(self.model.engine.sum(torch.stack(wrong).sum())) == 0
 
     def state(self) -> dict[str, Any]:
-        """The weights that learn and the optimizer's moments."""
-        return {"weights": self.model.trained(), "optimizer": self.optimizer.state_dict()}
+        """The weights that learn and the optimizer's moments, whole in the main process, None in others."""
+        state = {"weights": self.model.trained(), "optimizer": self.optimizer.state_dict()}
+        return whole_on_main(state, self.model.engine.is_main)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back `state()`."""
-        for name, weight in self.model.trained().items():
-            weight.copy_(state["weights"][name])
+        """Take back `state()`, in any number of processes."""
+        trained = self.model.trained()
+        for name, weight in trained.items():
+            local(weight).copy_(local(divided_like(state["weights"][name], weight)))
         self.model.sync()
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = {
+            number: {
+                k: divided_like(v, weight) if v.shape == weight.shape else v for k, v in of.items()
+            }
+            for (number, of), weight in zip(
+                state["optimizer"]["state"].items(), trained.values(), strict=False
+            )
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,9 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
         )  # fmt: skip
     if lora is not None:
         policy.add_adapters(lora, seed)
+    for model in (policy, critic, *reference.models):
+        if model is not None:
+            engine.shard(model)
     learners = {"policy": Learner.of(policy, config.learning_rate)}
     if critic is not None:
         rate = config.critic_learning_rate or config.learning_rate
@@ -242,7 +261,7 @@ def save_progress(
         progress = replace(progress, best=(progress.update, progress.reward))
     progress = replace(progress, rewards=())
     for name, learner in models.learners.items():
-        if not all(weight.isfinite().all() for weight in learner.model.trained().values()):
+        if not learner.is_finite():
             raise WorkFailed(
                 f"{directory}: the {name}'s weights hold NaN or Inf after update {progress.update}. "
                 "The last checkpoint is kept; try a smaller rl.learning_rate."
@@ -250,9 +269,13 @@ def save_progress(
     state: dict[str, Any] = {"progress": asdict(progress) | {"moments": tuple(progress.moments)}}
     state |= {name: learner.state() for name, learner in models.learners.items()}
     state["reference"] = models.reference.state()
-    save_state(state_file(directory, progress.update), state)
     best = progress.best[0] if progress.best else None
-    prune_states(directory, keep_last=keep_last, keep=best)
+
+    def write() -> None:
+        save_state(state_file(directory, progress.update), state)
+        prune_states(directory, keep_last=keep_last, keep=best)
+
+    models.policy.engine.from_main(write)
     return progress
 
 
@@ -262,7 +285,8 @@ def load_progress(models: RLModels, directory: Path, update: int | None = None) 
     Raises:
         CheckpointError: it cannot be read, or the reference is not the one that it was made with.
     """
-    steps = saved_steps(directory) if update is None else [update]
+    found = models.policy.engine.from_main(lambda: saved_steps(directory))
+    steps = found if update is None else [update]
     if not steps:
         return None
     file = state_file(directory, steps[-1])

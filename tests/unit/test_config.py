@@ -194,8 +194,9 @@ SECTIONS_OF = [
 ]  # fmt: skip
 EXECUTION = {
     "microbatch_tokens", "microbatch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints",
-    "threads", "jobs", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency", "timeout", "retries",
-    "precision", "executor", "address", "slurm", "gpus", "memory_gib", "artifacts", "partition", "hours", "account",
+    "threads", "jobs", "processes", "batch_size of EvalConfig", "batch_size of RewardFunction", "concurrency",
+    "timeout", "retries", "precision",
+    "executor", "address", "slurm", "gpus", "memory_gib", "artifacts", "partition", "hours", "account",
     "parameters", "price_per_hour", "url", "transfer", "verify",
 }  # fmt: skip
 INPUT = {

@@ -43,6 +43,22 @@ def test_packs_hold_every_row_once_within_the_budget(max_tokens):
     assert max_tokens != 200 or min(sizes) > 140
 
 
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("max_tokens", [1, 64, 200, 10_000])
+def test_packs_for_several_processes_are_as_many_for_each(processes, max_tokens):
+    rng = random.Random(0)
+    rows = [[rng.randint(0, 99) for _ in range(rng.randint(1, 40))] for _ in range(99)]
+    packs = packs_of(rows, max_tokens, processes)
+    assert sorted(row for found in packs for row in found) == list(range(99))
+    sizes = [num_distinct([rows[i] for i in found]) for found in packs]
+    assert all(
+        size <= max_tokens or len(found) == 1 for found, size in zip(packs, sizes, strict=True)
+    )
+    fewest = -(-len(packs_of(rows, max_tokens)) // processes) * processes
+    assert fewest - processes < len(packs) <= fewest
+    assert max_tokens != 10_000 or max(sizes) - min(sizes) <= 80  # two rows, at most
+
+
 def test_no_rows_make_no_packs():
     assert packs_of([], 10) == []
 

@@ -29,6 +29,10 @@ class EngineConfig(Strict):
     """What this machine costs an hour, in your currency; the report then says what each arm cost."""
     jobs: Execution[Count | None] = None
     """Independent stages that run at once. If not given: on this machine one, in this process; elsewhere all."""
+    processes: Execution[Count] = 1
+    """Processes that share one RL job, and its models, on one machine; torchrun's number where it started salsa."""
+    timeout: Execution[Positive] = 1800.0
+    """Seconds that these wait for each other before one counts as lost: longer than the slowest reward takes."""
     executor: Execution[Literal["local", "ray", "slurm"]] = "local"
     """What runs the stages: this machine (several `jobs` in processes of their own), a Ray cluster, SLURM."""
     address: Execution[str | None] = None

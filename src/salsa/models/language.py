@@ -23,6 +23,7 @@ from salsa.models.trunk import enable_packing, packs, recompute_activations, res
 from salsa.models.weights import MixedPrecisionModule, add_adapters, lerp, merged, shared_copy
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
+from salsa.runtime.sharding import reshard, whole_on_main
 from salsa.types import Rollout
 
 LOGITS_CHUNK = 256
@@ -65,7 +66,8 @@ class LanguageModel(MixedPrecisionModule):
         if recompute:
             recompute_activations(backbone)
         self.backbone = backbone
-        self.lower()
+        if shared is None:
+            self.lower()
 
     @classmethod
     def load(cls, path: Path, engine: Engine, **options: Any) -> "LanguageModel":
@@ -118,6 +120,7 @@ class LanguageModel(MixedPrecisionModule):
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight in fp32 as a forward pass means it, adapters merged, under its name in a checkpoint."""
+        reshard(self)
         return merged(self.backbone, self.master)
 
     def follow(self, other: "LanguageModel", share: float) -> None:
@@ -137,7 +140,9 @@ class LanguageModel(MixedPrecisionModule):
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         """Write an ordinary checkpoint in fp32."""
-        save_checkpoint(self.backbone, tokenizer, directory, dict(self.weights()))
+        weights = whole_on_main(dict(self.weights()), self.engine.is_main)
+        if self.engine.is_main:
+            save_checkpoint(self.backbone, tokenizer, directory, weights)
 
     def _logprobs(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B R"]:
         def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from salsa.models.trunk import enable_packing, hidden_states, recompute_activati
 from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
+from salsa.runtime.sharding import reshard, whole_on_main
 from salsa.types import Rollout
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class ValueModel(MixedPrecisionModule):
     """The critic: a trunk of its own or the policy's, and a scalar head in fp32."""
 
     trunk: nn.Module
+    _owner: LanguageModel | None
+    """Whose trunk it is, where it is not its own: a pass through it is a pass of that model too."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class ValueModel(MixedPrecisionModule):
         """
         super().__init__(engine, learns=True, shared=shared)
         (setattr if owns_trunk else object.__setattr__)(self, "trunk", trunk)
+        object.__setattr__(self, "_owner", None if owns_trunk else shared)
         if score is None:
             size = trunk.config.get_text_config().hidden_size
             score = nn.Linear(size, 1, bias=False, device=engine.device)
@@ -83,27 +87,36 @@ class ValueModel(MixedPrecisionModule):
     def values(self, rollout: Rollout) -> Float[Tensor, "B R"]:
         """V(x, y_<t): the head, in fp32, on the hidden state before each response token; 0 outside the mask."""
         work = lambda: rollout.unflatten(scalar(self.score, response_hidden(self.trunk, rollout)))
-        return self(work)
+        return self(work) if self._owner is None else self(self._owner, work)
 
     def save(self, tokenizer: PreTrainedTokenizerBase, directory: Path, like: Path) -> None:
         """Write a sequence classifier in fp32, adapters merged, configured as the model at `like`."""
         model = load_classifier(like, pad_id=int(tokenizer.pad_token_id), new_head_seed=0)
+        for module in (self, self._owner or self):
+            reshard(module)
         trunk = merged(self.trunk, self.master)
         weights = {f"{model.base_model_prefix}.{name}": weight for name, weight in trunk}
         weights["score.weight"] = self.master(self.score.weight)
-        save_checkpoint(model, tokenizer, directory, weights)
+        weights = whole_on_main(weights, self.engine.is_main)
+        if self.engine.is_main:
+            save_checkpoint(model, tokenizer, directory, weights)
 
 
-class RewardModel:
+class RewardModel(nn.Module):
     """A sequence classifier as a scorer of (prompt, response), with its own chat template and tokenizer.
 
     It knows no token of the policy's, so it may differ from the policy in both.
     """
 
+    is_divided = True
+    """In several processes each computes a part of the scores."""
+
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Engine
     ) -> None:
         """Freeze the fp32 `model` in the engine's arithmetic."""
+        super().__init__()
+        self.engine = engine
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         enable_packing(model)
@@ -114,12 +127,13 @@ class RewardModel:
     def load(cls, path: Path, engine: Engine) -> "RewardModel":
         """Load a checkpoint; CheckpointError if it cannot be, has no head or several labels."""
         tokenizer = load_tokenizer(path)
-        own = cls(load_classifier(path, pad_id=int(tokenizer.pad_token_id)), tokenizer, engine)
-        own.model.to(engine.device)
-        return own
+        reward = cls(load_classifier(path, pad_id=int(tokenizer.pad_token_id)), tokenizer, engine)
+        reward.model.to(engine.device)
+        engine.shard(reward)
+        return reward
 
-    def __call__(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
-        """One score each."""
+    def forward(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
+        """One score each; in several processes all of them call it, with the same."""
         rows = [self._ids(p, r) for p, r in zip(prompts, responses, strict=True)]
         return self.scores(rows, SCORING_TOKENS)
 
@@ -130,14 +144,15 @@ class RewardModel:
         Read off where the model was trained to be read off: at the last token that is not its padding token.
         """
         pad_id = int(self.model.config.pad_token_id)
-        scores: dict[int, float] = {}
-        for pack in packs_of(sequences, max_tokens):
+        scores, packs = torch.zeros(len(sequences)), packs_of(sequences, max_tokens)
+        for pack, counts in self.engine.share(packs):
             rows = [sequences[row] for row in pack]
             hidden, paths = hidden_states(self.model.base_model, rows)
             last = [max((i for i, t in enumerate(row) if t != pad_id), default=0) for row in rows]
             values = scalar(self.model.score, hidden[paths[range(len(pack)), last]])
-            scores |= zip(pack, values.tolist(), strict=True)
-        return [scores[row] for row in range(len(sequences))]
+            if counts:
+                scores[pack] = values.cpu()
+        return self.engine.sum(scores.to(self.engine.device)).tolist()
 
     def _ids(self, prompt: "Prompt", response: str) -> list[int]:
         """Prompt and response as the model was trained to see them."""

@@ -2,7 +2,8 @@
 
     fp32   the parameters are their own masters
     bf16   the parameters are bf16 roundings of fp32 masters; what each backward pass gives is added up in fp32
-           (Micikevicius et al. 2018, section 3.1); `sync` rounds anew after the masters changed
+           (Micikevicius et al. 2018, section 3.1); `sync` rounds anew after the masters changed. In several processes
+           the parameters are the masters, divided; they are rounded when they are gathered for a pass
 
 A model that is frozen in bf16 computes the same bits as one with masters, so a policy that starts at its reference has
 a KL of exactly 0.
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from salsa.config import LoRAConfig
 from salsa.errors import ConfigError
 from salsa.runtime.engine import Engine
+from salsa.runtime.sharding import divided_like, local, reshard
 
 WRAPPED = "_checkpoint_wrapped_module."
 """What torch's checkpoint_wrapper puts into the names of parameters."""
@@ -63,7 +65,8 @@ class MixedPrecisionModule(nn.Module):
         Buffers (rotary frequencies) stay fp32.
         """
         self._digest = None
-        if self.engine.dtype == torch.float32:
+        rounded_when_gathered = self.engine.mesh is not None and (self._learns or self._moves)
+        if self.engine.dtype == torch.float32 or rounded_when_gathered:
             return
         for parameter in self.parameters():
             if parameter in self._masters:
@@ -87,6 +90,7 @@ class MixedPrecisionModule(nn.Module):
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in a checkpoint, and masters."""
+        reshard(self)
         for name, parameter in self.named_parameters():
             yield name.removeprefix("backbone.").replace(WRAPPED, ""), self.master(parameter)
 
@@ -107,26 +111,34 @@ class MixedPrecisionModule(nn.Module):
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Take over `weights`, by name."""
         for name, master in self.named():
-            master.copy_(weights[name])
+            local(master).copy_(local(divided_like(weights[name], master)))
         self.sync()
 
     def version(self) -> str:
         """Digest over the names and the content of all weights; computed once after each change."""
         if self._digest is None:
-            self._digest = digest_of_weights(self.named())
+            self._digest = digest_of_weights(self.named(), self.engine.sum)
         return self._digest
 
 
 @torch.no_grad()
-def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+def digest_of_weights(
+    weights: Iterable[tuple[str, Tensor]], total: Callable[[Tensor], Tensor] = lambda x: x
+) -> str:
     """Hex sha256 over names, shapes and a 64-bit sum of each tensor's bits: a tenth of a second for 135 M parameters.
 
-    It tells an update from none; it is no defence against forgery.
+    It tells an update from none; it is no defence against forgery. `total` adds up over processes.
     """
-    digest = hashlib.sha256()
+    names, sums = [], []
     for name, weight in weights:
-        bits = weight.detach().contiguous().view({4: torch.int32, 2: torch.int16}[weight.itemsize])
-        digest.update(f"{name} {tuple(weight.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+        bits = local(weight.detach()).contiguous()
+        bits = bits.view({4: torch.int32, 2: torch.int16}[weight.itemsize])
+        names.append(f"{name} {tuple(weight.shape)}")
+        sums.append(bits.sum(dtype=torch.int64))
+    totals = total(torch.stack(sums)).tolist()
+    digest = hashlib.sha256()
+    for name, number in zip(names, totals, strict=True):
+        digest.update(f"{name} {number}".encode())
     return digest.hexdigest()
 
 
@@ -189,4 +201,5 @@ def merged(
 def lerp(own: Mapping[str, Tensor], target: Iterable[tuple[str, Tensor]], share: float) -> None:
     """θ ← θ + share·(θ_target − θ) in place, by name; `own` is fp32: bf16 would lose steps this small."""
     for name, weight in target:
-        own[name].lerp_(weight.to(own[name].device), share)
+        mine = local(own[name])
+        mine.lerp_(local(weight).to(mine.device), share)

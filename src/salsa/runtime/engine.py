@@ -1,17 +1,31 @@
-"""Where and how tensors are computed: device, arithmetic, ranks. One object, made once, passed on explicitly."""
+"""Where and how tensors are computed: device, arithmetic, ranks. One object, made once, passed on explicitly.
+
+One job may run in several processes, which all run the same program. A batch is small and is known to all of them; what
+is divided are the models (`shard`) and the passes over a batch (`share`, `own_rows`), whose results are put together
+again by `gather`. So everything that is computed from a batch (whitening, moments, KL, metrics, alarms) is the same
+number everywhere without further ado, and on one process every reduction is the identity.
+"""
 
 import ctypes
 import random
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from salsa.runtime import sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 
 CLEARLY_FASTER = 1.3
@@ -31,6 +45,8 @@ class Engine:
     """Why this precision: asked for, or what was measured."""
     rank: int = 0
     world_size: int = 1
+    mesh: "DeviceMesh | None" = field(default=None, repr=False, compare=False)
+    """The processes that share this job; None where it is one."""
 
     @classmethod
     def create(cls, precision: str = "auto", *, threads: int | None = None) -> "Engine":
@@ -65,9 +81,84 @@ class Engine:
         """Whether this process writes files."""
         return self.rank == 0
 
+    def spread_over(self, mesh: "DeviceMesh") -> "Engine":
+        """The same engine as one of the processes of `mesh`."""
+        return replace(self, rank=mesh.get_rank(), world_size=mesh.size(), mesh=mesh)
+
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all ranks."""
-        return x
+        """The sum of `x` over all processes."""
+        if self.mesh is None:
+            return x
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=self.mesh.get_group())
+        return total
+
+    def max(self, x: float) -> float:
+        """The largest `x` of all processes."""
+        if self.mesh is None:
+            return x
+        largest = torch.tensor(x, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(
+            largest, torch.distributed.ReduceOp.MAX, group=self.mesh.get_group()
+        )
+        return largest.item()
+
+    def own_rows(self, count: int) -> Tensor:
+        """Which of `count` rows this process works on: a run of them, so that rows of one group stay together."""
+        return torch.arange(count, device=self.device).tensor_split(self.world_size)[self.rank]
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x` with each process's own `rows` of the first axis, everywhere; each row is somebody's."""
+        if self.mesh is None:
+            return x
+        own = torch.zeros_like(x)
+        own[rows] = x[rows]
+        return self.sum(own)
+
+    def share(self, packs: Sequence[T]) -> list[tuple[T, bool]]:
+        """What this process computes of `packs`, and whether it counts.
+
+        Every pass through a divided model is a meeting of all processes, so all make the same number of passes: one
+        that is left without a pack repeats the first, and that does not count.
+        """
+        rounds = -(-len(packs) // self.world_size)
+        places = [turn * self.world_size + self.rank for turn in range(rounds)]
+        return [(packs[p], True) if p < len(packs) else (packs[0], False) for p in places]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises in the main process, which alone does it, everywhere."""
+        if self.mesh is None:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0, group=self.mesh.get_group())
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def shard(self, model: nn.Module) -> None:
+        """Divide the parameters of a model, and so gradients and optimizer states, among the processes (FSDP2).
+
+        Parameters in fp32 are computed with in the engine's arithmetic, and their gradients are summed in fp32.
+        """
+        if self.mesh is not None:
+            sharding.shard(model, self.mesh, self.dtype)
+
+    @contextmanager
+    def resident(self, model: nn.Module) -> Iterator[None]:
+        """While the block lasts, passes through `model` without gradients need no other process.
+
+        So each may make as many as it needs. All of the model is in memory meanwhile.
+        """
+        if self.mesh is None:
+            yield
+            return
+        with sharding.resident(model):
+            yield
 
     def generator(self, seed: int, step: int = 0) -> torch.Generator:
         """Seed python, numpy and torch from (seed, step), and return a generator seeded likewise.

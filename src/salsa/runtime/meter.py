@@ -32,12 +32,15 @@ class Meter:
     def phase_done(self, name: str) -> None:
         """What has passed since the last call belongs to the phase `name`."""
         now = time.perf_counter()
-        self._phases[name] = now - self._last, peak_memory_gb(self._engine)
+        self._phases[name] = now - self._last, self._engine.max(peak_memory_gb(self._engine))
         self._last = now
 
     def metrics(self, work: Mapping[str, Work]) -> dict[str, float]:
-        """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end."""
-        peak = gemm_peak(self._engine.device, self._engine.dtype)
+        """Each phase's seconds, tokens/s, share of the measured GEMM peak, and the memory peak at its end.
+
+        Of several processes: their work together, and the memory of the one that takes most.
+        """
+        peak = gemm_peak(self._engine.device, self._engine.dtype) * self._engine.world_size
         metrics = {}
         for name, (seconds, memory) in self._phases.items():
             metrics[f"seconds_{name}"] = seconds

@@ -75,8 +75,10 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device) -> Packing:
     return Packing(*(field.to(device) for field in fields))
 
 
-def packs_of(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+def packs_of(rows: Sequence[Sequence[int]], max_tokens: int, processes: int = 1) -> list[list[int]]:
     """Row numbers in packs of at most `max_tokens` distinct tokens: as few as fit, as even as that allows.
+
+    For several processes as many more as it takes to give each the same number.
 
     Rows that begin alike stay together. A row that is longer than the budget is a pack of its own. Which rows meet
     depends on the tokens only, so it is the same for every model that sees them.
@@ -84,7 +86,7 @@ def packs_of(rows: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     order, new = _in_order(rows)
     lengths = [len(rows[row]) for row in order]
     num_packs = lambda size: len(_cut(lengths, new, size))
-    fewest = num_packs(max_tokens)
+    fewest = -(-num_packs(max_tokens) // processes) * processes
     enough = bisect_left(range(max_tokens), True, key=lambda size: num_packs(size) <= fewest)
     return [[order[place] for place in pack] for pack in _cut(lengths, new, enough)]
 

@@ -7,6 +7,7 @@ A stage that another process computes publishes both in its directory: `resume/p
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,12 +28,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from salsa.artifacts import drop_half_line, read_jsonl, write_jsonl
+from salsa.artifacts import drop_half_line, read_jsonl, write_atomic, write_jsonl
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one stage."""
 PUBLISH_SECONDS = 0.5
 """Least time between two writes of one stage's progress."""
+FOLLOW_SECONDS = 1.0
+"""Between two looks at what another process publishes."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -157,11 +160,22 @@ _view: View | None = None
 
 
 class Tracker:
-    """Logs one stage: a row a step into `metrics.jsonl`, a few of its metrics for whom it concerns."""
+    """Logs one stage: a row a step into `metrics.jsonl`, a few of its metrics for whom it concerns.
+
+    Of several processes that do one job, one writes; the trackers of the others do nothing.
+    """
 
     def __init__(
-        self, directory: Path, label: str, total: int, show: tuple[str, ...], view: View
+        self,
+        directory: Path,
+        label: str,
+        total: int,
+        show: tuple[str, ...],
+        view: View,
+        *,
+        writes: bool = True,
     ) -> None:
+        self.directory, self.writes = directory, writes
         self.file = directory / "metrics.jsonl"
         self.label, self.total, self.show, self.view = label, total, show, view
         self.started = time.monotonic()
@@ -171,6 +185,8 @@ class Tracker:
 
     def resume_at(self, step: int) -> None:
         """Drop the rows after `step`: they belong to work that a kill undid."""
+        if not self.writes:
+            return
         drop_half_line(self.file)  # a full disk leaves one
         write_jsonl(self.file, [row for row in read_jsonl(self.file) if row["step"] <= step])
         self.first_step = self.step = step
@@ -180,10 +196,21 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step` (counted from 1)."""
+        if not self.writes:
+            return
         row = {"step": step} | {name: round_metric(value) for name, value in metrics.items()}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.advance(step, metrics)
+
+    def rows(self) -> list[dict[str, float]]:
+        """What was recorded so far."""
+        return read_jsonl(self.file) if self.writes else []
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file beside the metrics."""
+        if self.writes:
+            write_atomic(self.directory / name, text)
 
     def advance(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Move to `step`, with the metrics that are worth showing."""
@@ -192,6 +219,8 @@ class Tracker:
         self._tell()
 
     def _tell(self) -> None:
+        if not self.writes:
+            return
         spent, done = time.monotonic() - self.started, self.step - self.first_step
         left = spent / done * (self.total - self.step) if done else None
         status = Status(self.label, "running", self.step, self.total, self._metrics, left)
@@ -199,10 +228,15 @@ class Tracker:
 
 
 @contextmanager
-def tracker(directory: Path, label: str, total: int, show: tuple[str, ...]) -> Iterator[Tracker]:
-    """A tracker; where nothing else shows the stage it has, on a terminal, a bar as long as the block lasts."""
-    if _view is not None or not console.is_terminal:
-        yield Tracker(directory, label, total, show, _view or Lines())
+def tracker(
+    directory: Path, label: str, total: int, show: tuple[str, ...], *, writes: bool = True
+) -> Iterator[Tracker]:
+    """A tracker; where nothing else shows the stage it has, on a terminal, a bar as long as the block lasts.
+
+    Without `writes` it does nothing.
+    """
+    if _view is not None or not writes or not console.is_terminal:
+        yield Tracker(directory, label, total, show, _view or Lines(), writes=writes)
         return
     columns = (
         TextColumn("{task.description:<14}"), BarColumn(bar_width=20), MofNCompleteColumn(),
@@ -263,6 +297,28 @@ class Followed:
         return file.stat().st_size if file.exists() else 0
 
 
+@contextmanager
+def following(directory: Path, label: str) -> Iterator[None]:
+    """Show, as long as the block lasts, what another process publishes of a stage; a worker's driver does so anyway."""
+    if isinstance(_view, Published):
+        yield
+        return
+    stage, over = Followed(directory, label, _view or Lines()), threading.Event()
+
+    def look() -> None:
+        while not over.wait(FOLLOW_SECONDS):
+            stage.look()
+
+    thread = threading.Thread(target=look, name="following", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        stage.look()
+
+
 def progress_file(directory: Path) -> Path:
     """Where a stage that another process computes says how far it is."""
     return directory / "resume" / "progress.json"
@@ -276,6 +332,12 @@ def published(directory: Path) -> Status | None:
         return None
     del values["pid"]
     return Status(**values)
+
+
+def mute() -> None:
+    """Say nothing from here on: another process speaks for this one."""
+    global console
+    console = Console(quiet=True)
 
 
 def say(text: str) -> None:

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,8 +192,12 @@ class RunDirectory:
 
 
 @contextmanager
-def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
+def filling(
+    place: Place, job: Job, engine: "Engine | None", execution: Mapping[str, Any] | None = None
+) -> Iterator[Path]:
     """The stage's unfinished directory; at the end of the block it gets its record and its final name.
+
+    `execution` is recorded of how it is computed, besides what the job says.
 
     The record is written before the rename and `resume/` goes after it, so that a kill in between repeats nothing.
     """
@@ -203,7 +207,9 @@ def filling(place: Place, job: Job, engine: "Engine | None") -> Iterator[Path]:
     started, clock = time.time(), time.monotonic()
     yield partial
     record = place.identity | {
-        "execution": job.execution() | ({"threads": engine.threads} if engine else {}),
+        "execution": job.execution()
+        | ({"threads": engine.threads} if engine else {})
+        | dict(execution or {}),
         "precision_reason": engine.reason if engine else None,
         "output": sha256_tree(partial),
         "versions": versions(),

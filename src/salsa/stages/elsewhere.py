@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -11,7 +11,6 @@ from salsa.runtime.executors import Executor, Request, Task
 from salsa.runtime.tracking import Followed, Status, View, say
 from salsa.stages.directory import Place, RunDirectory
 from salsa.stages.jobs import Job
-from salsa.stages.performing import perform
 
 if TYPE_CHECKING:
     from salsa.runtime.engine import Engine
@@ -36,8 +35,17 @@ class _Job(Generic[N]):
 class Elsewhere(Generic[N]):
     """The jobs of some nodes, as long as they are not done here."""
 
-    def __init__(self, executor: Executor, run: RunDirectory, view: View, retries: int) -> None:
-        self._executor, self._run, self._view, self._retries = executor, run, view, retries
+    def __init__(
+        self,
+        executor: Executor,
+        run: RunDirectory,
+        work: Callable[..., None],
+        view: View,
+        retries: int,
+    ) -> None:
+        """`work` is `performing.perform`, with what it needs besides a job."""
+        self._executor, self._run, self._work = executor, run, work
+        self._view, self._retries = view, retries
         self.running: dict[Any, _Job[N]] = {}
 
     @property
@@ -54,7 +62,7 @@ class Elsewhere(Generic[N]):
         task = Task(
             label=job.label,
             request=request,
-            work=perform,
+            work=self._work,
             args=(place, job, store),
             engine=engine,
             home=place.partial,

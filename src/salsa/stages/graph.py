@@ -6,6 +6,7 @@ executor, elsewhere and at once as soon as what they need is there.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from salsa.artifacts import Checkpoint
@@ -13,6 +14,7 @@ from salsa.config.expressions import ReferenceRule
 from salsa.errors import CheckpointError, ConfigError
 from salsa.rewards import RewardSource
 from salsa.runtime.executors import Executor, Request, Task
+from salsa.runtime.launch import TIMEOUT
 from salsa.runtime.tracking import Lines, Status, View, say
 from salsa.stages.directory import Place, RunDirectory, Stage
 from salsa.stages.elsewhere import Elsewhere
@@ -74,6 +76,8 @@ class Graph:
         executor: Executor | None = None,
         request: Callable[[Job], Request] = lambda job: Request(),
         retries: int = 2,
+        processes: int = 1,
+        timeout: float = TIMEOUT,
         before_work: Callable[[], None] = lambda: None,
         view: View | None = None,
     ) -> None:
@@ -86,9 +90,12 @@ class Graph:
             executor: runs jobs elsewhere.
             request: what a job asks the executor for.
             retries: how often a job is started again that an executor lost.
+            processes: do a job that can be divided, on one machine.
+            timeout: seconds that these wait for each other.
             before_work: called once, before the first job that runs.
             view: is told where every stage stands.
         """
+        self._perform = partial(perform, processes=processes, timeout=timeout)
         self.run, self.precision, self.executor = run, precision, executor
         self._threads, self._request, self._retries = threads, request, retries
         self._before_work = before_work
@@ -122,13 +129,15 @@ class Graph:
             if (job := self._skip(node)) is not None:
                 place, engine = self._begin(job)
                 self._view.show(Status(node.label, "running"))
-                perform(place, job, self.run.store, engine)
+                self._perform(place, job, self.run.store, engine)
                 self._end(node, place)
 
     def _finish_elsewhere(self, waiting: list[Node], executor: Executor) -> None:
         """As `finish`, as many jobs at once as the executor has slots."""
         jobs: dict[Node, Job] = {}
-        elsewhere: Elsewhere[Node] = Elsewhere(executor, self.run, self._view, self._retries)
+        elsewhere: Elsewhere[Node] = Elsewhere(
+            executor, self.run, self._perform, self._view, self._retries
+        )
         while waiting or jobs or elsewhere.running:
             for node in [n for n in waiting if all(need in self._outputs for need in n.needs)]:
                 waiting.remove(node)

@@ -46,6 +46,8 @@ class Job(ABC):
 
     needs_engine: ClassVar[bool] = True
     """Whether the work computes with torch, so that its arithmetic is part of its identity."""
+    can_be_divided: ClassVar[bool] = False
+    """Whether several processes can do the work together."""
     label: Undecisive[str]
     """Names the directory and the report's row, e.g. `sft[0]`."""
 
@@ -244,6 +246,7 @@ class DPOJob(Job):
 class RLJob(Job):
     """RL of one arm with one seed."""
 
+    can_be_divided: ClassVar[bool] = True
     init: Checkpoint
     reference: Reference
     reward: RewardSource

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from salsa.artifacts import locked
 from salsa.errors import ConfigError, WorkFailed
+from salsa.runtime.launch import TIMEOUT, led, spread
 from salsa.runtime.store import Store
 from salsa.stages.directory import Place, filling
 from salsa.stages.jobs import Job, directories_of
@@ -25,8 +26,18 @@ _FULL_BYTES = 2**20
 """With less room than this, a failed write is put down to the disk, whatever the library called it."""
 
 
-def perform(place: Place, job: Job, store: Store | None, engine: "Engine | None") -> None:
+def perform(
+    place: Place,
+    job: Job,
+    store: Store | None,
+    engine: "Engine | None",
+    *,
+    processes: int = 1,
+    timeout: float = TIMEOUT,
+) -> None:
     """Do the job, unless another process just has; with a `store`, inputs come from there and the output goes there.
+
+    A job that can be divided is done by so many `processes`, which wait `timeout` seconds for each other.
 
     Raises:
         ConfigError: another process is at it, or an input is not on this machine.
@@ -42,7 +53,7 @@ def perform(place: Place, job: Job, store: Store | None, engine: "Engine | None"
                 if (place.final / "stage.json").exists():
                     shutil.rmtree(place.partial, ignore_errors=True)
                 else:
-                    _fill(place, job, engine)
+                    _fill(place, job, engine, processes, timeout)
                 if store is not None and not store.has(place.final.name):
                     store.upload(place.final)
                 return
@@ -52,10 +63,15 @@ def perform(place: Place, job: Job, store: Store | None, engine: "Engine | None"
             time.sleep(0.2)
 
 
-def _fill(place: Place, job: Job, engine: "Engine | None") -> None:
+def _fill(place: Place, job: Job, engine: "Engine | None", processes: int, timeout: float) -> None:
+    execution = {"processes": led() if led() > 1 else processes} if job.can_be_divided else {}
     try:
-        with filling(place, job, engine) as directory:
-            job.run(directory, engine)
+        with filling(place, job, engine, execution) as directory:
+            if job.can_be_divided:
+                assert engine is not None  # what can be divided computes with torch
+                spread(_run, directory, job, engine, processes=processes, timeout=timeout)
+            else:
+                job.run(directory, engine)
     except Exception as error:
         if is_disk_full(error, place.final.parent):
             raise WorkFailed(
@@ -63,6 +79,11 @@ def _fill(place: Place, job: Job, engine: "Engine | None") -> None:
                 "again: finished stages and the last checkpoint are kept."
             ) from error
         raise
+
+
+def _run(directory: Path, job: Job, engine: "Engine") -> None:
+    """What each process does for a job that is divided."""
+    job.run(directory, engine)
 
 
 def _fetch_inputs(place: Place, job: Job, store: Store) -> None:

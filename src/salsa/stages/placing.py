@@ -45,7 +45,9 @@ def request_of(job: Job, engine: EngineConfig, executor: Executor | None) -> Req
         slots = (executor.slots if executor else None) or 1
         return Request(cpus=max(1, (engine.threads or os.cpu_count() or 1) // slots))
     cpus, memory = engine.threads or 1, engine.memory_gib or _memory_gib(job)
-    return Request(cpus=cpus, gpus=engine.gpus if job.needs_engine else 0, memory_gib=memory)
+    gpus = engine.gpus if job.needs_engine else 0
+    processes = engine.processes if job.can_be_divided else 1
+    return Request(cpus=cpus, gpus=gpus, memory_gib=memory, processes=processes)
 
 
 def _memory_gib(job: Job) -> float:

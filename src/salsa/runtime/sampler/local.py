@@ -8,8 +8,9 @@ makes room for a prompt that waits.
 
 Prompts are prefilled packed: what several have in common is computed once (`salsa.runtime.packing`). Logits are fp32.
 Each sequence has its own random numbers, drawn before anything else: its response depends on the generator and its
-place in the batch, not on which sequences are decoded beside it (but for rounding: matrix products of another shape may
-differ in the last bit).
+place in the batch, not on which sequences are decoded beside it, nor in which process (but for rounding: matrix
+products of another shape may differ in the last bit). Several processes decode a run of the rows each, and all get all
+responses.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from salsa.types import Generation, Rollout, Sampling
 
 if TYPE_CHECKING:
     from salsa.models import LanguageModel
+    from salsa.runtime.engine import Engine
 
 MAX_SEQUENCES = 64
 """Sequences decoded at once."""
@@ -64,28 +66,33 @@ class LocalSampler:
         noise = torch.rand(shape, generator=generator, device=here, dtype=torch.float64)
         responses = Responses(noise, sampling)
         prompt, prompt_mask = left_padded(prompts, sampling.pad_id, here)
-        if self.model.packs:
-            self._generate_packed(prompts, responses)
-        else:
-            for rows in torch.arange(len(prompts), device=here).split(self.max_sequences):
-                self._generate_padded(prompt[rows], prompt_mask[rows], responses, rows)
+        own = self.model.engine.own_rows(len(prompts))
+        with self.model.engine.resident(self.model):
+            if self.model.packs:
+                self._generate_packed(prompts, responses, own.tolist())
+            else:
+                for rows in own.split(self.max_sequences) if len(own) else ():
+                    self._generate_padded(prompt[rows], prompt_mask[rows], responses, rows)
+        responses.gather(self.model.engine, own)
         width = int(responses.lengths.max())
         mask = torch.arange(width, device=here) < responses.lengths[:, None]
         rollout = Rollout(prompt, prompt_mask, responses.tokens[:, :width], mask)
         return Generation(rollout, responses.logprobs[:, :width], self.model.version())
 
-    def _generate_packed(self, prompts: Sequence[Sequence[int]], responses: "Responses") -> None:
-        """Until every response has ended; long prompts first, equal ones together."""
+    def _generate_packed(
+        self, prompts: Sequence[Sequence[int]], responses: "Responses", rows: Sequence[int]
+    ) -> None:
+        """Until each response of `rows` has ended; long prompts first, equal ones together."""
         here, limit = responses.lengths.device, self.max_sequences
         order = lambda row: (-len(prompts[row]), list(prompts[row]))
-        waiting = sorted(range(len(prompts)), key=order)
-        cache = KVCache(self.model, min(limit, len(prompts)))
+        waiting = sorted(rows, key=order)
+        cache = KVCache(self.model, min(limit, len(waiting)))
         logits = torch.empty(0, device=here)
         while waiting or len(cache.rows):
             free = limit - len(cache.rows)
             if waiting and free * REFILL_SHARE >= limit:
-                rows, waiting = waiting[:free], waiting[free:]
-                first = cache.prefill(torch.tensor(rows, device=here), [prompts[r] for r in rows])
+                new, waiting = waiting[:free], waiting[free:]
+                first = cache.prefill(torch.tensor(new, device=here), [prompts[r] for r in new])
                 logits = torch.cat([logits, first]) if len(logits) else first
             token = responses.draw(cache.rows, logits)
             token = token[cache.keep(responses.unfinished[cache.rows])]
@@ -114,7 +121,7 @@ class LocalSampler:
         backbone: Any = self.model.backbone
         self.model(
             backbone.generate, prompt, attention_mask=mask.long(), generation_config=options,
-            logits_processor=LogitsProcessorList([Draws()]),
+            logits_processor=LogitsProcessorList([Draws()]), synced_gpus=False,
         )  # fmt: skip
 
 
@@ -146,6 +153,12 @@ class Responses:
         at_limit = self.lengths[rows] == self.tokens.shape[1]
         self.unfinished[rows] = ~torch.isin(token, self.ends) & ~at_limit
         return token
+
+    def gather(self, engine: "Engine", own: Int[Tensor, " rows"]) -> None:
+        """Take in what the other processes drew, who have the other rows."""
+        self.tokens = engine.gather(self.tokens, own)
+        self.logprobs = engine.gather(self.logprobs, own)
+        self.lengths = engine.gather(self.lengths, own)
 
 
 def left_padded(
