@@ -255,9 +255,9 @@ def samples(arm: str, mean, gold=None, trained: bool = True, **columns) -> Sampl
 
 def test_length_bias_and_drift():
     before = samples("sft", 0.0, trained=False)
-    assert reward.length_bias(None, [before]).verdict == "sound"
+    assert reward.length_bias([before]).verdict == "sound"
     long = samples("sft", 0.0, trained=False, length=before.columns["proxy"] * 10 + 20)
-    assert reward.length_bias(None, [long]).verdict == "faulty"
+    assert reward.length_bias([long]).verdict == "faulty"
     assert reward.drift([before, samples("ppo", 0.2)]).verdict == "sound"
     assert reward.drift([before, samples("ppo", 3.0)]).verdict == "suspicious"
 
@@ -435,7 +435,7 @@ def test_a_healthy_run_passes_every_gate():
     two = [a_run(), a_run("salsa seed 0")]
     found = verdicts(
         rollout.sampler(two), kl.reference_named(two), kl.negative(two), kl.weight(two, 400), critic.trained(two),
-        critic.explained(two), advantages.signal([], two), optimisation.moved(two), optimisation.step_size(two),
+        critic.explained(two), advantages.signal(two), optimisation.moved(two), optimisation.step_size(two),
         optimisation.improves(two), hacking.over_optimised(two, ["gold"]),
     )  # fmt: skip
     assert found == ["sound"] * 11
@@ -496,7 +496,7 @@ def test_critic_policy_and_steps():
 
 def test_signal_against_penalty_before_any_step():
     # deviation of the penalty β·stderr·√32 = 5.66·β·stderr; a share of 1/32 of the variance is one reply
-    noisy = advantages.signal([], [a_run(kl_coef=10.0, kl_stderr=0.2)])
+    noisy = advantages.signal([a_run(kl_coef=10.0, kl_stderr=0.2)])
     assert noisy.verdict == "faulty"
     share = 0.64 / (0.64 + (10 * 0.2) ** 2 * 32)
     assert noisy.numbers["replies' worth at the start"] == pytest.approx(32 * share)
@@ -504,7 +504,7 @@ def test_signal_against_penalty_before_any_step():
     later = replace(
         later, rows=[r | {"kl_stderr": 0.0 if r["step"] == 1 else 8.0} for r in later.rows]
     )
-    assert advantages.signal([], [later]).verdict == "suspicious"
+    assert advantages.signal([later]).verdict == "suspicious"
 
 
 # the end of it

@@ -79,7 +79,7 @@ def recursion(episodes: Sequence[Episodes]) -> Finding | None:
     )
 
 
-def signal(episodes: Sequence[Episodes], runs: Sequence[RLRun]) -> Finding | None:
+def signal(runs: Sequence[RLRun]) -> Finding | None:
     """How much of the advantages is the score and how much the penalty's noise: the KL-Hack before it happens.
 
     Over replies, share = Var(score) / (Var(score) + β²·Var(KL)). Whitening hides it: the sum is scaled to 1 whatever it

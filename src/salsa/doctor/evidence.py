@@ -104,8 +104,6 @@ class Reward:
     """The same of pairs that it was trained on."""
     ceiling: float | None = None
     """Accuracy that knowing the labeller's score would give, where that is known."""
-    longer_wins: float = 0.5
-    """Share of the held-out pairs whose chosen reply is the longer one."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +201,4 @@ class Evidence:
     """Scores that trained nothing, e.g. gold."""
     num_eval: int = 0
     """Held-out prompts × seeds."""
-    rollout_size: int = 0
     not_measured: Sequence[str] = ()

@@ -29,7 +29,6 @@ from salsa.data import (
 )
 from salsa.doctor import reward as reward_gates
 from salsa.doctor import rollout as rollout_gates
-from salsa.doctor.data import longer_wins
 from salsa.doctor.evidence import (
     SFT,
     Data,
@@ -130,7 +129,7 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
         num_eval = len(evals.prompts) * len(recipe.rl.seeds) if evals else 1
     return Evidence(
         recipe.name, data, sft, reward, episodes, runs, samples, recipe.eval.baseline, tuple(recipe.eval.scores),
-        num_eval, recipe.rl.rollout_size, missing,
+        num_eval, missing,
     )  # fmt: skip
 
 
@@ -334,9 +333,7 @@ def _reward(run: RunFiles, data: Data, pairs: Sequence[Row] | None) -> Reward | 
     if data.pairs is not None and data.pairs.scores is not None and held_out:
         d = np.diff(data.pairs.scores[[i for i in held_out if i < len(data.pairs.scores)]], axis=1)
         ceiling = float((1 / (1 + np.exp(-np.abs(d) / data.pairs.noise))).mean())
-    texts = [[words(pairs[i][side]) for i in held_out] for side in ("chosen", "rejected")]
-    longer, differ = longer_wins(*texts)
-    return Reward(scored(held_out), scored(seen), ceiling, longer / max(differ, 1))
+    return Reward(scored(held_out), scored(seen), ceiling)
 
 
 def _messages(prompt: Any) -> Any:

@@ -90,7 +90,7 @@ def calibration(reward: Reward | None) -> Finding | None:
     )
 
 
-def length_bias(reward: Reward | None, samples: Sequence[Samples]) -> Finding | None:
+def length_bias(samples: Sequence[Samples]) -> Finding | None:
     """Rank correlation of score and length over the replies of the model that RL starts from."""
     before = next((s for s in samples if not s.trained), None)
     if before is None or "proxy" not in before.columns:
