@@ -97,7 +97,9 @@ def load_classifier(
 def prepare_base(config: ModelConfig, path: Path, out: Path) -> None:
     """Write the base at `path` as an ordinary checkpoint: de-quantized, with its chat template and a padding token."""
     tokenizer = load_tokenizer(path, gguf_file=config.gguf_file, chat_template=config.chat_template)
-    options = {"gguf_file": config.gguf_file} if config.gguf_file is not None else {}
+    options: dict[str, Any] = (
+        {"gguf_file": config.gguf_file} if config.gguf_file is not None else {}
+    )
     model = _load(AutoModelForCausalLM, path, **options)
     if config.gguf_file is not None:
         if hasattr(model.config, "quantization_config"):  # else transformers refuses to save it

@@ -135,7 +135,8 @@ def digest_of_weights(
         bits = bits.view({4: torch.int32, 2: torch.int16}[weight.itemsize])
         names.append(f"{name} {tuple(weight.shape)}")
         sums.append(bits.sum(dtype=torch.int64))
-    totals = total(torch.stack(sums)).tolist()
+    device = next((one.device for one in sums if one.device.type != "cpu"), torch.device("cpu"))
+    totals = total(torch.stack([one.to(device) for one in sums])).tolist()
     digest = hashlib.sha256()
     for name, number in zip(names, totals, strict=True):
         digest.update(f"{name} {number}".encode())
