@@ -121,7 +121,11 @@ def run_in_processes(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(
+        logging.root.manager.loggerDict
+    ):  # what the agent has to say is said here, in one line
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     main_thread = threading.current_thread() is threading.main_thread()
     handlers = {
         n: signal.getsignal(n)
