@@ -3,8 +3,9 @@
     python benchmarks/processes.py [--width 384] [--rounds 2] [--no-wrapped]
 
 A PPO update (rollout, experience, update) on a random Llama, in fp32. Efficiency is t₁ / (2·t₂) of the median update;
-it needs two cores that nothing else uses. A third arm, one process whose models are wrapped by FSDP2 all the same, says
-what one code path for all would cost, and whether its digits are those of one process. Prints one JSON line.
+it needs two cores that nothing else uses. `efficiency_cpu`, of rank 0's CPU seconds, is what a busy machine can say. A
+third arm, one process whose models are wrapped by FSDP2 all the same, says what one code path for all would cost, and
+whether its digits are those of one process. Prints one JSON line.
 """
 
 import argparse
@@ -133,6 +134,7 @@ def main() -> None:
         "parameters": parameters,
         "updates": args.updates * args.rounds,
         "efficiency": round(one["all"] / (2 * two["all"]), 3),
+        "efficiency_cpu": round(one["cpu"] / (2 * two["cpu"]), 3),
         "efficiency_of": {p: round(one[p] / (2 * two[p]), 3) for p in PHASES},
         "seconds": {name: {k: round(v, 3) for k, v in of.items()} for name, of in median.items()},
     }

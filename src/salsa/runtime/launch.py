@@ -126,7 +126,11 @@ def run_in_processes(
 
     from salsa.runtime.tracking import following
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(
+        logging.root.manager.loggerDict
+    ):  # the agent's words are said here, in one line
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     main_thread = threading.current_thread() is threading.main_thread()
     handlers = {
         n: signal.getsignal(n)

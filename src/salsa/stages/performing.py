@@ -64,10 +64,11 @@ def perform(
 
 
 def _fill(place: Place, job: Job, engine: "Engine | None", processes: int, timeout: float) -> None:
-    execution = {"processes": led() if led() > 1 else processes} if job.can_be_divided else {}
+    divided = getattr(job, "can_be_divided", False)
+    execution = {"processes": led() if led() > 1 else processes} if divided else {}
     try:
         with filling(place, job, engine, execution) as directory:
-            if job.can_be_divided:
+            if divided:
                 assert engine is not None  # what can be divided computes with torch
                 spread(_run, directory, job, engine, processes=processes, timeout=timeout)
             else:

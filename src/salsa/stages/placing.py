@@ -46,7 +46,7 @@ def request_of(job: Job, engine: EngineConfig, executor: Executor | None) -> Req
         return Request(cpus=max(1, (engine.threads or os.cpu_count() or 1) // slots))
     cpus, memory = engine.threads or 1, engine.memory_gib or _memory_gib(job)
     gpus = engine.gpus if job.needs_engine else 0
-    processes = engine.processes if job.can_be_divided else 1
+    processes = engine.processes if getattr(job, "can_be_divided", False) else 1
     return Request(cpus=cpus, gpus=gpus, memory_gib=memory, processes=processes)
 
 
