@@ -121,7 +121,7 @@ def test_several_stages_at_once_are_refused_under_torchrun(repository, tmp_path,
     monkeypatch.setattr(launch, "_member", Member(0, 2, 0, 2, Store([])))
     recipe = Recipe.load(repository / "recipes" / "quickstart.yaml")
     with pytest.raises(
-        ConfigError, match="engine.jobs=2 under torchrun: its 2 processes do one stage at a time"
+        ConfigError, match="engine: jobs and executor under torchrun: its 2 processes do one stage"
     ):
         pipeline.run_recipe(recipe, out=tmp_path / "run", jobs=2)
 

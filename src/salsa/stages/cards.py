@@ -61,8 +61,7 @@ def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     config = directory / "config.json"
     if not config.is_file() or (directory / "README.md").exists():
         return
-    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [""]
-    scores = "SequenceClassification" in architectures[0]
+    scores = "ForSequenceClassification" in config.read_text(encoding="utf-8")
     label = record["stage"]
     stem = next((word for word in WHAT if label.startswith(word)), "soup")
     if stem == "reward" and "ingredient 0" in record["inputs"]:
