@@ -143,8 +143,9 @@ def test_a_full_disk_is_one_message_and_loses_nothing(kind, make, expected, tmp_
 def test_a_slow_worker_does_not_hold_up_the_others(kind, make, tmp_path):
     slow, first = walks(a="slow")[:2]
     second = Node.of(Walk, "after b", (first,), 7, "")
-    order = list(finish(tmp_path / "run", make(kind), [slow, first, second]))
-    assert order == ["b", "after b", "a"]
+    stages = finish(tmp_path / "run", make(kind), [slow, first, second])
+    assert next(iter(stages)) == "b"
+    assert stages["a"].record["seconds"] < 30, "it waits, 40 s at most, until `after b` is there"
 
 
 @pytest.mark.fault(
