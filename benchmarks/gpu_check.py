@@ -143,7 +143,7 @@ def one_update(
     )  # fmt: skip
     models, source = load(setup, engine)
     progress, generator, meter = Progress(config.kl_coef), engine.generator(0), Meter(engine)
-    rollout = rl.collect_rollout(models.policy, source, prompts, generator)
+    rollout = rl.collect_rollout(models.policy, source, prompts, generator).rollout
     meter.phase_done("rollout")
     experience, metrics, _ = rl.compute_experience(
         models, rollout, prompts, setup, source, progress

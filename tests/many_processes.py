@@ -109,9 +109,13 @@ def train_in(
 
 
 def apart(one: list[dict], other: list[dict]) -> dict[str, float]:
-    """Metric → the largest difference between two runs in a step, relative to the metric's size in the run."""
+    """Metric → the largest difference between two runs in a step, relative to the metric's size in the run.
+
+    `sampler_gap` is rounding and nothing else: its difference is in nats.
+    """
     assert [row.keys() for row in one] == [row.keys() for row in other]
     size = {name: max(abs(row[name]) for row in one if name in row) for row in one for name in row}
+    size |= {"sampler_gap": 1.0}
     return {
         name: max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) if name in a)
         / (size[name] or 1.0)

@@ -36,7 +36,7 @@ class Reference:
         Raises:
             CheckpointError: a checkpoint is not what its digest says.
         """
-        self.rule = rule
+        self.rule, self._engine = rule, engine
         self.models = []
         for checkpoint in rule.models:
             checkpoint.verify()
@@ -76,8 +76,8 @@ class Reference:
         if not self.rule.moves:
             return identity
         model = self.models[0]
-        weights = whole_on_main(dict(model.weights()), model.engine.is_main)
-        if not model.engine.is_main:
+        weights = whole_on_main(dict(model.weights()), self._engine.is_main)
+        if not self._engine.is_main:
             return identity
         return identity | {"weights": weights, "sha256": sha256_of(weights.items())}
 

@@ -28,9 +28,10 @@ def shell(tmp_path, finished):
     program.chmod(0o755)
 
     def run(script: str, stdin: str = "") -> subprocess.CompletedProcess:
+        """The `:` keeps bash there while the last command runs: completion asks which shell called it."""
         path = f"{program.parent}:{os.environ['PATH']}"
         return subprocess.run(
-            ["bash", "-e", "-c", script], cwd=finished.parents[1], input=stdin, text=True,
+            ["bash", "-e", "-c", f"{script}\n:"], cwd=finished.parents[1], input=stdin, text=True,
             capture_output=True, timeout=300,
             env=os.environ | {"PATH": path, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
