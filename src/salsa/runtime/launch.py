@@ -145,7 +145,7 @@ def run_in_processes(
         )  # fmt: skip
         try:
             with following(Path(place), str(getattr(job, "label", place))):
-                elastic_launch(config, _worker)(work, place, job, engine, timeout)
+                elastic_launch(config, _worker)(work, place, job, engine, engine.threads, timeout)
         except ChildFailedError as failed:
             raise _reason(failed, processes) from None
         except SignalException as stop:
@@ -256,14 +256,18 @@ def _follow(member: Member) -> None:
             sys.exit(1)
 
 
-def _worker(work: Work, place: Any, job: Any, engine: "Engine", timeout: float) -> None:
-    """What a process that was started for a job does."""
+def _worker(
+    work: Work, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
+) -> None:
+    """What a process that was started for a job does; `threads` are those of the process that started it."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_recorded)(work, place, job, engine, timeout)
+    record(_recorded)(work, place, job, engine, threads, timeout)
 
 
-def _recorded(work: Work, place: Any, job: Any, engine: "Engine", timeout: float) -> None:
+def _recorded(
+    work: Work, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
+) -> None:
     from salsa.runtime.engine import Engine
     from salsa.runtime.tracking import mute, publish, quiet_libraries
 
@@ -274,7 +278,7 @@ def _recorded(work: Work, place: Any, job: Any, engine: "Engine", timeout: float
     else:
         publish(Path(place), socket.gethostname())
     quiet_libraries()
-    engine = replace(Engine.create(engine.precision, threads=engine.threads), reason=engine.reason)
+    engine = replace(Engine.create(engine.precision, threads=threads), reason=engine.reason)
     if member is None:
         work(place, job, engine)
     else:
