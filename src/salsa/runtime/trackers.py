@@ -11,14 +11,13 @@ import importlib.util
 import io
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from salsa.artifacts import write_atomic
 from salsa.errors import ConfigError
-from salsa.runtime.tracking import say
+from salsa.runtime.tracking import repeated, say
 
 SECONDS = 5.0
 """Between two looks at the files."""
@@ -195,19 +194,10 @@ def tracked(
         yield
         return
     mirror = Mirror(run, {name: BACKENDS[name](run, project, config) for name in names})
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.wait(SECONDS):
-            mirror.look()
-
-    thread = threading.Thread(target=follow, name="trackers", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(mirror.look, SECONDS):
+            yield
     finally:
-        over.set()
-        thread.join()
         mirror.look(last=True)
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -303,20 +303,30 @@ def following(directory: Path, label: str) -> Iterator[None]:
     if isinstance(_view, Published):
         yield
         return
-    stage, over = Followed(directory, label, _view or Lines()), threading.Event()
+    stage = Followed(directory, label, _view or Lines())
+    try:
+        with repeated(stage.look, FOLLOW_SECONDS):
+            yield
+    finally:
+        stage.look()
 
-    def look() -> None:
-        while not over.wait(FOLLOW_SECONDS):
-            stage.look()
 
-    thread = threading.Thread(target=look, name="following", daemon=True)
+@contextmanager
+def repeated(work: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call `work` in a thread every `seconds`, as long as the block lasts."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=repeat, name="repeated", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        stage.look()
 
 
 def progress_file(directory: Path) -> Path:
