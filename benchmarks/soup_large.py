@@ -143,11 +143,11 @@ def forget(files: list[Path]) -> None:
 
 def bits(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Name and bits of each piece of the weights, by name."""
-    weights, buffer = Weights(directory), np.empty(2 * PIECE, np.uint8)
+    weights = Weights(directory)
     for key in sorted(weights.tensors):
         tensor = weights.tensors[key]
         for first in range(0, tensor.size, PIECE):
-            piece = weights.read(tensor, first, min(first + PIECE, tensor.size), buffer)
+            piece = weights.read(tensor, first, min(first + PIECE, tensor.size))
             yield key, piece.view(np.uint16)
     weights.close()
 

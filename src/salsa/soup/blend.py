@@ -1,4 +1,6 @@
-"""The streaming loop: read a few rows of every ingredient, add them up in float64, round once, write.
+"""The streaming loop: read a few rows of every ingredient, add them up, round once, write.
+
+Sums are taken in float64; a mean of two in float32, where that gives the same bits (`exact_in_single`).
 
 Threads, because most of the work is not arithmetic: one for each ingredient reads and hashes a few pieces ahead, one
 writes and hashes the result. Memory holds AHEAD + 1 pieces of every ingredient, whatever the size of the model; more
@@ -13,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +25,10 @@ from salsa.soup.files import FLOATS, WeightsWriter
 from salsa.soup.ingredients import Ingredient
 from salsa.soup.methods import Factors, Mix, Room, rounded
 
-ELEMENTS_IN_FLIGHT = 1 << 18
-"""Elements of one piece, all ingredients together."""
+ELEMENTS_IN_FLIGHT = 1 << 21
+"""Elements of one piece, all ingredients together: what threads hand to each other."""
+BLOCK = 1 << 16
+"""Elements that are computed with at once: few enough to stay in a core's cache."""
 AHEAD = 3
 """Pieces of each ingredient that are read before they are needed; as many results wait to be written."""
 
@@ -59,11 +63,11 @@ class Blend:
         self.step = max(ELEMENTS_IN_FLIGHT // len(self.sources) // 4096, 1) * 4096
         self.tallies: dict[str, Tally] = {}
         self._factors: dict[str, Factors] = {}
-        self._values = np.empty((len(self.sources), self.step))
-        self._deltas = np.empty((self.count, self.step))
-        self._room = np.empty((2, self.step))
-        self._half = np.empty(self.step, FLOATS["BF16"])
-        self._rounding = Room.of(self.step)
+        self._values = np.empty((len(self.sources), BLOCK))
+        self._deltas = np.empty((self.count, BLOCK))
+        self._room = np.empty((2, BLOCK))
+        self._half = np.empty(BLOCK, FLOATS["BF16"])
+        self._rounding = Room.of(BLOCK)
         self._results = cycle(np.empty((AHEAD + 1, self.step * 8), np.uint8))
 
     @np.errstate(over="ignore", invalid="ignore")  # what must be finite is checked by name
@@ -104,19 +108,16 @@ class Blend:
         self, readers: Sequence[ThreadPoolExecutor]
     ) -> Iterator[tuple[_Piece, Sequence[np.ndarray]]]:
         """Pieces with the stored elements of every source, read AHEAD of who asks, each lane by its reader."""
-        buffers = cycle(np.empty((AHEAD + 1, len(self.sources), self.step * 8), np.uint8))
         lanes = self._lanes()
 
-        def load(lane: list[int], piece: _Piece, buffer: np.ndarray) -> list[np.ndarray]:
-            where = piece.key, piece.start, piece.stop
-            return [self.sources[n].load(*where, buffer[n]) for n in lane]
+        def load(lane: list[int], piece: _Piece) -> list[np.ndarray]:
+            return [self.sources[n].load(piece.key, piece.start, piece.stop) for n in lane]
 
         waiting: deque[tuple[_Piece, list[Future[list[np.ndarray]]]]] = deque()
         for piece in chain(self._pieces(), [None] * AHEAD):
             if piece is not None:
-                room = next(buffers)
                 both = zip(readers, lanes, strict=True)
-                waiting.append((piece, [r.submit(load, lane, piece, room) for r, lane in both]))
+                waiting.append((piece, [r.submit(load, lane, piece) for r, lane in both]))
             if waiting and (piece is None or len(waiting) > AHEAD):
                 this, loads = waiting.popleft()
                 yield this, [raw for one in loads for raw in one.result()]
@@ -143,32 +144,72 @@ class Blend:
                         "they have no average."
                     )
             return raws[0].copy()
-        values = self._values[:, : piece.stop - piece.start]
-        for row, raw in zip(values, raws, strict=True):
-            row[:] = raw
+        if not self.mix.needs_gram and key not in self._factors:
+            self._factors[key] = self.fixed.get(key) or self.rule(np.empty((0, 0)))
+        count, kind = piece.stop - piece.start, FLOATS[stored]
         tally = self.tallies.setdefault(key, Tally.empty(self.count))
-        if piece.measure:
+        room = next(self._results) if piece.write else np.empty(0, np.uint8)
+        result = room[: count * kind.itemsize].view(kind)
+        for start in range(0, count, BLOCK):
+            block = slice(start, min(start + BLOCK, count))
+            values = self._measured(piece, [raw[block] for raw in raws], tally)
+            if piece.write:
+                self._rounded_sum(key, values, tally, result[block])
+        return result if piece.write else None
+
+    def _measured(self, piece: _Piece, raws: Sequence[np.ndarray], tally: Tally) -> np.ndarray:
+        """The values of all sources, (sources, n), in the arithmetic that is to be used; their sums go into `tally`."""
+        stored = FLOATS[self.stored[piece.key]]
+        single = exact_in_single(self._factors.get(piece.key), [raw.dtype for raw in raws], stored)
+        for kind in (np.float32, np.float64) if single else (np.float64,):
+            values = self._values.view(kind)[:, : len(raws[0])]
+            deltas = self._deltas.view(kind)[:, : len(raws[0])]
+            for row, raw in zip(values, raws, strict=True):
+                row[:] = raw
+            if not piece.measure:
+                return values
             base = values[-1] if self.base is not None else None
-            tally.measure(values[: self.count], base, self._deltas[:, : values.shape[1]])
-            if not (np.isfinite(tally.gram).all() and np.isfinite(tally.squares).all()):
-                for source, row in zip(self.sources, values, strict=True):
-                    source.check_finite(key, row)
-        if not piece.write:
-            return None
+            if tally.measure(values[: self.count], base, deltas):
+                return values  # finite squares: no sum of two overflows
+        for source, row in zip(self.sources, values, strict=True):
+            source.check_finite(piece.key, row)
+        return values
+
+    def _rounded_sum(self, key: str, values: np.ndarray, tally: Tally, result: np.ndarray) -> None:
+        """Σ factors · values into `result`, rounded once to its dtype; what bf16 loses goes into `tally`."""
         if key not in self._factors:
             self._factors[key] = self.fixed.get(key) or self.rule(tally.gram)
-        soup, spare = self._room[:, : values.shape[1]]
+        soup, spare = self._room.view(values.dtype)[:, : len(result)]
         weighted_sum(values, self._factors[key], soup, spare)
-        room = next(self._results)[: len(soup) * FLOATS[stored].itemsize]
-        rounding = self._rounding.head(len(soup))
-        result = half = rounded(soup, stored, room.view(FLOATS[stored]), rounding)
+        stored, rounding = self.stored[key], self._rounding.head(len(result))
+        if soup.dtype == np.float32:
+            rounding = rounding._replace(single=soup)
+            np.copyto(result, soup, casting="unsafe")
+        else:
+            rounded(soup, stored, result, rounding)
+        half = result
         if stored != "BF16":
-            half = self._half[: len(soup)]
+            half = self._half[: len(result)]
             np.copyto(half, rounding.single, casting="unsafe")
         finite = tally.measure_rounding(rounding.single, half, rounding.spare)
         if (stored == "F16" or not finite) and not np.isfinite(result).all():
             raise CheckpointError(f"soup: {key} overflows {stored}. Choose a wider dtype.")
-        return result
+
+
+def exact_in_single(
+    factors: Factors | None, dtypes: Sequence[np.dtype[Any]], stored: np.dtype[Any]
+) -> bool:
+    """Whether (a + b) / 2 is to be taken of numbers that float32 holds, to be rounded to their own dtype.
+
+    float32 then gives what float64 would. Numbers in float32: it rounds the sum once, and halving is exact. In bf16:
+    the sum is exact, unless one number is below 2⁻¹⁵ of the other, which is nearest to the sum then, as it is to what
+    float32 makes of it.
+    """
+    if factors is None or factors.base or factors.divisor != 2:
+        return False
+    if sorted(factors.terms) != [0.0] * (len(factors.terms) - 2) + [1.0, 1.0]:
+        return False
+    return stored in (FLOATS["BF16"], FLOATS["F32"]) and set(dtypes) == {stored}
 
 
 def weighted_sum(

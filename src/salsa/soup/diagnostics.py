@@ -52,16 +52,25 @@ class Tally:
         """Nothing yet, for `count` ingredients."""
         return cls(np.zeros((count, count)), np.zeros(count))
 
-    def measure(self, values: np.ndarray, base: np.ndarray | None, deltas: np.ndarray) -> None:
-        """Add a chunk: values (N, n), base (n,) if there is one; `deltas` (N, n) is room to work in."""
+    def measure(self, values: np.ndarray, base: np.ndarray | None, deltas: np.ndarray) -> bool:
+        """Add a chunk: values (N, n), base (n,) if there is one; `deltas` (N, n) is room to work in.
+
+        Sums of float32 that are not finite are not added, so that they can be taken in float64; False says that they
+        are not, in either.
+        """
+        own = Tally.empty(len(values))
         first = 0 if base is not None else 1  # without a base the first delta is zero
         np.subtract(values[first:], values[0] if base is None else base, out=deltas[first:])
         for i in range(len(values)):
-            self.squares[i] += dot(values[i], values[i])
+            own.squares[i] = dot(values[i], values[i])
             for j in range(first, i + 1):
-                self.gram[i, j] += dot(deltas[i], deltas[j])
-                self.gram[j, i] = self.gram[i, j]
-        self.size += values.shape[1]
+                own.gram[i, j] = own.gram[j, i] = dot(deltas[i], deltas[j])
+        finite = bool(np.isfinite(own.squares).all() and np.isfinite(own.gram).all())
+        if finite or values.dtype == np.float64:
+            self.squares += own.squares
+            self.gram += own.gram
+            self.size += values.shape[1]
+        return finite
 
     def measure_rounding(self, single: np.ndarray, half: np.ndarray, room: np.ndarray) -> bool:
         """Add what bf16 loses of a chunk of the soup, (n,), given in float32 and in bf16; whether both are finite.

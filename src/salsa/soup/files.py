@@ -7,12 +7,14 @@ Nothing is trusted: a header must describe its file exactly, an index its shards
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,9 +50,11 @@ _PLAIN = re.compile(r"[^./\\:][^/\\:]*\.safetensors")
 
 MAX_SHARD_BYTES = 5 * 10**9
 _PIECE_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 26
+"""Of a mapped file, before the place that is read; what lies further back no longer counts as this process's memory."""
 _PREFETCH_BYTES = 1 << 23
 """The system is told to read as much ahead of us from the disk."""
-_SYNC_BYTES = 1 << 26
+_SYNC_BYTES = 1 << 28
 """Written bytes after which the disk is set to work, so that little is left to wait for at the end."""
 
 
@@ -91,8 +95,9 @@ class Weights:
         self.directory = directory
         self.shards: list[Shard] = []
         self.tensors: dict[str, Tensor] = {}
-        self._open: tuple[Shard, BinaryIO] | None = None
+        self._open: tuple[Shard, FileIO, mmap.mmap] | None = None
         self._asked = 0  # the open file is prefetched up to here
+        self._dropped = 0  # and its pages are let go up to here
         for name, expected in _shard_names(directory, stem).items():
             shard, header = _read_header(directory / name)
             if expected is not None and expected != header.keys():
@@ -109,46 +114,52 @@ class Weights:
                 f"{directory}: {quantized[0]} belongs to a quantized layer. De-quantize it first."
             )
 
-    def read(self, tensor: Tensor, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Elements start to stop, flat, in the head of `buffer` (uint8)."""
+    def read(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        """Elements start to stop, flat: the file's own pages, not to be written to."""
         kind = NUMPY_DTYPES[tensor.dtype]
-        view = buffer[: (stop - start) * kind.itemsize]
-        self._read_bytes(tensor.shard, tensor.offset + start * kind.itemsize, view)
-        return view.view(kind)
+        first, last = (tensor.offset + n * kind.itemsize for n in (start, stop))
+        return self._bytes(tensor.shard, first, last).view(kind)
 
     def sha256(self) -> dict[str, str]:
         """File name → hex sha256; bytes that were not read in order are read now."""
-        buffer = np.empty(_PIECE_BYTES, np.uint8)
         for shard in self.shards:
             while shard.hashed < shard.size:
-                piece = buffer[: min(_PIECE_BYTES, shard.size - shard.hashed)]
-                self._read_bytes(shard, shard.hashed, piece)
+                self._bytes(shard, shard.hashed, min(shard.hashed + _PIECE_BYTES, shard.size))
         return {shard.path.name: shard.hasher.hexdigest() for shard in self.shards}
 
     def close(self) -> None:
-        """Close the open file, if any."""
+        """Close the open file, if any; what was read of it stays readable."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
 
-    def _read_bytes(self, shard: Shard, offset: int, view: np.ndarray) -> None:
+    def _bytes(self, shard: Shard, start: int, stop: int) -> np.ndarray:
+        """Bytes of a file, mapped: a copy would cost as much as all sums. They are hashed if they come next."""
         if self._open is None or self._open[0] is not shard:
             self.close()
-            self._open = (shard, shard.path.open("rb", buffering=0))
-            self._asked = 0
-        file = self._open[1]
-        if offset + len(view) > self._asked - _PREFETCH_BYTES // 2 and hasattr(os, "posix_fadvise"):
-            self._asked = offset + len(view) + _PREFETCH_BYTES
-            os.posix_fadvise(file.fileno(), offset, self._asked - offset, os.POSIX_FADV_WILLNEED)
-        file.seek(offset)
-        target = view.data
-        while target:
-            if not (count := file.readinto(target)):  # type: ignore[attr-defined]
-                raise CheckpointError(f"{shard.path}: became shorter while it was read.")
-            target = target[count:]
-        if offset == shard.hashed:
+            file = shard.path.open("rb", buffering=0)
+            self._open = shard, file, mmap.mmap(file.fileno(), shard.size, access=mmap.ACCESS_READ)
+            self._asked = self._dropped = 0
+        _, file, pages = self._open
+        if (
+            os.fstat(file.fileno()).st_size < stop
+        ):  # a mapped page beyond the end would kill the process
+            raise CheckpointError(f"{shard.path}: became shorter while it was read.")
+        if stop > self._asked - _PREFETCH_BYTES // 2 and hasattr(os, "posix_fadvise"):
+            self._asked = stop + _PREFETCH_BYTES
+            os.posix_fadvise(file.fileno(), start, self._asked - start, os.POSIX_FADV_WILLNEED)
+        if start - self._dropped > 2 * _KEPT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            pages.madvise(
+                mmap.MADV_DONTNEED,
+                self._dropped,
+                start - _KEPT_BYTES - self._dropped & -mmap.PAGESIZE,
+            )
+            self._dropped += start - _KEPT_BYTES - self._dropped & -mmap.PAGESIZE
+        view = np.frombuffer(pages, np.uint8, stop - start, start)
+        if start == shard.hashed:
             shard.hasher.update(view)
-            shard.hashed += len(view)
+            shard.hashed = stop
+        return view
 
 
 class WeightsWriter:

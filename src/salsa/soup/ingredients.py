@@ -79,9 +79,9 @@ class Ingredient:
         """The files that `load` reads: two threads may not read the same."""
         return [self.weights]
 
-    def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Elements of a tensor, flat; stored ones lie in the head of `buffer`."""
-        return self.weights.read(self.tensors[key], start, stop, buffer)
+    def load(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Elements of a tensor, flat, not to be written to."""
+        return self.weights.read(self.tensors[key], start, stop)
 
     def check_finite(self, key: str, values: np.ndarray) -> None:
         """Raise CheckpointError if NaN or Inf is among the values of a tensor."""
@@ -288,10 +288,9 @@ def _same(weights: Weights, one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     step = 1 << 18
-    buffers = np.empty((2, step * 8), np.uint8)
     for start in range(0, one.size, step):
         place = (start, min(start + step, one.size))
-        a, b = weights.read(one, *place, buffers[0]), weights.read(other, *place, buffers[1])
+        a, b = weights.read(one, *place), weights.read(other, *place)
         if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
             return False
     return True

@@ -92,8 +92,7 @@ class Adapter(Ingredient):
         tensor = self.tensors[key]
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{self.path}: {key} is {tensor.dtype}; an adapter holds floats.")
-        buffer = np.empty(tensor.size * FLOATS[tensor.dtype].itemsize, np.uint8)
-        flat = self.weights.read(tensor, 0, tensor.size, buffer)
+        flat = self.weights.read(tensor, 0, tensor.size)
         values = flat.reshape(tensor.shape).astype(np.float64)
         self.check_finite(key, values)
         return values
@@ -200,11 +199,11 @@ class MergedAdapter(Ingredient):
         """The adapter's own and the base's."""
         return [self.weights, *self.base.reads]
 
-    def load(self, key: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+    def load(self, key: str, start: int, stop: int) -> np.ndarray:
         """Elements of a tensor that was saved whole; else the base's, W_base + s B A (float64) where it is adapted."""
         if (tensor := self._replaced.get(key)) is not None:
-            return self.weights.read(tensor, start, stop, buffer)
-        stored = self.base.load(key, start, stop, buffer)
+            return self.weights.read(tensor, start, stop)
+        stored = self.base.load(key, start, stop)
         if key not in self._products or self.tensors[key].dtype not in FLOATS:
             return stored
         if key != self._at:  # (rows, r) and (r, columns) in the base's orientation

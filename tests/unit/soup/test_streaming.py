@@ -1,5 +1,6 @@
 """The streaming loop's threads and buffers: whoever is slow, the bytes are the same."""
 
+import json
 import math
 import time
 
@@ -12,7 +13,7 @@ from salsa.soup import blend
 from salsa.soup.average import Source, _Average
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Weights, WeightsWriter
-from salsa.soup.methods import Mix, Room, rounded
+from salsa.soup.methods import Factors, Mix, Room, linear, rounded, uniform, wise
 
 from . import checkpoints
 
@@ -120,3 +121,55 @@ def test_sources_are_read_side_by_side_but_for_adapters(three):
     shared.__class__ = type("Shared", (type(shared),), {"reads": opened.base.reads})
     assert alone._lanes() == [[0, 1, 2]]
     opened.close()
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_in_float32_a_mean_of_two_has_the_bits_of_one_that_is_rounded_once(dtype):
+    """Numbers of every exponent whose square is finite, in pairs of any distance, subnormal ones too."""
+    kind = FLOATS[dtype]
+    bits = np.random.default_rng(0).integers(0, 2 ** (8 * kind.itemsize), (2, 1 << 19))
+    exponent = bits >> (8 * kind.itemsize - 9) & 255
+    bits = bits[:, (exponent < 127 + 63).all(axis=0)].astype(f"u{kind.itemsize}")
+    values = bits.view(kind).astype(np.float64)
+    near = values[0] * (1 + 2.0 ** np.random.default_rng(1).integers(-20, 4, values.shape[1]))
+    pairs = np.concatenate(
+        [values, np.stack([values[0], -near.astype(kind).astype(float)])], axis=1
+    )
+    assert pairs.shape[1] > 1 << 18
+    single = pairs.astype(np.float32)
+    assert (single == pairs).all()
+    soup, spare = np.empty((2, pairs.shape[1]), np.float32)
+    blend.weighted_sum(single, uniform(2), soup, spare)
+    expected = rounded(pairs.mean(axis=0), dtype)
+    assert soup.astype(kind).tobytes() == expected.tobytes()
+
+
+def test_float32_is_used_for_a_mean_of_two_and_for_nothing_else():
+    bf16, f32, f16 = (FLOATS[name] for name in ("BF16", "F32", "F16"))
+    assert blend.exact_in_single(uniform(2), [bf16, bf16], bf16)
+    assert blend.exact_in_single(Factors((1.0, 0.0, 1.0), divisor=2.0), [f32] * 3, f32)
+    for factors, dtypes, stored in (
+        (uniform(3), [bf16] * 3, bf16),
+        (linear([0.5, 0.5]), [bf16] * 2, bf16),
+        (wise(uniform(2), 0.5), [bf16] * 3, bf16),
+        (uniform(2), [bf16, f32], f32),
+        (uniform(2), [f32] * 2, bf16),
+        (uniform(2), [f16] * 2, f16),
+        (None, [bf16] * 2, bf16),
+    ):
+        assert not blend.exact_in_single(factors, dtypes, stored)
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float32])
+def test_numbers_whose_squares_float32_cannot_hold_are_averaged_all_the_same(kind, tmp_path):
+    huge = np.array([3e38, -3e38, 1e30, 1.0] * 4096, kind)
+    tensors = [checkpoints.tensors(0) | {"w.weight": w} for w in (huge, huge[::-1].copy())]
+    models = [checkpoints.write(tmp_path / f"m{n}", each) for n, each in enumerate(tensors)]
+    soup = make_soup(models, out=tmp_path / "soup")
+    mean = sum(each["w.weight"].astype(np.float64) for each in tensors) / 2
+    found = checkpoints.read(soup.path)["w.weight"]
+    assert found.tobytes() == rounded(mean, "F32" if kind is np.float32 else "BF16").tobytes()
+    record = json.loads((soup.path / "soup.json").read_text())
+    assert record["diagnostics"]["norms"][0] == pytest.approx(
+        np.linalg.norm(huge.astype(float)), rel=1e-5
+    )
