@@ -92,6 +92,27 @@ def train(directory: Path, jobs: Jobs, engine: Engine) -> None:
                 raise
 
 
+def fit(directory: Path, jobs: tuple[dict[str, Any], int | None], engine: Engine) -> None:
+    """Jobs of TRL's trainers, each into a directory of its name; they fail in the step that is given, if any."""
+    from salsa.runtime import hf_trainer
+
+    named, stop_at = jobs
+    real = hf_trainer._Report.on_step_end
+
+    def stopped(self: Any, args: Any, state: Any, control: Any, **options: Any) -> None:
+        real(self, args, state, control, **options)
+        if state.global_step == stop_at:
+            raise WorkFailed("stopped on purpose")
+
+    hf_trainer._Report.on_step_end = stopped  # type: ignore[method-assign]
+    try:
+        for name, job in named.items():
+            (directory / name).mkdir(parents=True, exist_ok=True)
+            job.run(directory / name, engine)
+    finally:
+        hf_trainer._Report.on_step_end = real  # type: ignore[method-assign]
+
+
 def where(directory: Path, name: str) -> Path:
     """Where a case is written."""
     return directory / name.replace(", ", "-").replace(" ", "-")

@@ -10,7 +10,7 @@ from salsa.data import preference_rows
 from salsa.errors import CheckpointError
 from salsa.models import load_policy, load_tokenizer, same_vocabulary, save_checkpoint
 from salsa.runtime.engine import Engine
-from salsa.runtime.hf_trainer import common_arguments, train
+from salsa.runtime.hf_trainer import common_arguments, divided, known_to_accelerate, learned, train
 from salsa.stages.jobs import DPOJob
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
@@ -36,12 +36,15 @@ def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
     rows = preference_rows(read_jsonl(where), tokenizer, str(where))
     arguments = common_arguments(job, directory, engine)
     model = load_policy(job.init.path)
-    trainer = trl.DPOTrainer(
-        model=model,
-        ref_model=load_policy(job.reference.path),
-        args=trl.DPOConfig(**arguments, beta=job.config.beta, disable_dropout=True),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    train(trainer, directory, job.label, SHOWN)
-    save_checkpoint(model, tokenizer, directory)
+    with known_to_accelerate(engine):
+        trainer = divided(trl.DPOTrainer, engine, pairs=True)(
+            model=model,
+            ref_model=load_policy(job.reference.path),
+            args=trl.DPOConfig(**arguments, beta=job.config.beta, disable_dropout=True),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        train(trainer, directory, job.label, SHOWN, engine)
+        model, weights = learned(trainer, model, engine)
+    if engine.is_main:
+        save_checkpoint(model, tokenizer, directory, weights)

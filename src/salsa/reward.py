@@ -11,7 +11,14 @@ from salsa.errors import DataError
 from salsa.models import RewardModel, load_classifier, load_tokenizer, save_checkpoint
 from salsa.rewards import Scorer
 from salsa.runtime.engine import Engine
-from salsa.runtime.hf_trainer import adapters, common_arguments, merged, train
+from salsa.runtime.hf_trainer import (
+    adapters,
+    common_arguments,
+    divided,
+    known_to_accelerate,
+    learned,
+    train,
+)
 from salsa.stages.jobs import RewardJob
 
 
@@ -38,17 +45,20 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     model = load_classifier(
         job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
     )
-    trainer = trl.RewardTrainer(
-        model=model,
-        args=trl.RewardConfig(**arguments, disable_dropout=True),
-        train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
-        processing_class=tokenizer,
-        peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
-    )
-    train(trainer, directory, job.label, ("loss", "accuracy", "margin"))
-    save_checkpoint(merged(trainer, model), tokenizer, directory)
-    if num_held_out:
-        accuracy = _accuracy(RewardModel.load(directory, engine), rows[:num_held_out])
+    with known_to_accelerate(engine):
+        trainer = divided(trl.RewardTrainer, engine, pairs=True)(
+            model=model,
+            args=trl.RewardConfig(**arguments, disable_dropout=True),
+            train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
+            processing_class=tokenizer,
+            peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
+        )
+        train(trainer, directory, job.label, ("loss", "accuracy", "margin"), engine)
+        model, weights = learned(trainer, model, engine)
+    if engine.is_main:
+        save_checkpoint(model, tokenizer, directory, weights)
+    if num_held_out and engine.is_main:
+        accuracy = _accuracy(RewardModel.load(directory, engine.alone), rows[:num_held_out])
         text = f"{accuracy:.6f} on {num_held_out} held-out pairs\n"
         write_atomic(directory / "accuracy.txt", text)
 

@@ -5,7 +5,14 @@ from pathlib import Path
 from salsa.data import SFT_COLUMNS, describe, load_rows, sft_rows
 from salsa.models import load_policy, load_tokenizer, save_checkpoint
 from salsa.runtime.engine import Engine
-from salsa.runtime.hf_trainer import adapters, common_arguments, merged, train
+from salsa.runtime.hf_trainer import (
+    adapters,
+    common_arguments,
+    divided,
+    known_to_accelerate,
+    learned,
+    train,
+)
 from salsa.stages.jobs import SFTJob
 
 
@@ -27,12 +34,15 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
         "assistant_only_loss" if whole else "completion_only_loss": True,
     }
     model = load_policy(job.base.path)
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(**arguments),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),
-    )
-    train(trainer, directory, job.label, ("loss", "mean_token_accuracy"))
-    save_checkpoint(merged(trainer, model), tokenizer, directory)
+    with known_to_accelerate(engine):
+        trainer = divided(trl.SFTTrainer, engine)(
+            model=model,
+            args=trl.SFTConfig(**arguments),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),
+        )
+        train(trainer, directory, job.label, ("loss", "mean_token_accuracy"), engine)
+        model, weights = learned(trainer, model, engine)
+    if engine.is_main:
+        save_checkpoint(model, tokenizer, directory, weights)

@@ -85,6 +85,11 @@ class Engine:
         """The same engine as one of the processes of `mesh`."""
         return replace(self, rank=mesh.get_rank(), world_size=mesh.size(), mesh=mesh)
 
+    @property
+    def alone(self) -> "Engine":
+        """The same engine for what this process does by itself."""
+        return replace(self, rank=0, world_size=1, mesh=None)
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over all processes."""
         if self.mesh is None:

@@ -64,10 +64,11 @@ class View(Protocol):
 
 
 class Lines:
-    """A plain line of a running stage, at most one in `PLAIN_SECONDS`."""
+    """A plain line of a running stage, at most one in `PLAIN_SECONDS`, and one at its end."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
 
     def show(self, status: Status) -> None:
         """Print it if it is due or the last one."""
@@ -76,11 +77,12 @@ class Lines:
             return
         now = time.monotonic()
         due = now - self._last.setdefault(status.label, now) >= PLAIN_SECONDS
-        if due or status.step == status.total:
+        at_end = status.step == status.total and self._steps.get(status.label) != status.step
+        if due or at_end:
             left = "" if status.left is None else f"  {status.left:.0f} s left"
             shown = "  ".join(f"{name} {value:.4g}" for name, value in status.metrics.items())
             say(f"{status.label}: {status.step}/{status.total}  {shown}{left}")
-            self._last[status.label] = now
+            self._last[status.label], self._steps[status.label] = now, status.step
 
 
 class Bar:

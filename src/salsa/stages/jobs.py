@@ -46,8 +46,6 @@ class Job(ABC):
 
     needs_engine: ClassVar[bool] = True
     """Whether the work computes with torch, so that its arithmetic is part of its identity."""
-    can_be_divided: ClassVar[bool] = False
-    """Whether several processes can do the work together."""
     label: Undecisive[str]
     """Names the directory and the report's row, e.g. `sft[0]`."""
 
@@ -55,6 +53,11 @@ class Job(ABC):
         """`{"config": …, "inputs": {name: digest}}`: all that decides the result, as JSON values."""
         names = {f.name: getattr(f.type, "__metadata__", (f.name,))[0] for f in fields(self)}
         return identity_from(**{name: getattr(self, own) for own, name in names.items() if name})
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether several processes can do the work together."""
+        return False
 
     def execution(self) -> dict[str, Any]:
         """How it is computed, which does not decide the result; recorded beside the identity."""
@@ -172,6 +175,11 @@ class SFTJob(Job):
     dataset: Annotated[DataSource, "data"]
     seed: int
 
+    @property
+    def can_be_divided(self) -> bool:
+        """Unless adapters learn, which are merged where they were trained, or rows are packed into one."""
+        return self.config.lora is None and not self.config.packing
+
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
         from salsa.sft import train_sft
@@ -218,6 +226,11 @@ class RewardJob(Job):
     config: RewardConfig
     seed: int
 
+    @property
+    def can_be_divided(self) -> bool:
+        """Unless adapters learn: those are merged where they were trained."""
+        return self.config.lora is None
+
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
         from salsa.reward import train_reward
@@ -235,6 +248,11 @@ class DPOJob(Job):
     config: DPOConfig
     seed: int
 
+    @property
+    def can_be_divided(self) -> bool:
+        """Yes."""
+        return True
+
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
         from salsa.dpo import train_dpo
@@ -246,7 +264,6 @@ class DPOJob(Job):
 class RLJob(Job):
     """RL of one arm with one seed."""
 
-    can_be_divided: ClassVar[bool] = True
     init: Checkpoint
     reference: Reference
     reward: RewardSource
@@ -257,6 +274,11 @@ class RLJob(Job):
     """Name → model whose KL is logged: the base and the SFT models. What is only logged is part of the output too."""
     monitors: Annotated[dict[str, RewardSource], "score"] = field(default_factory=dict)
     """Further scores to log, e.g. `gold`; they train nothing."""
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Yes."""
+        return True
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
