@@ -4,14 +4,15 @@ KL is the sum over a response's tokens of the exact KL between next-token distri
 in nats per response, averaged over responses that the policy sampled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from salsa.artifacts import Checkpoint, write_jsonl
-from salsa.data import load_prompts
+from salsa.data import Prompt, load_prompts
 from salsa.models import LanguageModel, load_tokenizer, sampling_for
 from salsa.rewards import sum_of
 from salsa.runtime.engine import Engine
@@ -22,68 +23,86 @@ from salsa.types import Rollout
 
 
 def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
-    """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended."""
+    """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended.
+
+    In memory at once are the policy and the reward models, then the policy and one of the models it is measured to.
+    """
     tokenizer = load_tokenizer(job.policy.path)
     policy = LanguageModel.load(job.policy.path, engine)
-    measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
-    if job.references:
-        measured["reference"] = job.references
-    models = {job.policy.digest: policy}  # each is loaded once, and the policy may be one of them
-    for one in chain.from_iterable(measured.values()):
-        if one.digest not in models:
-            models[one.digest] = LanguageModel.load(one.path, engine)
-    scorers = {name: sum_of(reward.load(engine)) for name, reward in job.rewards.items()}
     limit = job.max_prompt_tokens if job.only is None else None
     prompts = load_prompts(job.prompts, tokenizer, max_tokens=limit)
     if job.only is not None:
         prompts = [prompts[number] for number in job.only]
-    sampler = LocalSampler(policy)
+    rows, rollouts = _respond(job, policy, prompts, tokenizer, directory, engine)
+    for name, values in _kl(job, policy, rollouts, engine).items():
+        for row, value in zip(rows, values, strict=True):
+            row[f"kl_{name}"] = round_metric(value)
+    last = ("length", "ended")
+    write_jsonl(
+        directory / "samples.jsonl",
+        [
+            {k: v for k, v in row.items() if k not in last} | {k: row[k] for k in last}
+            for row in rows
+        ],
+    )
+
+
+def _respond(
+    job: EvalJob,
+    policy: LanguageModel,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    directory: Path,
+    engine: Engine,
+) -> tuple[list[dict[str, Any]], list[Rollout]]:
+    """A row a prompt: the response, its scores and length; and the responses as tokens, a batch each."""
+    scorers = {name: sum_of(reward.load(engine)) for name, reward in job.rewards.items()}
+    sampler, generator = LocalSampler(policy), engine.generator(job.seed)
     sampling = sampling_for(
         job.policy.path, tokenizer, max_new_tokens=job.max_new_tokens, temperature=job.temperature
     )
-    generator = engine.generator(job.seed)
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
+    rollouts: list[Rollout] = []
     shown = (*list(scorers)[:1], "length")
     with tracker(directory, job.label, -(-len(prompts) // job.batch_size), shown) as log:
         log.resume_at(0)
         for start in range(0, len(prompts), job.batch_size):
             batch = prompts[start : start + job.batch_size]
             rollout = sampler.generate([p.ids for p in batch], sampling, generator).rollout
-            kl = _kl(job, measured, models, rollout)
             texts, ended = rollout.texts(tokenizer), rollout.ended(sampling.eos_ids).tolist()
             with torch.no_grad():
-                columns = {name: scorer(batch, texts) for name, scorer in scorers.items()}
-            columns |= {f"kl_{name}": values for name, values in kl.items()}
+                scores = {name: scorer(batch, texts) for name, scorer in scorers.items()}
             new = [
                 {
                     "prompt": prompt.text,
                     "response": texts[i],
-                    **{name: round_metric(values[i]) for name, values in columns.items()},
+                    **{name: round_metric(values[i]) for name, values in scores.items()},
                     "length": int(rollout.lengths[i]),
                     "ended": ended[i],
                 }
                 for i, prompt in enumerate(batch)
             ]
             rows += new
+            rollouts.append(rollout)
             metrics = {name: sum(row[name] for row in new) / len(new) for name in shown}
-            log.log(start // job.batch_size + 1, metrics)
-    write_jsonl(directory / "samples.jsonl", rows)
+            log.log(len(rollouts), metrics)
+    return rows, rollouts
 
 
 def _kl(
-    job: EvalJob,
-    measured: Mapping[str, tuple[Checkpoint, ...]],
-    models: Mapping[str, LanguageModel],
-    rollout: Rollout,
+    job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout], engine: Engine
 ) -> dict[str, list[float]]:
     """Name → KL of each response; to a mixture the weighted sum of the KLs to its parts, which are named too."""
+    measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
+    if job.references:
+        measured["reference"] = job.references
+    each = {job.policy.digest: [0.0] * sum(map(len, rollouts))}
+    for one in chain.from_iterable(measured.values()):
+        if one.digest not in each:
+            other = LanguageModel.load(one.path, engine)
+            kls = [policy.kl_to(other, rollout, job.temperature) for rollout in rollouts]
+            each[one.digest] = [kl for batch in kls for kl in batch.sum(dim=1).tolist()]
     columns: dict[str, list[float]] = {}
-    policy = models[job.policy.digest]
-    each = {
-        digest: policy.kl_to(model, rollout, job.temperature).sum(dim=1).tolist()
-        for digest, model in models.items()
-        if model is not policy
-    } | {job.policy.digest: [0.0] * len(rollout)}
     for name, checkpoints in measured.items():
         parts = [each[one.digest] for one in checkpoints]
         columns[name] = parts[0]

@@ -4,7 +4,7 @@ No torch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ class Stage:
     """Of one run; None if the number of rows is not known."""
     runs: int = 1
     """How often the recipe runs it: seeds, arms."""
+    divided: bool = True
+    """Whether all ranks share it; else one of them does it and the others wait."""
+
+    def seconds(self, hardware: Hardware) -> float | None:
+        """Of all its runs; None if its work is not known."""
+        if self.work is None:
+            return None
+        return self.runs * self.work.seconds(hardware if self.divided else hardware.single)
 
     @property
     def peak(self) -> Memory:
@@ -61,7 +69,7 @@ def stages_of(recipe: Recipe, hardware: Hardware) -> list[Stage]:
             found.append(_dpo(recipe, name, config, shape, place, hardware, runs))
             continue
         found.append(_rl(recipe, name, config, shape, place, hardware, runs))
-    return [*found, _evaluation(recipe, shape, place, hardware)]
+    return [*found, _evaluation(recipe, shape, hardware)]
 
 
 def rows_of(source: DataSource | None) -> int | None:
@@ -79,6 +87,8 @@ def _sft(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iter
     sft, assumed = recipe.sft, hardware.assumed
     if sft.dataset is None:
         return
+    divided = sft.lora is None and not sft.packing
+    place = place if divided else replace(place, ranks=1)
     micro = -(-(sft.microbatch_size or sft.batch_size) // place.ranks)
     peak = memory.trainer_memory(shape, place, micro, sft.max_length, head=True)
     rows, done = rows_of(sft.dataset), None
@@ -88,18 +98,20 @@ def _sft(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iter
         done = work.sft_work(
             shape, rows * replies, sft.max_length * assumed.fill, epochs, micro * place.ranks, place
         )
-    yield Stage("sft", {"update": peak}, done, sft.count)
+    yield Stage("sft", {"update": peak}, done, sft.count, divided)
 
 
 def _reward(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iterator[Stage]:
     reward = recipe.reward
     if not reward.trains or recipe.preferences is None:
         return
+    divided = reward.lora is None
+    place = place if divided else replace(place, ranks=1)
     micro = 2 * -(-reward.batch_size // place.ranks)
     peak = memory.trainer_memory(shape, place, micro, reward.max_length, head=False)
     pairs = rows_of(recipe.preferences.dataset or recipe.preferences.prompts)
     done = _pairs_work(shape, pairs, reward, micro, place, hardware)
-    yield Stage("reward", {"update": peak}, done, len(reward.seeds))
+    yield Stage("reward", {"update": peak}, done, len(reward.seeds), divided)
 
 
 def _dpo(
@@ -139,33 +151,35 @@ def _rl(
     return Stage(name, memory.rl_memory(one, place), done, runs)
 
 
-def _evaluation(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Stage:
-    """The policy, the models that its KL is measured to, its reference and the reward model, all frozen."""
-    config, e = recipe.eval, place.bytes
-    limit = config.max_new_tokens or recipe.rl.max_new_tokens
-    prompt, slots = recipe.rl.max_prompt_tokens, -(-config.batch_size // place.ranks)
+def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> Stage:
+    """By one rank: the policy and the reward model, then the policy and one model that its KL is measured to."""
+    config, place = recipe.eval, hardware.single.place(recipe.model.precision)
+    e, limit = place.bytes, config.max_new_tokens or recipe.rl.max_new_tokens
+    prompt, slots = recipe.rl.max_prompt_tokens, min(memory.SLOTS, config.batch_size)
     reward = reward_shape(recipe, shape)
-    measured = {parse_model(text) for text in config.kl_to}
-    others = max(len(measured | set(arm.rule.models)) for arm in recipe.rl.arms.values())
-    frozen = others * shape.parameters + (reward.trunk if reward else 0)
-    slots = min(memory.SLOTS, slots)
     one = memory.Pass(slots * (prompt + limit), slots, prompt + limit, prompt + limit)
-    whole = shape.parameters * e if place.ranks > 1 else 0
-    peak = Memory(
-        weights=shape.parameters * e / place.ranks + whole,
-        frozen=frozen * e / place.ranks,
+    held = Memory(
+        weights=shape.parameters * e,
         activations=memory.forward_bytes(shape, one, e),
-        kv_cache=memory.kv_cache_bytes(shape, slots, prompt, limit, place),
         logits=2 * memory.LOGITS_CHUNK * shape.vocabulary * 4 * memory.FP32,
     )
+    cache = memory.kv_cache_bytes(shape, slots, prompt, limit, place)
+    scored = (reward.trunk if reward else 0) * e
+    phases = {
+        "rollout": replace(held, frozen=scored, kv_cache=cache),
+        "KL": replace(held, frozen=shape.parameters * e),
+    }
     rows, done, fill = rows_of(config.prompts), None, hardware.assumed.fill
+    measured = {parse_model(text) for text in config.kl_to}
+    others = max(len(measured | set(arm.rule.models)) for arm in recipe.rl.arms.values())
     if rows is not None:
         lengths = prompt * fill, limit * fill
         done = work.generation_work(shape, rows, *lengths, place)
         flops = work.forward_flops(shape, rows * sum(lengths), sum(lengths), rows * limit * fill)
         done += Work(flops=flops * (1 + others))
     runs = (len(recipe.rl.arms) + 1) * len(recipe.rl.seeds)
-    return Stage("eval", {"rollout": memory.resident(peak, place)}, done, runs)
+    resident = {name: memory.resident(one, place) for name, one in phases.items()}
+    return Stage("eval", resident, done, runs, divided=False)
 
 
 def reward_shape(recipe: Recipe, shape: Shape) -> Shape | None:

@@ -91,6 +91,11 @@ class Hardware:
             precision = "fp32" if self.on_cpu else "bf16"
         return Place(precision, self.ranks, self.on_cpu)
 
+    @property
+    def single(self) -> "Hardware":
+        """What one rank computes with: a card, or the CPU."""
+        return self if self.on_cpu else replace(self, count=1)
+
     def times(self, factor: int) -> "Hardware":
         """So many times the cards."""
         count = self.count * factor

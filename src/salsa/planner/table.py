@@ -68,30 +68,33 @@ def _memory_table(recipe: Recipe, stages: Sequence[Stage], hardware: Hardware) -
 
 def _work_table(stages: Sequence[Stage], hardware: Hardware) -> list[str]:
     rows = [["", "runs", "tokens", "FLOPs", "hours", "cost"]]
-    total = Work()
+    total, hours = Work(), 0.0
     for stage in stages:
-        if stage.work is None:
+        seconds = stage.seconds(hardware)
+        if stage.work is None or seconds is None:
             rows.append([stage.name, str(stage.runs), "?", "?", "?", "?"])
             continue
         work = stage.work * stage.runs
-        total += work
-        rows.append([stage.name, str(stage.runs), *_work_cells(work, hardware)])
-    rows.append(["in all", "", *_work_cells(total, hardware)])
+        total, hours = total + work, hours + seconds / 3600
+        rows.append([stage.name, str(stage.runs), *_work_cells(work, seconds / 3600, hardware)])
+    rows.append(["in all", "", *_work_cells(total, hours, hardware)])
     lines = _aligned(rows)
     if unknown := [stage.name for stage in stages if stage.work is None]:
         lines.append(
             f"?  the rows of {', '.join(unknown)} are not known before they are read; a `limit:` makes them known"
         )
+    if hardware.ranks > 1 and (alone := [stage.name for stage in stages if not stage.divided]):
+        lines.append(f"{', '.join(alone)}: by one rank while the others wait")
     return lines
 
 
-def _work_cells(work: Work, hardware: Hardware) -> list[str]:
-    hours = work.seconds(hardware) / 3600
+def _work_cells(work: Work, hours: float, hardware: Hardware) -> list[str]:
+    dollars = hours * hardware.count * hardware.assumed.price
     return [
         f"{work.tokens / 1e6:,.1f} M" if work.tokens < 1e9 else f"{work.tokens / 1e9:,.2f} G",
         f"{work.flops:.1e}",
         f"{hours:,.2f}" if hours < 10 else f"{hours:,.0f}",
-        f"${work.dollars(hardware):,.2f}" if hours < 10 else f"${work.dollars(hardware):,.0f}",
+        f"${dollars:,.2f}" if hours < 10 else f"${dollars:,.0f}",
     ]
 
 

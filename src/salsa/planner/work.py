@@ -43,10 +43,6 @@ class Work:
         sending = self.traffic / hardware.link if hardware.ranks > 1 else 0.0
         return max(computing, sending) + self.decode_bytes / bandwidth
 
-    def dollars(self, hardware: Hardware) -> float:
-        """At the assumed price."""
-        return self.seconds(hardware) / 3600 * hardware.count * hardware.assumed.price
-
 
 def forward_flops(shape: Shape, tokens: float, length: float, logits: float) -> float:
     """FLOPs of a pass over `tokens` in rows of `length`, with `logits` logit vectors."""
