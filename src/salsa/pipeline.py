@@ -126,7 +126,7 @@ def _run(
                 precision=recipe.model.precision,
                 threads=recipe.engine.threads,
                 executor=executor,
-                request=lambda job: request_of(job, recipe.engine, executor),
+                request=lambda job: request_of(job, recipe, executor),
                 retries=recipe.engine.retries,
                 processes=recipe.engine.processes,
                 timeout=recipe.engine.timeout,

@@ -16,9 +16,11 @@ import yaml
 from safetensors.torch import save_file
 
 from salsa.artifacts import locked, write_atomic
-from salsa.config import DataSource, EngineConfig, Recipe, SFTConfig
+from salsa.config import DataSource, EngineConfig, Recipe
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
+from salsa.planner.estimate import stages_of
+from salsa.planner.hardware import hardware_of
 from salsa.runtime.checkpoint import save_state
 from salsa.runtime.executors import Request, Task
 from salsa.runtime.executors.local import ProcessPool
@@ -32,7 +34,6 @@ from salsa.stages.graph import Node
 from salsa.stages.jobs import SFTJob, SoupJob
 from salsa.stages.performing import is_disk_full, perform
 from salsa.stages.placing import request_of
-from salsa.untrusted import parameter_count
 from tests.ray_here import SMALL, two_nodes
 from tests.walks import LABELS, STEPS, Walk, finish, outputs, steps_of, walks
 
@@ -346,20 +347,41 @@ def test_where_it_runs_decides_no_result():
     assert engine.identity() == engine.decisive() == {} == EngineConfig(executor="ray").decisive()
 
 
-def test_a_job_asks_for_what_its_models_need(make_checkpoint):
+def test_a_job_asks_for_what_the_planner_says(make_checkpoint, repository):
     model = make_checkpoint()
-    count = parameter_count(model.path)
-    trains = SFTJob("sft[0]", model, SFTConfig(dataset="x", seeds=(0,)), DataSource(path="x"), 0)
+    recipe = Recipe.load(
+        repository / "recipes" / "quickstart.yaml",
+        ["engine={executor: ray, gpus: 2, threads: 4}", "rl.critic=separate"],
+    )
+    on_cpus = Recipe.load(repository / "recipes" / "quickstart.yaml", ["engine.executor=ray"])
+    planned = {s.name: s.peak.total / 2**30 for s in stages_of(on_cpus, hardware_of("cpu:1"))}
+    trains = SFTJob("sft[0]", model, recipe.sft, DataSource(path="x"), 0)
     averages = SoupJob("soup", (model,), None)
 
     class Remote:
         remote, slots = True, None
 
-    asked = request_of(trains, EngineConfig(executor="ray", gpus=2, threads=4), Remote())
+    asked = request_of(trains, recipe, Remote())
     assert (asked.cpus, asked.gpus, asked.processes) == (4, 2, 1)
-    assert asked.memory_gib == pytest.approx(1.5 + 1.5 * count * (4 + 18) / 2**30, abs=0.01)
-    assert request_of(averages, EngineConfig(executor="ray", gpus=2), Remote()).gpus == 0
-    assert request_of(trains, EngineConfig(threads=4), ProcessPool(2)) == Request(cpus=2)
+    assert request_of(averages, recipe, Remote()).gpus == 0
+    memory = request_of(trains, on_cpus, Remote()).memory_gib
+    assert memory == pytest.approx(planned["sft"] + 1, abs=0.01)
+    assert request_of(averages, on_cpus, Remote()).memory_gib < memory
+    here = Recipe.load(repository / "recipes" / "quickstart.yaml", ["engine.threads=4"])
+    assert request_of(trains, here, ProcessPool(2)) == Request(cpus=2)
+
+
+def test_a_model_that_the_planner_does_not_know_asks_for_no_memory(make_checkpoint, repository):
+    recipe = Recipe.load(
+        repository / "recipes" / "quickstart.yaml",
+        ["engine.executor=ray", "model.path=hub/unknown"],
+    )
+    trains = SFTJob("sft[0]", make_checkpoint(), recipe.sft, DataSource(path="x"), 0)
+
+    class Remote:
+        remote, slots = True, None
+
+    assert request_of(trains, recipe, Remote()).memory_gib is None
 
 
 @pytest.mark.slow

@@ -3,17 +3,20 @@
 import os
 from pathlib import Path
 
+from salsa.config import Recipe
 from salsa.config.engine import EngineConfig, SlurmConfig
+from salsa.errors import ConfigError
+from salsa.planner.estimate import stages_of as planned_stages
+from salsa.planner.hardware import GIB, hardware_of
+from salsa.planner.memory import LIBRARIES
+from salsa.planner.shapes import shape_of
 from salsa.runtime.executors import Executor, Request
-from salsa.stages.jobs import DPOJob, Job, RewardJob, RLJob, SFTJob, directories_of
-from salsa.untrusted import parameter_count
+from salsa.stages.jobs import DPOJob, Job, RewardJob, RLJob, SFTJob
 
-_PROCESS_GIB = 1.5
-"""A Python process with torch and transformers, before any model."""
-_BYTES_FROZEN, _BYTES_TRAINED = 4, 18
-"""Per parameter: fp32; with gradient, two Adam moments and a bf16 copy."""
-_ACTIVATIONS = 1.5
-"""Factor for what the planner does not know yet."""
+SPARE = GIB
+"""On top of what is planned: other builds of the libraries, reading and hashing files."""
+_LOADING_BYTES = 8
+"""Of the machine's own memory, per parameter, where a GPU computes: fp32 weights on their way, and those that wait."""
 
 
 def executor_of(engine: EngineConfig, jobs: int | None, run: Path) -> Executor | None:
@@ -39,21 +42,38 @@ def executor_of(engine: EngineConfig, jobs: int | None, run: Path) -> Executor |
     return ProcessPool(jobs)
 
 
-def request_of(job: Job, engine: EngineConfig, executor: Executor | None) -> Request:
+def request_of(job: Job, recipe: Recipe, executor: Executor | None) -> Request:
     """What the job asks for. On this machine: its share of the processors; elsewhere also GPUs and memory."""
+    engine = recipe.engine
     if executor is None or not executor.remote:
         slots = (executor.slots if executor else None) or 1
         return Request(cpus=max(1, (engine.threads or os.cpu_count() or 1) // slots))
-    cpus, memory = engine.threads or 1, engine.memory_gib or _memory_gib(job)
     gpus = engine.gpus if job.needs_engine else 0
-    processes = engine.processes if getattr(job, "can_be_divided", False) else 1
-    return Request(cpus=cpus, gpus=gpus, memory_gib=memory, processes=processes)
+    return Request(
+        cpus=engine.threads or 1,
+        gpus=gpus,
+        memory_gib=engine.memory_gib or _memory_gib(job, recipe, gpus),
+        processes=engine.processes if getattr(job, "can_be_divided", False) else 1,
+    )
 
 
-def _memory_gib(job: Job) -> float:
-    """An estimate from the parameters of the job's models, as far as they can be counted."""
-    models = {path: parameter_count(path) for path in directories_of(job)}
-    counts = [count for count in models.values() if count is not None]
-    trains = {SFTJob: 1, RewardJob: 1, DPOJob: 1, RLJob: 2}.get(type(job), 0)
-    total = _BYTES_FROZEN * sum(counts) + _BYTES_TRAINED * trains * max(counts, default=0)
-    return round(_PROCESS_GIB + _ACTIVATIONS * total / 2**30, 2)
+def _memory_gib(job: Job, recipe: Recipe, gpus: int) -> float | None:
+    """What the planner says that a process of this kind of job needs; None if it does not know the model's family.
+
+    Arms are not told apart: an RL job asks for what the largest needs. Stages that only generate or score count as
+    evaluation, which holds the most models of them.
+    """
+    try:
+        shape, stages = shape_of(recipe.model.path), planned_stages(recipe, hardware_of("cpu:1"))
+    except ConfigError:
+        return None
+    peaks = {stage.name: stage.peak.total for stage in stages}
+    if not job.needs_engine:  # a soup is streamed, a base model copied
+        bytes_needed = LIBRARIES
+    elif gpus:
+        bytes_needed = LIBRARIES + _LOADING_BYTES * shape.parameters
+    elif isinstance(job, RLJob | DPOJob):
+        bytes_needed = max(peaks[arm] for arm in recipe.rl.arms)
+    else:
+        bytes_needed = peaks[{SFTJob: "sft", RewardJob: "reward"}.get(type(job), "eval")]
+    return round((bytes_needed + SPARE) / GIB, 2)
