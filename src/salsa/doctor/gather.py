@@ -12,21 +12,9 @@ from typing import Any
 import numpy as np
 
 from salsa.artifacts import Checkpoint, read_jsonl
-from salsa.config import DataSource, Recipe, RLConfig
+from salsa.config import Recipe, RLConfig
 from salsa.config.expressions import parse_model, text_of
-from salsa.data import (
-    PREFERENCE_COLUMNS,
-    SFT_COLUMNS,
-    Prompt,
-    Row,
-    as_prompt,
-    describe,
-    load_prompts,
-    load_rows,
-    preference_rows,
-    render,
-    sft_rows,
-)
+from salsa.data import PREFERENCE_COLUMNS, Prompt, Row, describe, load_rows, preference_rows
 from salsa.doctor import reward as reward_gates
 from salsa.doctor import rollout as rollout_gates
 from salsa.doctor.evidence import (
@@ -35,29 +23,15 @@ from salsa.doctor.evidence import (
     Episodes,
     Evidence,
     Likelihood,
-    Pairs,
     Reward,
     RLRun,
     Samples,
-    Source,
 )
 from salsa.doctor.files import RunFiles
-from salsa.rewards import FunctionScorer
+from salsa.doctor.sources import READ, SAMPLE, Ids, Sources, data_of, likely_rows, shown_row, words
 from salsa.runtime.tracking import quiet_libraries
 from salsa.stages.directory import Stage, policy_label
 from salsa.trace import PER_TOKEN, read_trace
-
-SAMPLE = 64
-"""Rows of a kind that are run through a model."""
-READ = 5000
-"""Rows of a data set that are looked at, the first ones."""
-KNOWN_MARKS = (
-    "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>",
-    "<end_of_turn>", "<|endoftext|>",
-)  # fmt: skip
-"""Marks of common chat templates; no person writes them."""
-
-Ids = tuple[int, ...]
 
 
 def before(recipe: Recipe) -> Evidence:
@@ -74,7 +48,7 @@ def before(recipe: Recipe) -> Evidence:
         source = recipe.preferences.dataset
         rows = load_rows(source, PREFERENCE_COLUMNS)[:READ]
         pairs = preference_rows(rows, tokenizer, describe(source))
-    data = data_of(recipe, tokenizer, pairs)
+    data = data_of(recipe, Sources(tokenizer), pairs)
     return Evidence(
         recipe.name, data, not_measured=("everything after the data: nothing is trained yet",)
     )
@@ -104,16 +78,17 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
     if stage is not None:
         file = stage.path / "pairs.jsonl"
         pairs = preference_rows(read_jsonl(file), tokenizer, str(file))
-    data = data_of(recipe, tokenizer, pairs)
-    samples = _samples(run, passes)
-    sft = _sft(run, base, data, samples, passes)
+    sources = Sources(tokenizer)
+    data = data_of(recipe, sources, pairs)
+    samples = _samples(run, sources, passes)
+    sft = _sft(run, base, data, sources, samples, passes)
     if sft is None:
         missing.append("SFT: no model is there")
     reward = _reward(run, data, pairs) if passes else None
     if reward is None and passes:
         missing.append("accuracy of the reward: no reward model was trained here")
     runs = _runs(run, len(tokenizer))
-    episodes = _episodes(run, tokenizer, passes)
+    episodes = _episodes(run, sources, passes)
     if not runs:
         missing.append("RL: no arm has been trained by it")
     elif not episodes:
@@ -133,101 +108,13 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
     )  # fmt: skip
 
 
-def data_of(recipe: Recipe, tokenizer: Any, pairs: Sequence[Row] | None) -> Data:
-    """The data of every role; `pairs` are preference rows of `salsa.data`, where there are any."""
-    contents: list[str] = []
-    sources = []
-    replies: list[str] = []
-    tokens: list[int] = []
-    reply_tokens: list[int] = []
-    if recipe.sft.dataset is not None:
-        rows = _sft_rows(recipe.sft.dataset, tokenizer)[:READ]
-        sources.append(Source("sft", [words(row["prompt"]) for row in rows]))
-        replies = [words(row["completion"]) for row in rows]
-        shown = [_shown(row, tokenizer) for row in rows]
-        tokens = [len(prompt) + len(reply) for prompt, reply in shown]
-        reply_tokens = [len(reply) for _, reply in shown]
-        contents += [text for row in rows for text in _contents(row["prompt"])] + replies
-    asked = [("rl", recipe.rl.prompts), ("eval", recipe.eval.prompts)]
-    preferences = recipe.preferences
-    if preferences is not None and preferences.prompts is not None:
-        asked.insert(0, ("preferences", preferences.prompts))
-    for role, source in asked:
-        prompts = load_prompts(source, tokenizer, max_tokens=None)[:READ]
-        fit = [p for p in prompts if 0 < len(p.ids) <= recipe.rl.max_prompt_tokens]
-        sources.append(Source(role, [p.text for p in fit], len(prompts) - len(fit)))
-        contents += [
-            text for p in fit for text in _contents(list(p.messages) if p.messages else p.text)
-        ]
-    found = None
-    if pairs is not None:
-        found = _pairs(recipe, pairs[:READ], tokenizer)
-        if not any(source.role == "preferences" for source in sources):
-            sources.insert(0, Source("preferences", found.prompts))
-    marks = sorted({t for t in tokenizer.all_special_tokens if len(t) > 2} | set(KNOWN_MARKS))
-    own = [mark for mark in marks if mark not in KNOWN_MARKS]
-    in_use = own + [mark for mark in KNOWN_MARKS if any(mark in text for text in contents)]
-    return Data(
-        sources, replies, tokens, reply_tokens, recipe.sft.max_length, found, in_use, contents
-    )  # fmt: skip
-
-
-def words(value: Any) -> str:
-    """A prompt or a reply as text: its messages' words, a line each."""
-    return value if isinstance(value, str) else "\n".join(str(m["content"]) for m in value)
-
-
-def _contents(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(m["content"]) for m in value]
-
-
-def _sft_rows(source: DataSource, tokenizer: Any) -> list[Row]:
-    return sft_rows(load_rows(source, SFT_COLUMNS), tokenizer, describe(source))
-
-
-def _shown(row: Row, tokenizer: Any, rendering: str = "template") -> tuple[Ids, Ids]:
-    """(prompt, reply with its end) in tokens, as the chat template, `twice` applied, or no template shows them."""
-    prompt, reply = row["prompt"], words(row["completion"])
-    encode = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    end = int(tokenizer.eos_token_id)
-    if rendering == "bare" or not isinstance(prompt, list):
-        bare = words(prompt)
-        return tuple(tokenizer(bare)["input_ids"]) or (end,), (*encode(reply), end)
-    if rendering == "twice":
-        text = render(prompt, tokenizer, "sft", add_generation_prompt=True)
-        prompt = [{"role": "user", "content": text}]
-    return as_prompt({"prompt": prompt}, tokenizer).ids, (*encode(reply), end)
-
-
-def _pairs(recipe: Recipe, rows: Sequence[Row], tokenizer: Any) -> Pairs:
-    prompts = [words(row["prompt"]) for row in rows]
-    chosen, rejected = ([words(row[side]) for row in rows] for side in ("chosen", "rejected"))
-    lengths = []
-    for row, a, b in zip(rows, chosen, rejected, strict=True):
-        longer = a if len(a) > len(b) else b
-        prompt, reply = _shown({"prompt": row["prompt"], "completion": longer}, tokenizer)
-        lengths.append(len(prompt) + len(reply))
-    longest = recipe.reward.max_length if recipe.reward.trains else 0
-    found = Pairs(prompts, chosen, rejected, tokens=lengths, max_length=longest)
-    config = recipe.preferences
-    if config is None or config.labeller is None:
-        return found
-    asked = [_as_prompt(row["prompt"]) for row in rows]
-    score = FunctionScorer([config.labeller])
-    both = np.array([score(asked, chosen), score(asked, rejected)]).T
-    return replace(found, scores=both, noise=config.noise)
-
-
-def _as_prompt(value: Any) -> Prompt:
-    """The prompt as reward functions see it, as `salsa.data.as_prompt` makes its text."""
-    if isinstance(value, str):
-        return Prompt((), None, value)
-    turns = [f"{turn['role']}: {turn['content']}" for turn in value]
-    return Prompt((), tuple(value), value[0]["content"] if len(value) == 1 else "\n".join(turns))
-
-
 def _sft(
-    run: RunFiles, base: Checkpoint, data: Data, samples: Sequence[Samples], passes: bool
+    run: RunFiles,
+    base: Checkpoint,
+    data: Data,
+    sources: Sources,
+    samples: Sequence[Samples],
+    passes: bool,
 ) -> SFT | None:
     from salsa.doctor import replay
 
@@ -249,9 +136,9 @@ def _sft(
     )  # fmt: skip
     if recipe.sft.dataset is None or not passes:
         return plain
-    tokenizer = replay.tokenizer_of(base.path)
-    rows = _likely_rows(recipe.sft.dataset, tokenizer)
-    kinds = {name: [_shown(row, tokenizer) for row in own] for name, own in rows.items()}
+    tokenizer = sources.tokenizer
+    rows = likely_rows(recipe.sft.dataset, sources)
+    kinds = {name: [shown_row(row, tokenizer) for row in own] for name, own in rows.items()}
 
     def likelihood(model: Any) -> dict[str, Likelihood]:
         found = {}
@@ -280,20 +167,6 @@ def _sft(
     )
 
 
-def _likely_rows(source: DataSource, tokenizer: Any) -> dict[str, list[Row]]:
-    """`seen`: rows that SFT trained on. `unseen`: rows of the same source that its limit left out."""
-    seen = _sft_rows(source, tokenizer)
-    rng = random.Random(0)
-    kinds = {"seen": rng.sample(seen, min(SAMPLE, len(seen)))}
-    if source.limit is not None:
-        known = {(words(r["prompt"]), words(r["completion"])) for r in seen}
-        rows = _sft_rows(source.model_copy(update={"limit": None}), tokenizer)
-        unseen = [r for r in rows if (words(r["prompt"]), words(r["completion"])) not in known]
-        if len(unseen) >= SAMPLE // 4:
-            kinds["unseen"] = rng.sample(unseen, min(SAMPLE, len(unseen)))
-    return kinds
-
-
 def _renderings(rows: Sequence[Row], tokenizer: Any, model: Any) -> dict[str, np.ndarray]:
     from salsa.doctor import replay
 
@@ -301,7 +174,7 @@ def _renderings(rows: Sequence[Row], tokenizer: Any, model: Any) -> dict[str, np
         return {}
     found = {}
     for name in ("template", "twice", "bare"):
-        prompts, replies = zip(*[_shown(row, tokenizer, name) for row in rows], strict=True)
+        prompts, replies = zip(*[shown_row(row, tokenizer, name) for row in rows], strict=True)
         found[name] = replay.nll(replay.logprobs(model, prompts, replies))[0]
     return found
 
@@ -404,12 +277,12 @@ def _critic_init(run: RunFiles, arm: str, config: RLConfig) -> Checkpoint | None
     return proxy if same_vocabulary(proxy.path, init.path) else None
 
 
-def _episodes(run: RunFiles, tokenizer: Any, passes: bool) -> list[Episodes]:
+def _episodes(run: RunFiles, sources: Sources, passes: bool) -> list[Episodes]:
     recipe = run.recipe
     stages = _rl_stages(run)
     if not any(read_trace(stage.path, 1) for *_, stage in stages):
         return []
-    known = {p.ids: p for p in load_prompts(recipe.rl.prompts, tokenizer, max_tokens=None)}
+    known = {p.ids: p for p in sources.prompts(recipe.rl.prompts)}
     found = []
     for arm, seed, config, stage in stages:
         rows = stage.metrics
@@ -526,9 +399,8 @@ def _scored(one: Episodes, proxy: Path, prompts: Sequence[Prompt], config: RLCon
     return one
 
 
-def _samples(run: RunFiles, passes: bool) -> list[Samples]:
+def _samples(run: RunFiles, sources: Sources, passes: bool) -> list[Samples]:
     from salsa.doctor import replay
-    from salsa.models import load_tokenizer
 
     recipe, found = run.recipe, []
     for arm in ("sft", *recipe.rl.arms):
@@ -544,11 +416,11 @@ def _samples(run: RunFiles, passes: bool) -> list[Samples]:
         }
         prompts, texts = [r["prompt"] for r in rows[0]], [r["response"] for r in rows[0]]
         found.append(Samples(arm, arm != "sft", prompts, columns, texts))
-    proxy, base = _proxy(run), run.model("base")
-    if not passes or not found or proxy is None or base is None:
+    proxy = _proxy(run)
+    if not passes or not found or proxy is None:
         return found
     known: dict[str, Prompt] = {}
-    for prompt in load_prompts(recipe.eval.prompts, load_tokenizer(base.path), max_tokens=None):
+    for prompt in sources.prompts(recipe.eval.prompts):
         known.setdefault(prompt.text, prompt)
     scored = []
     for one in found:
