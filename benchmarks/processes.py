@@ -3,9 +3,10 @@
     python benchmarks/processes.py [--width 384] [--rounds 2] [--no-wrapped]
 
 A PPO update (rollout, experience, update) on a random Llama, in fp32. Efficiency is t₁ / (2·t₂) of the median update;
-it needs two cores that nothing else uses. `efficiency_cpu`, of rank 0's CPU seconds, is what a busy machine can say. A
-third arm, one process whose models are wrapped by FSDP2 all the same, says what one code path for all would cost, and
-whether its digits are those of one process. Prints one JSON line.
+it needs two cores that nothing else uses. It grows with the tokens of a pass, for weights are gathered once a pass.
+`efficiency_cpu`, of rank 0's CPU seconds, is what a busy machine can say. A third arm, one process whose models are
+wrapped by FSDP2 all the same, says what one code path for all would cost, and whether its digits are those of one
+process. Prints one JSON line.
 """
 
 import argparse
@@ -98,9 +99,9 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--episodes", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--microbatch-tokens", type=int, default=2048)
+    parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-wrapped", action="store_true")
