@@ -58,6 +58,8 @@ if ! scontrol ping 2>/dev/null | grep -q "is UP"; then
   pgrep -x munged >/dev/null || setsid runuser -u munge -- /usr/sbin/munged
   pgrep -x mariadbd >/dev/null || { setsid service mariadb start >/dev/null 2>&1 || true; }
   for _ in $(seq 60); do mariadb -e 'select 1' >/dev/null 2>&1 && break; sleep 1; done
+  # numbers of jobs begin at 1 again: sacct would find those of an earlier cluster
+  [ -e "$home/ctld/job_state" ] || mariadb -e "drop database if exists slurm_acct_db"
   mariadb -e "create database if not exists slurm_acct_db; create user if not exists slurm@localhost identified by 'slurm'; grant all on slurm_acct_db.* to slurm@localhost;"
   setsid slurmdbd
   for _ in $(seq 60); do sacctmgr -n list cluster >/dev/null 2>&1 && break; sleep 1; done

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.many_processes import apart
+from tests.ray_here import nodes_with
 from tests.tiny_rl import without_times
 from tests.whole_run import salsa, write_inputs
 
@@ -73,6 +74,14 @@ def test_torchrun_has_two_processes_and_one_of_them_speaks(folder):
     assert done.stderr.count("rl ppo seed 0: done") == 1
     again = salsa(folder, "rl", "tiny.yaml", "-o", "runs/torchrun")
     assert "rl ppo seed 0: reused" in again.stderr  # by one process: the number is in no digest
+
+
+def test_ray_puts_the_processes_of_a_job_on_one_machine(folder):
+    with nodes_with(2) as cluster:
+        ray = ["engine.executor=ray", f"engine.address={cluster.address}", "engine.memory_gib=0.4"]
+        done = salsa(folder, "rl", "tiny.yaml", "-o", "runs/ray", "engine.processes=2", *ray)
+    assert done.returncode == 0, done.stderr
+    _same(folder, "ray")
 
 
 def test_an_error_under_torchrun_is_said_once(folder):

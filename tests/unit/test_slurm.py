@@ -1,6 +1,7 @@
 """What SLURM's commands are told and how their answers are read, with stand-ins for them in PATH."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def test_a_job_that_slurm_still_has_is_not_submitted_again(state, number, comman
     commands(sacct=f"printf 'JobID|State|NodeList\\n12|{state}|node-7\\n'")
     assert Slurm(tmp_path / "slurm").submit(task).job_id == number
     assert (tmp_path / "home" / "resume" / "slurm-job").read_text() == number
+
+
+def test_a_stage_that_was_finished_meanwhile_is_submitted_all_the_same(commands, tmp_path):
+    """A job that seemed lost has renamed the stage's unfinished directory; the new one finds the stage finished."""
+    task = a_task(tmp_path / "home")
+    shutil.rmtree(tmp_path / "home")
+    assert Slurm(tmp_path / "slurm").submit(task).job_id == "12"
 
 
 def test_a_job_that_ended_without_a_word_is_lost_and_not_left_in_the_queue(commands, tmp_path):

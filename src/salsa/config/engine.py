@@ -30,7 +30,8 @@ class EngineConfig(Strict):
     jobs: Execution[Count | None] = None
     """Independent stages that run at once. If not given: on this machine one, in this process; elsewhere all."""
     processes: Execution[Count] = 1
-    """Processes that share one RL job, and its models, on one machine; torchrun's number where it started salsa."""
+    """Processes that share one RL, SFT, reward or DPO job, and its models, on one machine; torchrun's number where it
+    started salsa."""
     timeout: Execution[Positive] = 1800.0
     """Seconds that these wait for each other before one counts as lost: longer than the slowest reward takes."""
     executor: Execution[Literal["local", "ray", "slurm"]] = "local"
@@ -39,9 +40,9 @@ class EngineConfig(Strict):
     """Of the Ray cluster: host:port, `auto` for the one that this machine is in, `local` to start one here."""
     slurm: Execution[SlurmConfig | None] = None
     gpus: Execution[Annotated[int, Field(ge=0)]] = 0
-    """GPUs that a stage which computes with torch asks Ray or SLURM for."""
+    """GPUs that each process of a stage which computes with torch asks Ray or SLURM for."""
     memory_gib: Execution[Positive | None] = None
-    """Memory that such a stage asks for; estimated from its models if not given."""
+    """Memory that each process asks for; the planner's figure if not given."""
     retries: Execution[Annotated[int, Field(ge=0)]] = 2
     """How often a stage is started again, from its last checkpoint, after its process or machine was lost."""
     artifacts: Execution[str | None] = None

@@ -83,7 +83,8 @@ class Slurm:
                 raise ConfigError(
                     f"{task.label}: sbatch refused it: {_last_line(error)}"
                 ) from error
-            if task.home is not None:
+            if task.home is not None:  # gone, if a job that seemed lost has finished the stage
+                _number_file(task.home).parent.mkdir(parents=True, exist_ok=True)
                 _number_file(task.home).write_text(job.job_id, encoding="utf-8")
         self._jobs.append(job)
         return job
