@@ -89,11 +89,11 @@ def _equal(row: dict, rng: random.Random) -> dict:
 def _bare_rows(sft_rows):
     """SFT rows as plain text: no template."""
 
-    def bare(*arguments):
+    def bare(*arguments, **options):
         words = lambda value: (
             value if isinstance(value, str) else "\n".join(m["content"] for m in value)
         )
-        rows = sft_rows(*arguments)
+        rows = sft_rows(*arguments, **options)
         return [{"prompt": words(r["prompt"]), "completion": words(r["completion"])} for r in rows]
 
     return bare
