@@ -123,6 +123,14 @@ def test_elsewhere_plain_lines_are_due_every_few_seconds_and_at_the_end(
     assert lines == [f"rl: {step}/8  {shown}  {2 * (8 - step)} s left" for step in (3, 6, 8)]
 
 
+def test_a_last_step_that_is_looked_at_again_is_said_once(screen):
+    """Who follows another process looks every second, also while the stage writes its model."""
+    file, view = screen(False), Lines()
+    for status in [Status("rl", "running", 7, 8, ROW), *[Status("rl", "running", 8, 8, ROW)] * 3]:
+        view.show(status)
+    assert file.getvalue().count("rl: 8/8") == 1
+
+
 def test_another_process_publishes_and_this_one_shows(screen, tmp_path, monkeypatch):
     """Progress at any moment; every whole line that was said, once; the last ones after the directory's rename."""
     seen, partial, final = [], tmp_path / "a.partial", tmp_path / "a"
