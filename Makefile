@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test fast check lint types docs dist audit faults study gpu-check base-model clean
+.PHONY: demo test fast check lint types docs dist audit mutants faults study gpu-check base-model clean
 
 demo: $(VENV)/installed        ## the quickstart, from SFT to report
 	$(BIN)/salsa run recipes/quickstart.yaml
@@ -34,6 +34,10 @@ dist: $(VENV)/installed        ## wheel and sdist, and the wheel tried in an env
 audit: $(VENV)/installed       ## known holes in what constraints.txt pins; needs a network, fails where it has none
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+mutants: $(VENV)/installed     ## do the fast tests notice a broken line? hours; goes on where it stopped
+	$(BIN)/python -m pip install --quiet cosmic-ray==8.7.0
+	$(BIN)/python scripts/mutants.py
 
 faults: $(VENV)/installed      ## the table of faults in docs/how-to/cluster.md, from a test run that injects them
 	$(BIN)/python -m pytest -p tests.fault_table -m fault --fault-table docs/how-to/cluster.md
