@@ -174,6 +174,7 @@ WITHOUT_ROOTS_RIGHTS = ["setpriv", "--bounding-set", "-dac_override,-dac_read_se
     os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root needs setpriv (util-linux)"
 )
 @pytest.mark.parametrize("what", ["run directory", "data", "model", "callable", "soup", "recipe"])
+@pytest.mark.slow
 def test_permissions_that_are_missing_are_told(what, repository, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()

@@ -88,6 +88,7 @@ def expected(tmp_path_factory):
     "the job goes on from its last checkpoint: the same output digests",
 )
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_killed_worker_is_retried_from_its_checkpoint_and_changes_no_digest(
     kind, make, expected, tmp_path, capfd
 ):
@@ -141,6 +142,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(kind, make, expected, tmp_
 
 @pytest.mark.fault("a worker is slow", "the others go on with all that does not need it")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_slow_worker_does_not_hold_up_the_others(kind, make, tmp_path):
     slow, first = walks(a="slow")[:2]
     second = Node.of(Walk, "after b", (first,), 7, "")
@@ -233,6 +235,7 @@ def _partial(folder: Path, label: str) -> Path:
     "its workers end with it; the same command again goes on from the last checkpoints",
     where="processes",
 )
+@pytest.mark.slow
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     """A driver that is killed leaves nobody who writes beside the next one; the next one resumes."""
     code = (

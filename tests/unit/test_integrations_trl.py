@@ -16,7 +16,10 @@ from salsa.integrations.trl import STATE, use_reference
 from tests.conftest import tiny_model, tiny_tokenizer
 
 # TRL 1.16 and peft use names that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+]
 
 BETA = 0.1
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}

@@ -36,6 +36,7 @@ def test_kl_starts_above_zero_where_reference_is_a_soup(job, make_checkpoint, tm
     assert rows[0]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_reward_rises(job, tmp_path):
     rows = run(
         job,

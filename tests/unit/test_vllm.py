@@ -68,6 +68,7 @@ class RowByRow:
 
 
 @pytest.mark.parametrize("algorithm", [{}, {"algorithm": "rloo", "group_size": 2}, {"lora": {}}])
+@pytest.mark.slow
 def test_a_server_with_the_policys_numerics_trains_as_this_process_does(
     job, tmp_path, monkeypatch, algorithm
 ):
@@ -209,6 +210,7 @@ def untroubled(job, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.slow
 def test_an_update_that_went_wrong_is_caught(job, tmp_path, untroubled, name):
     route, fault, message = UPDATES[name]
     number = 3 if route == "/update_weights" else 2  # the second push; it comes in two parts
@@ -229,6 +231,7 @@ def test_an_update_that_went_wrong_is_caught(job, tmp_path, untroubled, name):
 
 
 @pytest.mark.parametrize("name", ["drop", "corrupt"])
+@pytest.mark.slow
 def test_only_the_sums_notice_bytes_that_are_lost(job, tmp_path, untroubled, name):
     """Without `verify` the label is right and the run goes on: what the check is for."""
     route, fault, _ = UPDATES[name]
@@ -259,6 +262,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize("fault", REPLIES)
+@pytest.mark.slow
 def test_a_reply_that_went_wrong_is_caught(job, tmp_path, fault):
     with (
         VLLMServer(at("/v1/completions", 3, fault)) as server,
