@@ -68,6 +68,8 @@ def test_at_the_terminal(finished, inputs):
     assert report["doctor"] == found, "the report ends with the same"
     page = (finished / "report.html").read_text()
     assert 'id="doctor"' in page and "Is something broken?" in page
+    notable = [f for f in found["findings"] if f["verdict"] != "sound"]
+    assert page.partition('id="doctor"')[0].count("Do this:") == len(notable[:6])
     text = salsa(inputs, "doctor", "runs/tiny")
     assert text.returncode == done.returncode
     assert found["headline"] in text.stdout and "Not looked at: " in text.stdout
