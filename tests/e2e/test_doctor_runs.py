@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from salsa import rl as salsa_rl
 from salsa.config import Recipe
 from salsa.doctor.examine import examine_run
+from salsa.errors import WorkFailed
 from salsa.pipeline import run_recipe
 from tests.faults.bench import link_unaffected, table
 from tests.faults.kinds import FAULTS
@@ -58,6 +60,25 @@ def test_a_planted_fault_is_put_where_it_is(name, healthy, inputs, tmp_path, mon
     assert (found.verdict, found.culprit) == ("faulty", fault.stage), [
         (f.stage, f.gate, f.says) for f in found.findings if f.verdict == "faulty"
     ]
+
+
+def test_a_run_that_stopped_is_looked_at_as_far_as_it_got(healthy, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs)
+    (fault,) = (one for one in FAULTS if one.name == "reward: shifted by one row")
+    link_unaffected(healthy / "stages", tmp_path / "run" / "stages", fault.begins)
+    real = salsa_rl.advance
+
+    def stops(models, progress, *others):
+        if progress.update == 1:
+            raise WorkFailed("stopped on purpose")
+        return real(models, progress, *others)
+
+    monkeypatch.setattr(salsa_rl, "advance", stops)
+    with fault.planted(), pytest.raises(WorkFailed, match="on purpose"):
+        run_recipe(Recipe.load("tiny.yaml", SMALL), out=tmp_path / "run", until="eval")
+    found = examine_run(tmp_path / "run")
+    assert (found.verdict, found.culprit) == ("faulty", fault.stage)
+    assert any("ppo seed 0 had not come to: not finished" in one for one in found.not_measured)
 
 
 def test_at_the_terminal(finished, inputs):

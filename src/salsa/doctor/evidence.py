@@ -169,6 +169,8 @@ class RLRun:
     """Digest of the model that the recipe names, as it lies on disk now."""
     vocabulary: int = 2
     """Tokens that the policy chooses from."""
+    unfinished: bool = False
+    """Whether it is going on, was killed, or failed."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What lies in a run directory: the recipe and the stage of every name in it. Torch-free."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from salsa.config.schema import validated
 from salsa.errors import ConfigError, SalsaError
 from salsa.resolve import Models
 from salsa.stages import nodes
-from salsa.stages.directory import Stage
+from salsa.stages.directory import Stage, stage_slug
 from salsa.stages.graph import Node
 
 
@@ -46,6 +47,23 @@ class RunFiles:
         base = nodes.base(recipe, hashes)
         sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
         return cls(path, recipe, _stages(path), Models(recipe, base, sft, hashes), hashes)
+
+    def trained(self, label: str) -> Stage | None:
+        """An RL stage; if it has not finished (it is going on, was killed, or failed), as far as it got."""
+        if (stage := self.stages.get(label)) is not None:
+            return stage
+        name = re.compile(re.escape(stage_slug(label)) + r"-[0-9a-f]{12}\.partial")
+        begun = [
+            folder for folder in self.path.glob("stages/*.partial") if name.fullmatch(folder.name)
+        ]
+        begun = [folder for folder in begun if (folder / "metrics.jsonl").exists()]
+        if not begun:
+            return None
+        finished = [
+            one.record["precision"] for one in self.stages.values() if "precision" in one.record
+        ]
+        record = {"stage": label, "inputs": {}, "precision": next(iter(finished), "fp32")}
+        return Stage(label, max(begun, key=lambda f: f.stat().st_mtime), record, reused=True)
 
     def model(self, text: Model | str) -> Checkpoint | None:
         """The checkpoint that a recipe's words name, as it lies on disk; None where it was not made."""

@@ -89,6 +89,9 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
         missing.append("accuracy of the reward: no reward model was trained here")
     runs = _runs(run, len(tokenizer))
     episodes = _episodes(run, sources, passes)
+    unfinished = [one.name for one in runs if one.unfinished]
+    if unfinished:
+        missing.append(f"what {', '.join(unfinished)} had not come to: not finished")
     if not runs:
         missing.append("RL: no arm has been trained by it")
     elif not episodes:
@@ -218,8 +221,8 @@ def _rl_stages(run: RunFiles) -> list[tuple[str, int, RLConfig, Stage]]:
     for arm in run.recipe.rl.arms:
         config = run.recipe.rl.config_of(arm)
         for seed in run.recipe.rl.seeds:
-            stage = run.stages.get(policy_label(arm, seed))
-            if stage is not None and isinstance(config, RLConfig):
+            stage = run.trained(policy_label(arm, seed))
+            if stage is not None and stage.metrics and isinstance(config, RLConfig):
                 found.append((arm, seed, config, stage))
     return found
 
@@ -240,7 +243,9 @@ def _runs(run: RunFiles, vocabulary: int) -> list[RLRun]:
                 stage.metrics,
                 config.model_dump(),
                 stage.record.get("precision", "fp32"),
-                policy_moved=replay.weights_differ(stage.path, init.path) if init else None,
+                policy_moved=replay.weights_differ(stage.path, init.path)
+                if init and (stage.path / "model.safetensors").exists()
+                else None,
                 critic_moved=replay.weights_differ(critic, critic_init.path)
                 if critic_init and critic.is_dir()
                 else None,
@@ -249,6 +254,7 @@ def _runs(run: RunFiles, vocabulary: int) -> list[RLRun]:
                 reference_digest=stage.record["inputs"].get("reference") if reference else None,
                 expected_digest=run.digest_now(reference) if reference else None,
                 vocabulary=vocabulary,
+                unfinished=stage.path.name.endswith(".partial"),
             )
         )
     return found
