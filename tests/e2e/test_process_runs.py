@@ -34,6 +34,9 @@ eval: {prompts: heldout.jsonl, baseline: ppo, kl_to: [base], scores: {gold: {cal
 """
 
 
+ONE_ARM = ['rl.arms={ppo: {init: "sft[0]", reference: "sft[0]"}}']
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Inputs, and the run of one process in `runs/one`."""
@@ -79,9 +82,11 @@ def test_torchrun_has_two_processes_and_one_of_them_speaks(folder):
 def test_ray_puts_the_processes_of_a_job_on_one_machine(folder):
     with nodes_with(2) as cluster:
         ray = ["engine.executor=ray", f"engine.address={cluster.address}", "engine.memory_gib=0.4"]
-        done = salsa(folder, "rl", "tiny.yaml", "-o", "runs/ray", "engine.processes=2", *ray)
+        done = salsa(
+            folder, "rl", "tiny.yaml", "-o", "runs/ray", "engine.processes=2", *ray, *ONE_ARM
+        )
     assert done.returncode == 0, done.stderr
-    _same(folder, "ray")
+    _same(folder, "ray", "rl-ppo-*")
 
 
 def test_an_error_under_torchrun_is_said_once(folder):
@@ -90,9 +95,9 @@ def test_an_error_under_torchrun_is_said_once(folder):
     assert done.stderr.count("unknown key 'rl.kl_coeff'. Did you mean 'kl_coef'?") == 1
 
 
-def _same(folder, run):
+def _same(folder, run, which="rl-*"):
     """Names of stages, and what they logged to 1e-5, are those of one process."""
-    for stage in (folder / "runs" / "one" / "stages").glob("rl-*"):
+    for stage in (folder / "runs" / "one" / "stages").glob(which):
         other = folder / "runs" / run / "stages" / stage.name
         rows = [
             without_times(

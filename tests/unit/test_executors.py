@@ -52,9 +52,11 @@ KINDS = ["pool", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("slur
 
 
 @pytest.fixture
-def make(request, tmp_path):
+def make(request, tmp_path, monkeypatch):
     """`make(kind)`: an executor, closed at the end."""
     made, submitted = [], []
+    # so long submitit waits for the result of a job that ended without one; files are here at once
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 1, raising=True)
 
     def make(kind: str):
         if kind == "ray":

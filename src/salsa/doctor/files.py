@@ -62,7 +62,8 @@ class RunFiles:
         finished = [
             one.record["precision"] for one in self.stages.values() if "precision" in one.record
         ]
-        record = {"stage": label, "inputs": {}, "precision": next(iter(finished), "fp32")}
+        precision = next(iter(finished), "fp32")
+        record: dict[str, Any] = {"stage": label, "inputs": {}, "precision": precision}
         return Stage(label, max(begun, key=lambda f: f.stat().st_mtime), record, reused=True)
 
     def model(self, text: Model | str) -> Checkpoint | None:
