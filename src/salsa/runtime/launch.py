@@ -203,7 +203,7 @@ def joined(engine: "Engine", member: Member, timeout: float) -> Iterator["Engine
     torch.set_num_threads(max(1, engine.threads // member.local_size))
     try:
         dist.init_process_group(
-            "gloo" if on_cpu else "nccl", store=member.store, rank=member.rank,
+            "gloo" if on_cpu else "cuda:nccl,cpu:gloo", store=member.store, rank=member.rank,
             world_size=member.size, timeout=timedelta(seconds=timeout),
         )  # fmt: skip
         yield engine.spread_over(dist.init_device_mesh(engine.device.type, (member.size,)))
