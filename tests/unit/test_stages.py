@@ -287,11 +287,22 @@ def test_a_stage_never_changes_its_arithmetic(tmp_path):
     with pytest.raises(RuntimeError):
         finish(tmp_path / "run", Computes("a", fails=True), precision="bf16")
     with pytest.raises(
-        ConfigError, match=r"a was begun in bf16, .* means fp32 here .*Set model.precision=bf16"
+        ConfigError,
+        match=r"a was begun in bf16, and model.precision=fp32. Set model.precision=bf16",
     ):
         finish(tmp_path / "run", Computes("a"), precision="fp32")
     (stage,) = finish(tmp_path / "run", Computes("a"), precision="bf16")
     assert not stage.reused
+
+
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_auto_goes_on_in_the_arithmetic_that_a_stage_was_begun_in(begun, tmp_path):
+    """What is faster is measured anew every time, and may come out the other way."""
+    with pytest.raises(RuntimeError):
+        finish(tmp_path / "run", Computes("a", fails=True), precision=begun)
+    (stage,) = finish(tmp_path / "run", Computes("a"), precision="auto")
+    assert stage.record["precision"] == begun
+    assert not list((tmp_path / "run" / "stages").glob("*.partial"))
 
 
 def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(tmp_path):

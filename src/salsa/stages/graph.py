@@ -202,15 +202,17 @@ class Graph:
             return self.run.place(job, ""), None
         engine = self.engine(self._request(job))
         place = self.run.place(job, engine.precision)
-        for other in set(PRECISIONS) - {engine.precision}:
-            begun = self.run.place(job, other).partial
-            if begun.exists() and not place.partial.exists():
-                raise ConfigError(
-                    f"{begun}: {job.label} was begun in {other}, and model.precision={self.precision} means "
-                    f"{engine.precision} here ({engine.reason}). Set model.precision={other} to go on from its "
-                    "checkpoint, or delete that directory to begin anew."
-                )
-        return place, engine
+        (other,) = set(PRECISIONS) - {engine.precision}
+        begun = self.run.place(job, other)
+        if place.partial.exists() or not begun.partial.exists():
+            return place, engine
+        if self.precision != "auto":
+            raise ConfigError(
+                f"{begun.partial}: {job.label} was begun in {other}, and model.precision={self.precision}. Set "
+                f"model.precision={other} to go on from its checkpoint, or delete that directory to begin anew."
+            )
+        say(f"{job.label}: goes on in {other}, as it was begun")
+        return begun, replace(engine, precision=other, reason="as it was begun")  # type: ignore[arg-type]
 
     def engine(self, request: Request | None = None) -> "Engine":
         """Made before the first job that computes with torch, where `auto` is measured: by a worker if they differ."""
