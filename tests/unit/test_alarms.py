@@ -78,6 +78,7 @@ def test_a_run_says_it_once_and_keeps_it(job, tmp_path, capsys):
     assert told[0].split(": ", 1)[1] in (tmp_path / "a" / "alarms.log").read_text()
 
 
+@pytest.mark.slow
 def test_monitors_are_the_held_out_scores(job, tmp_path):
     """A monitor that is the reward's negative falls while the reward rises."""
     upside_down = lambda prompts, responses: [-s for s in ascii_share(prompts, responses)]

@@ -171,6 +171,7 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
     assert "2 training seeds per arm" in report["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, tmp_path):
     models = [f"a={make_checkpoint('llama', 0).path}", f"b={make_checkpoint('llama', 1).path}"]
     with JudgeServer(lambda prompt: "I cannot say.") as server:
@@ -180,6 +181,7 @@ def test_a_judge_without_verdicts_still_gives_a_report(bench, make_checkpoint, t
     assert any("no verdict at all" in note for note in report["notes"])
 
 
+@pytest.mark.slow
 def test_a_judge_that_rates_everything_alike_is_told(bench, make_checkpoint, tmp_path):
     models = [f"a={make_checkpoint('llama', 0).path}", f"b={make_checkpoint('llama', 1).path}"]
     with JudgeServer(lambda prompt: "[[3]] [[A]] [[A=B]]") as server:

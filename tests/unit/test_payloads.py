@@ -205,6 +205,7 @@ HUGE = "{{ 'a' * 99999999999 }}"
     ("template", "said"),
     [(LOOPS, "takes longer than 0.3 s"), (DOUBLING, "wants more"), (HUGE, "wants more")],
 )
+@pytest.mark.slow
 def test_a_template_is_bounded_in_time_and_memory(template, said, monkeypatch):
     monkeypatch.setattr("salsa.untrusted.MAX_TEMPLATE_SECONDS", 0.3)
     monkeypatch.setattr("salsa.untrusted.MAX_TEMPLATE_BYTES", 1 << 28)
