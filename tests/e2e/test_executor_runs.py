@@ -23,6 +23,7 @@ def outputs(run) -> dict[str, str]:
 @pytest.mark.fault(
     "a worker is killed in the middle of RL (the tiny recipe)",
     "the job goes on from its last checkpoint: the same output digests of ten stages",
+    where="Ray",
 )
 def test_ray_gives_the_digests_of_one_process_also_when_a_worker_is_killed(
     finished, inputs, tmp_path
