@@ -127,6 +127,9 @@ def test_the_rendering_that_sft_learned():
     )  # bare text is still harder, and gained far more
     assert found.verdict == "faulty" and "without any template" in found.says
     assert data.template_known(an_sft(trained=False)) is None
+    spoilt = {name: likelihood(9.0).loss for name in ("template", "twice", "bare")}
+    found = data.template_known(an_sft(renderings=spoilt))
+    assert found.verdict == "sound"  # SFT lost everywhere, least on bare text
 
 
 def test_rows_at_the_length_limit():
@@ -166,6 +169,10 @@ def test_replies_without_a_word_and_pairs_of_equal_ones():
     same = replace(same, rejected=[*same.chosen[:25], *same.rejected[25:]])
     found = data.empty_replies(replace(well, pairs=same))
     assert found.verdict == "faulty" and found.numbers["pairs of equal replies"] == 0.25
+    silent = replace(pairs(100), chosen=[*pairs(100).chosen[:20], *[" "] * 80], scores=None)
+    assert data.empty_replies(replace(well, pairs=silent)).verdict == "faulty"
+    own = replace(silent, scores=np.zeros((100, 2)))  # a broken SFT model's, not the data's
+    assert data.empty_replies(replace(well, pairs=own)).verdict == "suspicious"
 
 
 @pytest.mark.parametrize(

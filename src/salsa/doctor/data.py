@@ -47,13 +47,16 @@ def template_marks(data: Data) -> Finding | None:
 def template_known(sft: SFT | None) -> Finding | None:
     """Under which rendering SFT gained most on its rows: the chat template's, or another (paired t test over rows).
 
-    Rows learned under one rendering get likelier under others too, but never by as much.
+    Rows learned under one rendering get likelier under others too, but never by as much. Where they got likelier under
+    none, the template is not what is wrong.
     """
     if sft is None or not sft.trained or "template" not in sft.renderings:
         return None
     gains = {name: sft.base_renderings[name] - loss for name, loss in sft.renderings.items()}
     others = {name: gain - gains["template"] for name, gain in gains.items() if name != "template"}
-    p_values = {name: p_mean_above(more) for name, more in others.items()}
+    p_values = {
+        name: max(p_mean_above(more), p_mean_above(gains[name])) for name, more in others.items()
+    }
     name = min(p_values, key=p_values.__getitem__)
     verdict = graded(p_values[name] * len(p_values))
     words = {"twice": "with the template applied twice", "bare": "without any template"}[name]
@@ -187,13 +190,16 @@ def empty_replies(data: Data) -> Finding | None:
         shown = equal[:3]
     if not shares:
         return None
-    name = max(shares, key=shares.__getitem__)
-    verdict = _by_share(shares[name])
+    own = pairs is not None and pairs.scores is not None
+    given = {n: s for n, s in shares.items() if not (own and n == "pairs with an empty reply")}
+    verdict = _by_share(max(given.values(), default=0.0))
+    if verdict == "sound" and _by_share(max(shares.values())) != "sound":
+        verdict = "suspicious"
     return Finding(
         "data",
         "empty or equal replies",
         verdict,
-        f"{_listed(shares)}.",
+        f"{_listed(shares)}." + (" Replies of pairs are the SFT models' own." if own else ""),
         "" if verdict == "sound" else "Remove these rows, and look at how they came about.",
         shares,
         shown,
