@@ -53,6 +53,11 @@ class RewardConfig(Strict):
         return self
 
     @property
+    def can_be_divided(self) -> bool:
+        """Whether several processes may train one model: adapters are merged in one."""
+        return self.lora is None
+
+    @property
     def trains(self) -> bool:
         """Whether a reward model is trained here."""
         return not (self.paths or self.functions)

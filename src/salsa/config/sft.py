@@ -56,6 +56,11 @@ class SFTConfig(Strict):
         """Number of SFT models."""
         return len(self.checkpoints) or len(self.seeds)
 
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether several processes may train one model: adapters are merged, and packed rows computed, in one."""
+        return self.lora is None and not self.packing
+
     def of_model(self, index: int) -> "SFTConfig":
         """The settings of sft[index]."""
         if not isinstance(self.epochs, tuple):

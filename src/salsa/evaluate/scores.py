@@ -34,17 +34,11 @@ def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
     if job.only is not None:
         prompts = [prompts[number] for number in job.only]
     rows, rollouts = _respond(job, policy, prompts, tokenizer, directory, engine)
-    for name, values in _kl(job, policy, rollouts, engine).items():
-        for row, value in zip(rows, values, strict=True):
-            row[f"kl_{name}"] = round_metric(value)
-    last = ("length", "ended")
-    write_jsonl(
-        directory / "samples.jsonl",
-        [
-            {k: v for k, v in row.items() if k not in last} | {k: row[k] for k in last}
-            for row in rows
-        ],
-    )
+    kl = _kl(job, policy, rollouts)
+    for number, row in enumerate(rows):
+        last = {name: row.pop(name) for name in ("length", "ended")}  # the order of the columns
+        row |= {f"kl_{name}": round_metric(values[number]) for name, values in kl.items()} | last
+    write_jsonl(directory / "samples.jsonl", rows)
 
 
 def _respond(
@@ -89,9 +83,7 @@ def _respond(
     return rows, rollouts
 
 
-def _kl(
-    job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout], engine: Engine
-) -> dict[str, list[float]]:
+def _kl(job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout]) -> dict[str, list[float]]:
     """Name → KL of each response; to a mixture the weighted sum of the KLs to its parts, which are named too."""
     measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
     if job.references:
@@ -99,9 +91,7 @@ def _kl(
     each = {job.policy.digest: [0.0] * sum(map(len, rollouts))}
     for one in chain.from_iterable(measured.values()):
         if one.digest not in each:
-            other = LanguageModel.load(one.path, engine)
-            kls = [policy.kl_to(other, rollout, job.temperature) for rollout in rollouts]
-            each[one.digest] = [kl for batch in kls for kl in batch.sum(dim=1).tolist()]
+            each[one.digest] = _kl_to(one, policy, rollouts, job.temperature)
     columns: dict[str, list[float]] = {}
     for name, checkpoints in measured.items():
         parts = [each[one.digest] for one in checkpoints]
@@ -113,3 +103,12 @@ def _kl(
                 for row in zip(*parts, strict=True)
             ]
     return columns
+
+
+def _kl_to(
+    model: Checkpoint, policy: LanguageModel, rollouts: Sequence[Rollout], temperature: float
+) -> list[float]:
+    """KL(policy ‖ model) of each response; the model is in memory no longer than that."""
+    other = LanguageModel.load(model.path, policy.engine)
+    kls = [policy.kl_to(other, rollout, temperature) for rollout in rollouts]
+    return [kl for batch in kls for kl in batch.sum(dim=1).tolist()]

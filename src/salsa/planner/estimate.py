@@ -87,7 +87,7 @@ def _sft(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iter
     sft, assumed = recipe.sft, hardware.assumed
     if sft.dataset is None:
         return
-    divided = sft.lora is None and not sft.packing
+    divided = sft.can_be_divided
     place = place if divided else replace(place, ranks=1)
     micro = -(-(sft.microbatch_size or sft.batch_size) // place.ranks)
     peak = memory.trainer_memory(shape, place, micro, sft.max_length, head=True)
@@ -105,7 +105,7 @@ def _reward(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> I
     reward = recipe.reward
     if not reward.trains or recipe.preferences is None:
         return
-    divided = reward.lora is None
+    divided = reward.can_be_divided
     place = place if divided else replace(place, ranks=1)
     micro = 2 * -(-reward.batch_size // place.ranks)
     peak = memory.trainer_memory(shape, place, micro, reward.max_length, head=False)

@@ -71,7 +71,7 @@ def divided(trainer: Any, engine: Engine, *, pairs: bool = False) -> Any:
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()
             if engine.device.type == "cpu":
-                self.is_fsdp_enabled = _use_fsdp_on_cpu(self)
+                _use_fsdp_on_cpu(self)
             self.accelerator.gather = partial(
                 _gather_rows, self.accelerator, self.accelerator.gather
             )
@@ -113,7 +113,7 @@ def _gather_rows(accelerator: Any, gather: Any, x: torch.Tensor) -> torch.Tensor
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _use_fsdp_on_cpu(trainer: Any) -> bool:
+def _use_fsdp_on_cpu(trainer: Any) -> None:
     """Tell accelerate, which uses FSDP on accelerators only, that this is FSDP: so tests run what GPUs run."""
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 
@@ -123,7 +123,7 @@ def _use_fsdp_on_cpu(trainer: Any) -> bool:
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    return True
+    trainer.is_fsdp_enabled = True
 
 
 @contextmanager

@@ -177,8 +177,8 @@ class SFTJob(Job):
 
     @property
     def can_be_divided(self) -> bool:
-        """Unless adapters learn, which are merged where they were trained, or rows are packed into one."""
-        return self.config.lora is None and not self.config.packing
+        """Unless its settings ask for adapters or packed rows."""
+        return self.config.can_be_divided
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -228,8 +228,8 @@ class RewardJob(Job):
 
     @property
     def can_be_divided(self) -> bool:
-        """Unless adapters learn: those are merged where they were trained."""
-        return self.config.lora is None
+        """Unless its settings ask for adapters."""
+        return self.config.can_be_divided
 
     def run(self, directory: Path, engine: "Engine") -> None:
         """Train; resumable."""
@@ -250,7 +250,7 @@ class DPOJob(Job):
 
     @property
     def can_be_divided(self) -> bool:
-        """Yes."""
+        """Always."""
         return True
 
     def run(self, directory: Path, engine: "Engine") -> None:
@@ -277,7 +277,7 @@ class RLJob(Job):
 
     @property
     def can_be_divided(self) -> bool:
-        """Yes."""
+        """Always."""
         return True
 
     def run(self, directory: Path, engine: "Engine") -> None:
