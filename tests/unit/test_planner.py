@@ -260,6 +260,19 @@ def peak(recipe: Recipe, hardware, name: str) -> float:
     return next(s.peak.total for s in stages_of(recipe, hardware) if s.name == name)
 
 
+def test_what_one_rank_does_takes_as_long_and_as_much_on_one_card_as_on_eight(repository):
+    """Evaluation is not divided, nor is SFT with adapters; SFT of all weights is, and so is RL."""
+    file = repository / "recipes" / "paper" / "mistral-7b.yaml"
+    one, eight = hardware_of("1xA100-80GB"), hardware_of("8xA100-80GB")
+    for overrides, alone in (([], {"eval"}), (["sft.lora={rank: 16}"], {"eval", "sft"})):
+        recipe = Recipe.load(file, overrides)
+        pairs = zip(stages_of(recipe, one), stages_of(recipe, eight), strict=True)
+        for here, there in pairs:
+            same = here.seconds(one) == there.seconds(eight) and here.peak == there.peak
+            assert same == (here.name in alone), here.name
+    assert "eval: by one rank while the others wait" in on_hardware(Recipe.load(file), eight)
+
+
 def test_what_does_not_fit_is_said_in_one_line(repository):
     recipe = Recipe.load(repository / "recipes" / "paper" / "llama2-7b.yaml")
     lines = on_hardware(recipe, hardware_of("1xA100-80GB")).splitlines()
