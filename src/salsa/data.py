@@ -307,7 +307,11 @@ def _pair(prompt: Any, completion: Any, tokenizer: Any, where: str) -> Row:
         return {"prompt": prompt, "completion": completion}
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return {"prompt": messages, "completion": as_messages(completion, tokenizer, where)}
+    turns = as_messages(completion, tokenizer, where) or []
+    spoken, asked = ([(m["role"], m["content"]) for m in part] for part in (turns, messages))
+    if len(turns) > len(messages) and spoken[: len(asked)] == asked:
+        turns = turns[len(messages) :]  # the whole conversation, as in UltraFeedback's rows
+    return {"prompt": messages, "completion": turns}
 
 
 def _read(source: DataSource) -> list[Row]:

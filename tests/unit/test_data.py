@@ -90,6 +90,10 @@ def test_preference_rows(tokenizer):
         data.preference_rows([{"chosen": [USER, REPLY], "rejected": [USER, other]}], tokenizer, "x")
         == expected
     )
+    beside_their_prompt = {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, other]}
+    assert data.preference_rows([beside_their_prompt], tokenizer, "x") == expected
+    in_full = beside_their_prompt | {"prompt": [USER]}
+    assert data.preference_rows([in_full], tokenizer, "x") == expected
 
 
 def load(path_or_rows, tmp_path, columns=(("prompt",),)):
