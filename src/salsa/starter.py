@@ -19,7 +19,7 @@ _RATES = {
     True: {"sft": "5.0e-4", "reward": "5.0e-4", "policy": "1.5e-4", "critic": "3.0e-4"},
     False: {"sft": "2.0e-5", "reward": "2.0e-5", "policy": "1.0e-6", "critic": "1.0e-5"},
 }
-"""Learning rates for the embedded model (2 M parameters), and for models of 100 M and more."""
+"""Learning rates for the embedded model (3 M parameters), and for models of 100 M and more."""
 
 
 _COLUMN = 34

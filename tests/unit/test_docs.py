@@ -80,6 +80,15 @@ def test_the_public_api_of_the_design_has_a_reference_entry():
         assert name in text
 
 
+def test_every_section_of_a_recipe_is_on_the_page_of_keys():
+    import salsa.config as config
+
+    page = (DOCS / "api" / "recipe.md").read_text()
+    members = re.search(r"members: \[(.*)\]", page)[1].split(", ")
+    sections = {n for n, c in vars(config).items() if isinstance(c, type) and n != "Strict"}
+    assert set(members) == sections
+
+
 def test_parts_of_recipes_in_the_how_to_pages_are_sound(repository, tmp_path):
     """run.md shows sections: each must fit into the quickstart; evaluate.md shows a whole evaluation."""
     whole = yaml.safe_load((repository / "recipes" / "quickstart.yaml").read_text())

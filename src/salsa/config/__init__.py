@@ -2,6 +2,7 @@
 
 from salsa.config.dpo import DPOConfig as DPOConfig
 from salsa.config.engine import EngineConfig as EngineConfig
+from salsa.config.engine import SlurmConfig as SlurmConfig
 from salsa.config.evaluation import EvalConfig as EvalConfig
 from salsa.config.forecast import ForecastConfig as ForecastConfig
 from salsa.config.landscape import LandscapeConfig as LandscapeConfig
