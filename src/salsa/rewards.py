@@ -53,6 +53,11 @@ class RewardSource:
 
         return {"model": RewardModel.load(self.checkpoint.path, engine)}
 
+    def load_one(self, engine: "Engine") -> Scorer:
+        """The scorer of a source that has one; `sum_of` would hide from `begin` that several processes compute it."""
+        (scorer,) = self.load(engine).values()
+        return scorer
+
 
 def sum_of(scorers: Mapping[str, Scorer]) -> Scorer:
     """One scorer that returns the sum of several."""

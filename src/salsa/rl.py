@@ -142,9 +142,8 @@ def compute_experience(
     config, mask = setup.config, rollout.response_mask
     texts = rollout.texts(source.tokenizer)
     engine = models.policy.engine
-    pending = {
-        name: begin(scorer, prompts, texts, engine) for name, scorer in setup.rewards.items()
-    }
+    begin_all = lambda scorers: {n: begin(s, prompts, texts, engine) for n, s in scorers.items()}
+    pending, watched = begin_all(setup.rewards), begin_all(setup.monitors)
     logprobs, entropy, ref_logprobs, values = _forward(models, rollout, config)
     ended = rollout.ended(source.sampling.eos_ids)
     parts = {
@@ -174,8 +173,7 @@ def compute_experience(
         metrics["explained_variance"] = objectives.explained_variance(values, returns, mask)
     if len(parts) > 1:
         metrics |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
-    for name, monitor in setup.monitors.items():
-        metrics[name] = sum(begin(monitor, prompts, texts, engine)()) / len(texts)
+    metrics |= {name: sum(scores()) / len(texts) for name, scores in watched.items()}
     return experience, metrics, moments
 
 

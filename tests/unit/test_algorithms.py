@@ -275,8 +275,8 @@ def test_old_names_of_the_public_api_still_work():
 
 
 def test_functions_score_while_the_models_compute(job, tmp_path, monkeypatch):
-    """Scoring and the forward passes wait for each other: one after the other, they would time out."""
-    meet = threading.Barrier(2, timeout=10)
+    """The reward, the watched score and the forward passes wait for each other: in turn, they would time out."""
+    meet = threading.Barrier(3, timeout=10)
 
     def score(prompts, responses):
         meet.wait()
@@ -289,7 +289,8 @@ def test_functions_score_while_the_models_compute(job, tmp_path, monkeypatch):
     original = rl_module._forward
     monkeypatch.setitem(sys.modules, "slow_rewards", types.SimpleNamespace(score=score))
     reward = FunctionScorer([RewardFunction(call="slow_rewards:score")])
-    inline = run(job, tmp_path / "inline", num_updates=1)
+    inline = run(replace(job, monitors={"gold": ascii_share}), tmp_path / "inline", num_updates=1)
     monkeypatch.setattr(rl_module, "_forward", forward)
-    overlapped = run(replace(job, reward=reward), tmp_path / "overlapped", num_updates=1)
+    waiting = replace(job, reward=reward, monitors={"gold": reward})
+    overlapped = run(waiting, tmp_path / "overlapped", num_updates=1)
     assert without_times(overlapped) == without_times(inline)

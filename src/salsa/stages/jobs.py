@@ -24,7 +24,7 @@ from salsa.config import (
 from salsa.config.expressions import ReferenceRule
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
-from salsa.rewards import RewardSource, function_digest, sum_of
+from salsa.rewards import RewardSource, function_digest
 
 if TYPE_CHECKING:
     from salsa.evaluate.benchmarks import Question
@@ -290,9 +290,7 @@ class RLJob(Job):
             "reward": self.reward.load(engine),
             "critic_init": self.init,
             "prompts": load_prompts(self.prompts, tokenizer, max_tokens=longest),
-            "monitors": {
-                name: sum_of(source.load(engine)) for name, source in self.monitors.items()
-            },
+            "monitors": {name: source.load_one(engine) for name, source in self.monitors.items()},
         }
         trained = self.reward.checkpoint
         if trained is not None and same_vocabulary(trained.path, self.init.path):
