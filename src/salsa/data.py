@@ -247,7 +247,13 @@ def _marks_replies(tokenizer: Any) -> bool:
 
 
 def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
-    """Prompt/chosen/rejected rows for TRL, conversational wherever the model has a chat template."""
+    """Prompt/chosen/rejected rows for TRL, conversational wherever the model has a chat template.
+
+    Two conversations are no pair where one of them adds nothing to what they share: dropped, and counted.
+
+    Raises:
+        DataError: rows of the wrong shape, none that is a pair, or the chat template refuses one.
+    """
     result = []
     for row in rows:
         prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -261,7 +267,13 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
             )
         pair, other = (_pair(prompt, reply, tokenizer, where) for reply in (chosen, rejected))
         chosen, rejected = pair["completion"], other["completion"]
-        result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+        if chosen != [] and rejected != []:
+            result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+    if dropped := len(rows) - len(result):
+        what = "chosen or rejected adds no reply to what they share"
+        if not result:
+            raise DataError(f"{where}: none of {dropped} rows is a pair: {what}. Give two replies.")
+        say(f"{where}: {dropped} of {len(rows)} pairs dropped: {what}")
     _try_template(result, ("chosen", "rejected"), tokenizer, where)
     return result
 

@@ -96,6 +96,21 @@ def test_preference_rows(tokenizer):
     assert data.preference_rows([in_full], tokenizer, "x") == expected
 
 
+def test_conversations_that_are_no_pair_are_dropped_and_counted(tokenizer, capsys):
+    """Equal ones, and one that is the other's beginning; equal strings are the doctor's to find."""
+    other = {"role": "assistant", "content": "go away"}
+    pair = {"chosen": [USER, REPLY], "rejected": [USER, other]}
+    equal = {"chosen": [USER, REPLY], "rejected": [USER, REPLY]}
+    beginning = {"chosen": [USER, REPLY], "rejected": [USER]}
+    made = data.preference_rows([equal, pair, beginning], tokenizer, "x")
+    assert made == [{"prompt": [USER], "chosen": [REPLY], "rejected": [other]}]
+    assert "x: 2 of 3 pairs dropped" in capsys.readouterr().err
+    with pytest.raises(DataError, match="x: none of 2 rows is a pair: .* Give two replies"):
+        data.preference_rows([equal, beginning], tokenizer, "x")
+    strings = {"prompt": "hi", "chosen": "hello", "rejected": "hello"}
+    assert len(data.preference_rows([strings], tokenizer, "x")) == 1
+
+
 def load(path_or_rows, tmp_path, columns=(("prompt",),)):
     source = path_or_rows
     if isinstance(source, list):

@@ -9,6 +9,7 @@ from salsa.config import PreferencesConfig, RewardFunction
 from salsa.data import Prompt
 from salsa.models import RewardModel
 from salsa.preferences import label_pairs
+from salsa.reward import _accuracy
 from salsa.runtime.engine import Engine
 
 FP32 = Engine.create("fp32")
@@ -54,6 +55,23 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
     scores = RewardModel.load(tmp_path, FP32)([prompt, prompt], ["yo", "something longer"])
     assert scores[0] == pytest.approx(expected, abs=1e-5)
     assert scores[1] != pytest.approx(scores[0], abs=1e-3)
+
+
+def test_the_accuracy_is_of_whole_replies_not_of_their_first_turn(make_checkpoint, monkeypatch):
+    """A scorer that likes length: the rejected one's first turn is longer, the chosen conversation is."""
+    from salsa.models import load_classifier, load_tokenizer
+
+    source = make_checkpoint("llama", 5)
+    classifier = load_classifier(source.path, pad_id=0, new_head_seed=1)
+    model = RewardModel(classifier, load_tokenizer(source.path), FP32)
+    monkeypatch.setattr(model, "scores", lambda rows, most: [float(len(row)) for row in rows])
+    user, reply = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    chosen = [reply, user, reply | {"content": "x" * 9}]
+    rejected = [reply | {"content": "xx"}, user, reply]
+    talks = {"prompt": [user], "chosen": chosen, "rejected": rejected}
+    bare = {"prompt": "a", "chosen": "b", "rejected": "bb"}
+    assert _accuracy(model, [talks]) == 1.0
+    assert _accuracy(model, [talks, bare]) == 0.5
 
 
 def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_path):

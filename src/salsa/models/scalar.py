@@ -134,7 +134,13 @@ class RewardModel(nn.Module):
 
     def forward(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
         """One score each; in several processes all of them call it, with the same."""
-        rows = [self._ids(p, r) for p, r in zip(prompts, responses, strict=True)]
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            if prompt.messages is None:
+                rows.append(self.token_ids(prompt.text, response))
+            else:
+                reply = {"role": "assistant", "content": response}
+                rows.append(self.token_ids(prompt.messages, [reply]))
         return self.scores(rows, SCORING_TOKENS)
 
     @torch.no_grad()
@@ -154,14 +160,13 @@ class RewardModel(nn.Module):
                 scores[pack] = values.cpu()
         return self.engine.sum(scores.to(self.engine.device)).tolist()
 
-    def _ids(self, prompt: "Prompt", response: str) -> list[int]:
-        """Prompt and response as the model was trained to see them."""
+    def token_ids(self, prompt: Any, reply: Any) -> list[int]:
+        """Prompt and reply, both bare text or both messages, as the model was trained to see them."""
         from salsa.data import render
 
-        if prompt.messages is None:
-            return self.tokenizer(prompt.text + response + self.tokenizer.eos_token)["input_ids"]
-        messages = [*prompt.messages, {"role": "assistant", "content": response}]
-        text = render(messages, self.tokenizer, "reward")
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + reply + self.tokenizer.eos_token)["input_ids"]
+        text = render([*prompt, *reply], self.tokenizer, "reward")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
