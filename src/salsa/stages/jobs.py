@@ -25,6 +25,7 @@ from salsa.config.expressions import ReferenceRule
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
 from salsa.rewards import RewardSource, function_digest
+from salsa.untrusted import read_text
 
 if TYPE_CHECKING:
     from salsa.evaluate.benchmarks import Question
@@ -117,7 +118,7 @@ class BaseJob(Job):
     def identity(self) -> dict[str, Any]:
         """The source's digest, the GGUF file and the template's text."""
         template = self.model.chat_template
-        text = Path(template).read_text(encoding="utf-8") if template else None
+        text = read_text(Path(template)) if template else None
         return identity_from(gguf_file=self.model.gguf_file, chat_template=text, source=self.source)
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
