@@ -19,6 +19,7 @@ from torch import Tensor
 
 from salsa import objectives
 from salsa.alarms import Alarms
+from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig, Select
 from salsa.data import Prompt, draw_prompts
 from salsa.errors import WorkFailed
@@ -213,25 +214,32 @@ def _importance(
     }
 
 
-@torch.no_grad()
 def measure_kl(
     models: RLModels, experience: Experience, setup: RLSetup, engine: Engine
 ) -> dict[str, float]:
     """KL of the rollout's policy to every model of `setup.kl_to`, in nats per response; one more model in memory."""
-    loaded, temperature = models.reference.by_digest, setup.config.temperature
     metrics = {}
     for name, checkpoint in setup.kl_to.items():
-        if (model := loaded.get(checkpoint.digest)) is None:
-            model = LanguageModel.load(checkpoint.path, engine)
-            engine.shard(model)
-
-        def of(micro: Rollout, model: LanguageModel = model) -> list[Tensor]:
-            return [model.logprobs(micro, temperature)]
-
-        (theirs,) = _of_every_row(experience.rollout, setup.config, engine, of)
+        theirs = _logprobs_under(checkpoint, models, experience.rollout, setup.config, engine)
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         metrics[f"kl_to_{name}"] = kl.mean().item()
     return metrics
+
+
+@torch.no_grad()
+def _logprobs_under(
+    checkpoint: Checkpoint, models: RLModels, rollout: Rollout, config: RLConfig, engine: Engine
+) -> Tensor:
+    """Logprobs [B, R] of the responses under a model, which is in memory no longer than that."""
+    if (model := models.reference.by_digest.get(checkpoint.digest)) is None:
+        model = LanguageModel.load(checkpoint.path, engine)
+        engine.shard(model)
+
+    def of(micro: Rollout) -> list[Tensor]:
+        return [model.logprobs(micro, config.temperature)]
+
+    (theirs,) = _of_every_row(rollout, config, engine, of)
+    return theirs
 
 
 def update(

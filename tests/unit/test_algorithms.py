@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RewardFunction, RLConfig
 from salsa.config.expressions import ReferenceRule
 from salsa.data import draw_prompts
+from salsa.models import LanguageModel
 from salsa.rewards import FunctionScorer
 from salsa.rl import RLSetup
 from salsa.rl_models import Progress
@@ -260,6 +262,25 @@ def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
     assert without_times(watched) == without_times(plain), (
         "measuring must not change what is measured"
     )
+
+
+def test_measuring_the_kl_holds_one_further_model(job, make_checkpoint, monkeypatch):
+    """The model before is gone when the next one is loaded: on a card, two further ones are what does not fit."""
+    others = {str(seed): make_checkpoint("llama", seed) for seed in (1, 2, 3)}
+    job = replace(job, kl_to=others)
+    models, experience, _ = first_experience(job)
+    load, made = LanguageModel.load, []
+
+    def counted(path, engine):
+        alive.append(sum(one() is not None for one in made))
+        model = load(path, engine)
+        made.append(weakref.ref(model.backbone))
+        return model
+
+    alive = []
+    monkeypatch.setattr(LanguageModel, "load", counted)
+    assert len(rl_module.measure_kl(models, experience, job, FP32)) == 3
+    assert alive == [0, 0, 0]
 
 
 def test_a_bare_checkpoint_is_a_reference_that_stands_still(job):
