@@ -77,9 +77,10 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             )
             metrics["sampler_gap"] = sampler_gap(generation, experience)
             _require_finite(setup.label, number, metrics)
-            if number % config.monitor_kl_every == 0 or number + 1 == config.num_updates:
+            last = may_be_last(progress, config, metrics["kl"])
+            if number % config.monitor_kl_every == 0 or last:
                 metrics |= measure_kl(models, experience, setup, engine)
-            if number in (0, config.num_updates - 1):
+            if number == 0 or last:
                 trace = partial(write_trace, directory, number + 1, experience, generation.logprobs)
                 engine.from_main(trace)
             meter.phase_done("experience")
@@ -370,6 +371,15 @@ def stop_reason(progress: Progress, config: RLConfig) -> str | None:
                 f"no checkpoint since update {update} is better than its mean {name} of {value:.4g}"
             )
     return None
+
+
+def may_be_last(progress: Progress, config: RLConfig, kl: float) -> bool:
+    """Whether the run may end with the update under way, whose rollout has this KL.
+
+    It goes on where the checkpoint after it turns out to be the best one.
+    """
+    after = replace(progress, update=progress.update + 1, kl=kl)
+    return after.update == config.num_updates or stop_reason(after, config) is not None
 
 
 def _forward(

@@ -163,3 +163,19 @@ def test_the_first_and_the_last_update_leave_a_trace(job, tmp_path):
     before = sha256_tree(tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "trace")
     assert sha256_tree(tmp_path / "a") == before
+
+
+def test_an_update_that_is_stopped_at_leaves_what_the_last_one_leaves(job, tmp_path):
+    """Its trace, and its KL to other models; without them a stopped run has none but the first update's."""
+    watched = replace(job, kl_to={"base": job.init})
+    options = {"monitor_kl_every": 100, "kl_coef": 0.0}
+    straight = run(watched, tmp_path / "straight", **options)
+    passed = next(row for row in straight[1:-1] if row["kl"] > 0)
+    stop = {"kl": passed["kl"] / 2}
+    rows = run(watched, tmp_path / "stopped", **options, stop=stop)
+    assert len(rows) == passed["step"] < 4
+    assert [("kl_to_base" in row) for row in rows] == [True] + [False] * (len(rows) - 2) + [True]
+    assert rows[-1]["kl_to_base"] == rows[-1]["kl"] == passed["kl"]
+    traced = read_trace(tmp_path / "stopped", len(rows))
+    kls = [sum(r["logprobs"]) - sum(r["ref_logprobs"]) for r in traced]
+    assert sum(kls) / len(kls) == pytest.approx(passed["kl"], abs=1e-5)
