@@ -130,28 +130,33 @@ class Mix:
         if self.dtype not in ("auto", *DTYPES):
             yield f"dtype={self.dtype!r}. Use auto, {', '.join(DTYPES)}."
         if self.method in ("wise", "slerp", "model_stock") and not has_base:
-            yield f"{self.method} needs the base. Give it with --base."
+            yield f"{self.method} needs the base. Give it with base= (--base)."
         if (self.method == "wise") != (self.alpha is not None):
-            yield "--alpha belongs to --method wise, which needs it."
+            yield "alpha= (--alpha) belongs to the method wise, which needs it."
         if self.alpha is not None and not (0 <= self.alpha <= 1 or self.extrapolate):
-            yield f"alpha={self.alpha:g} lies outside 0 to 1. Add --extrapolate."
+            yield f"alpha={self.alpha:g} lies outside 0 to 1. Add extrapolate=True (--extrapolate)."
         if (self.method == "greedy") != (self.score is not None):
-            yield "--score belongs to --method greedy, which needs it."
+            yield "score= (--score) belongs to the method greedy, which needs it."
+        if self.method == "model_stock" and count < 2:
+            yield "model_stock takes two ingredients or more. Add one, or use wise."
         if self.take_from not in (None, *range(count)):
             yield f"take_from={self.take_from}, but ingredients are 0 to {count - 1}."
         if self.weights is None:
             return
         if self.method in ("greedy", "model_stock"):
-            yield f"{self.method} finds the weights itself. Leave --weights out."
+            yield f"{self.method} finds the weights itself. Leave weights= (--weights) out."
         if len(self.weights) != count:
             yield f"{len(self.weights)} weights for {count} ingredients. Give one each."
         total, least = math.fsum(self.weights), min(self.weights)
         if not all(map(math.isfinite, self.weights)) or (self.normalize and total == 0):
             yield f"weights {list(self.weights)} cannot be used. Give numbers."
         if abs(total - 1) > 1e-6 and not (self.normalize or self.extrapolate):
-            yield f"weights sum to {total:g}, not to 1. Scale them, or add --normalize or --extrapolate."
+            yield (
+                f"weights sum to {total:g}, not to 1. Scale them, or add normalize=True (--normalize) or "
+                "extrapolate=True (--extrapolate)."
+            )
         if least < 0 and not self.extrapolate:
-            yield f"weight {least:g} is negative. Add --extrapolate if it is meant."
+            yield f"weight {least:g} is negative. Add extrapolate=True (--extrapolate) if it is meant."
 
     @property
     def needs_gram(self) -> bool:
