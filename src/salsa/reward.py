@@ -19,6 +19,7 @@ from salsa.runtime.hf_trainer import (
     learned,
     train,
 )
+from salsa.runtime.lora import finding_targets
 from salsa.stages.jobs import RewardJob
 
 
@@ -26,6 +27,7 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     """Train a sequence classifier on preferences; write it and its held-out accuracy to `directory`; resumable.
 
     Raises:
+        ConfigError: no layer is called what `lora.target_modules` says.
         DataError: no pair is left to train on, or rows of the wrong shape.
     """
     import datasets
@@ -47,13 +49,14 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
     )
     with known_to_accelerate(engine):
-        trainer = divided(trl.RewardTrainer, engine, pairs=True)(
-            model=model,
-            args=trl.RewardConfig(**arguments, disable_dropout=True),
-            train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
-            processing_class=tokenizer,
-            peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
-        )
+        with finding_targets(config.lora, "reward"):
+            trainer = divided(trl.RewardTrainer, engine, pairs=True)(
+                model=model,
+                args=trl.RewardConfig(**arguments, disable_dropout=True),
+                train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
+                processing_class=tokenizer,
+                peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
+            )
         train(trainer, directory, job.label, ("loss", "accuracy", "margin"), engine)
         model, weights = learned(trainer, model, engine)
     if engine.is_main:
