@@ -112,16 +112,18 @@ class Learner:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back `state()`, in any number of processes."""
         trained = self.model.trained()
+        weights = list(trained.values())
         for name, weight in trained.items():
             local(weight).copy_(local(divided_like(state["weights"][name], weight)))
         self.model.sync()
         moments = {
             number: {
-                k: divided_like(v, weight) if v.shape == weight.shape else v for k, v in of.items()
+                key: divided_like(value, weights[number])
+                if value.shape == weights[number].shape
+                else value
+                for key, value in of.items()
             }
-            for (number, of), weight in zip(
-                state["optimizer"]["state"].items(), trained.values(), strict=False
-            )
+            for number, of in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 

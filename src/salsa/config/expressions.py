@@ -159,7 +159,7 @@ def parse_reference(text: str, init: str) -> ReferenceRule[Model]:
 
 
 def text_of(model: Model) -> str:
-    """The expression in its plainest spelling; equal models have equal texts."""
+    """The expression in its plainest spelling; equal models have equal texts, and different ones different texts."""
     match model:
         case Base():
             return "base"
@@ -170,7 +170,7 @@ def text_of(model: Model) -> str:
         case Given(path):
             return path
         case Shrunk(of, share):
-            far = f"{share:g}" if isinstance(share, float) else text_of(share)
+            far = _digits(share) if isinstance(share, float) else text_of(share)
             return f"shrink({text_of(of)}, base, {far})"
         case Soup(parts, None) if all(isinstance(part, SFT) for part in parts):
             return f"soup[{','.join(str(part.index) for part in parts if isinstance(part, SFT))}]"
@@ -239,6 +239,12 @@ def _check_size(text: str) -> None:
         raise ValueError(
             f"{text[:40]!r}…: more than {_LONGEST} characters or {_DEEPEST} brackets. Make it in steps: salsa soup"
         )
+
+
+def _digits(number: float) -> str:
+    """The number with as many digits as it needs; 1, not 1.0."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _number(text: str) -> float:
