@@ -1,5 +1,6 @@
 """Every formula against plain float64 loops that share no code with it, and against cases known in closed form."""
 
+import inspect
 import math
 import random
 
@@ -522,3 +523,17 @@ def test_schedules_are_those_of_transformers_after_the_warm_up(warmup):
     assert {o.schedule("constant", n, total, warmup=warmup) for n in range(warmup, total)} == {1.0}
     rising = [o.schedule("cosine", n, total, warmup=warmup) for n in range(warmup)]
     assert rising == pytest.approx([1 / 3, 2 / 3, 1][:warmup])
+
+
+def test_unknown_kinds_are_refused():
+    """Without the tests' type checker, which would refuse them itself: a typo must not be another algorithm."""
+    x = torch.zeros(2, 3)
+    estimate, schedule, kl = map(inspect.unwrap, (o.estimate_advantages, o.schedule, o.kl_estimate))
+    options = {"gamma": 1.0, "gae_lambda": 0.9, "group_size": 2}
+    with pytest.raises(ValueError, match=r"algorithm='gppo' is unknown. Use 'ppo', 'rloo' or"):
+        estimate(x, x, x.bool(), algorithm="gppo", **options)
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=r"kind='linaer' is unknown. Use one of 'linear', 'co"):
+            schedule("linaer", number, 10, warmup=2)
+    with pytest.raises(ValueError, match=r"kind='k4' is unknown. Use 'k1'"):
+        kl(x, x, "k4")
