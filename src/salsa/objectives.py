@@ -21,11 +21,12 @@ Mask = Bool[Tensor, "B R"] | Int[Tensor, "B R"] | Float[Tensor, "B R"]
 
 
 class PolicyLoss(NamedTuple):
-    """Scalars: the loss to minimise, the share of clipped tokens, and the k3 estimate of KL(old ‖ new)."""
+    """Scalars: the loss to minimise, the share of clipped tokens, the k3 estimate of KL(old ‖ new), the mean ratio."""
 
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
     approx_kl: Float[Tensor, ""]
+    ratio: Float[Tensor, ""]
 
 
 class ValueLoss(NamedTuple):
@@ -246,6 +247,7 @@ def policy_loss(
         loss=-masked_mean(terms if weights is None else weights * terms, mask),
         clip_fraction=masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach(),
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask).detach(),
+        ratio=masked_mean(ratio, mask).detach(),
     )
 
 

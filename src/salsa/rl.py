@@ -260,43 +260,8 @@ def update(
         norms: dict[str, float] = {}
         for group in models.groups(warming_up=progress.update < config.critic_warmup):
             for micro, share in microbatches(minibatch, config, engine):
-                mask, losses = micro.rollout.response_mask, []
-                parts: dict[str, Tensor] = {}
-                if "policy" in group:
-                    if config.entropy_coef:
-                        logprobs, entropy = models.policy.logprobs_and_entropy(
-                            micro.rollout, config.temperature
-                        )
-                        parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
-                        losses.append(config.entropy_coef * parts["entropy_loss"])
-                    else:
-                        logprobs = models.policy.logprobs(micro.rollout, config.temperature)
-                    clipped = objectives.policy_loss(
-                        logprobs, micro.logprobs, micro.advantages, mask,
-                        clip_range=config.clip_range, weights=micro.weights,
-                    )  # fmt: skip
-                    losses.append(clipped.loss)
-                    parts |= {
-                        "policy_loss": clipped.loss,
-                        "clip_fraction": clipped.clip_fraction,
-                        "approx_kl": clipped.approx_kl,
-                        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
-                    }
-                    if config.kl_in == "loss":
-                        parts["kl_loss"] = objectives.kl_loss(
-                            logprobs, micro.logprobs, micro.ref_logprobs, mask,
-                            kl_kind=config.kl_kind, importance=config.weighs_kl(epoch),
-                            weights=micro.weights,
-                        )  # fmt: skip
-                        losses.append(progress.kl_coef * parts["kl_loss"])
-                if "critic" in group and models.critic is not None:
-                    value = objectives.value_loss(
-                        models.critic.values(micro.rollout), micro.values, micro.returns, mask,
-                        value_clip_range=config.value_clip_range,
-                    )  # fmt: skip
-                    losses.append(config.value_weight * value.loss)
-                    parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-                (sum(losses[1:], start=losses[0]) * share).backward()
+                loss, parts = _losses(models, group, micro, config, progress.kl_coef, epoch)
+                (loss * share).backward()
                 for name, part in parts.items():
                     metrics[name] = metrics.get(name, 0) + part.detach() * share
             for name in group:
@@ -308,6 +273,59 @@ def update(
         steps.append(dict(zip(metrics, totals, strict=True)) | norms)
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return UpdateStats(**means)
+
+
+def _losses(
+    models: RLModels,
+    group: Sequence[str],
+    micro: Experience,
+    config: RLConfig,
+    kl_coef: float,
+    epoch: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What who steps together minimises over some rows, and its parts by the names of their metrics."""
+    losses, parts = [], {}
+    if "policy" in group:
+        loss, parts = _policy_loss(models.policy, micro, config, kl_coef, epoch)
+        losses.append(loss)
+    if "critic" in group and models.critic is not None:
+        value = objectives.value_loss(
+            models.critic.values(micro.rollout), micro.values, micro.returns,
+            micro.rollout.response_mask, value_clip_range=config.value_clip_range,
+        )  # fmt: skip
+        losses.append(config.value_weight * value.loss)
+        parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+    return sum(losses[1:], start=losses[0]), parts
+
+
+def _policy_loss(
+    policy: LanguageModel, micro: Experience, config: RLConfig, kl_coef: float, epoch: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped loss of the policy, with the entropy bonus and the KL in the loss where they are asked for."""
+    rollout, mask = micro.rollout, micro.rollout.response_mask
+    losses, parts = [], {}
+    if config.entropy_coef:
+        logprobs, entropy = policy.logprobs_and_entropy(rollout, config.temperature)
+        parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
+        losses.append(config.entropy_coef * parts["entropy_loss"])
+    else:
+        logprobs = policy.logprobs(rollout, config.temperature)
+    clipped = objectives.policy_loss(
+        logprobs, micro.logprobs, micro.advantages, mask,
+        clip_range=config.clip_range, weights=micro.weights,
+    )  # fmt: skip
+    losses.append(clipped.loss)
+    parts |= {
+        "policy_loss": clipped.loss, "clip_fraction": clipped.clip_fraction,
+        "approx_kl": clipped.approx_kl, "ratio": clipped.ratio,
+    }  # fmt: skip
+    if config.kl_in == "loss":
+        parts["kl_loss"] = objectives.kl_loss(
+            logprobs, micro.logprobs, micro.ref_logprobs, mask, kl_kind=config.kl_kind,
+            importance=config.weighs_kl(epoch), weights=micro.weights,
+        )  # fmt: skip
+        losses.append(kl_coef * parts["kl_loss"])
+    return sum(losses[1:], start=losses[0]), parts
 
 
 def minibatches(

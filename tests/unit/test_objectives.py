@@ -200,7 +200,7 @@ def test_group_advantages():
 def test_policy_loss_against_a_loop():
     lengths, mask, (new, old, advantages, _) = ragged()
     old = new + 0.3 * old
-    terms, clipped, kl = [], 0, []
+    terms, clipped, kl, ratios = [], 0, [], []
     for b in range(B):
         for t in range(lengths[b]):
             log_ratio = (new[b, t] - old[b, t]).item()
@@ -209,10 +209,12 @@ def test_policy_loss_against_a_loop():
             terms.append(min(ratio * a, limited * a))
             clipped += limited * a < ratio * a
             kl.append(ratio - 1 - log_ratio)
+            ratios.append(ratio)
     result = o.policy_loss(new, old, advantages, mask, clip_range=0.2)
     close(result.loss, -sum(terms) / len(terms))
     close(result.clip_fraction, clipped / len(terms))
     close(result.approx_kl, sum(kl) / len(kl))
+    close(result.ratio, sum(ratios) / len(ratios))
     assert 0 < clipped < len(terms)
 
 
