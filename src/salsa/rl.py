@@ -4,8 +4,8 @@
 
 PPO, RLOO and GRPO are one loop: only `objectives.estimate_advantages` differs. The KL penalty is part of the per-token
 reward, or a term of the loss. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a
-straight run, bit for bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference:
-equal weights give a KL of exactly 0.
+straight run, bit for bit on a CPU. Old logprobs are recomputed, in the arithmetic that scores the reference: equal
+weights give a KL of exactly 0.
 """
 
 import math
