@@ -13,8 +13,8 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
 from salsa.config.expressions import ReferenceRule
 from salsa.data import Prompt
-from salsa.errors import CheckpointError, ConfigError, WorkFailed
-from salsa.models import LanguageModel, ValueModel, load_tokenizer, same_vocabulary, sampling_for
+from salsa.errors import ConfigError, WorkFailed
+from salsa.models import LanguageModel, ValueModel, check_vocabulary, load_tokenizer, sampling_for
 from salsa.objectives import Moments
 from salsa.references import Reference
 from salsa.rewards import Scorer
@@ -188,12 +188,9 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     named = {"critic": critic_init} | {
         f"reference {i}" if i else "reference": c for i, c in enumerate(setup.rule.models)
     }
-    for name, checkpoint in named.items():
-        if not same_vocabulary(init.path, checkpoint.path):
-            raise CheckpointError(
-                f"{setup.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
-            )
     tokenizer, length = load_tokenizer(init.path), config.max_new_tokens
+    for name, checkpoint in named.items():
+        check_vocabulary(tokenizer, checkpoint.path, name)
     sampling = sampling_for(
         init.path, tokenizer, max_new_tokens=length, temperature=config.temperature
     )

@@ -91,7 +91,8 @@ def test_foreign_vocabularies_are_refused(job, make_checkpoint, tmp_path):
     file.write_text(json.dumps(tokenizer))
     from salsa.artifacts import Checkpoint
 
-    with pytest.raises(CheckpointError, match="the reference's tokenizer is not the policy's"):
+    says = rf"{other.path}: the reference's tokenizer is not the policy's \({job.init.path}\)"
+    with pytest.raises(CheckpointError, match=says):
         run(replace(job, reference=Checkpoint.of(other.path)), tmp_path / "a")
 
 

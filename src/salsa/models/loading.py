@@ -50,6 +50,24 @@ def same_vocabulary(one: Path, other: Path) -> bool:
     return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
 
 
+def check_vocabulary(policy: PreTrainedTokenizerBase, path: Path, what: str) -> None:
+    """Refuse a model whose token ids mean other tokens than the policy's.
+
+    Args:
+        policy: the policy's tokenizer.
+        path: the other model's directory.
+        what: what the other model is, for the message: `reference`.
+
+    Raises:
+        CheckpointError: its tokenizer does not map the same tokens to the same rows, or cannot be loaded.
+    """
+    if load_tokenizer(path).get_vocab() != policy.get_vocab():
+        named = f" ({policy.name_or_path})" if policy.name_or_path else ""
+        raise CheckpointError(
+            f"{path}: the {what}'s tokenizer is not the policy's{named}. Use models of one family."
+        )
+
+
 def sampling_for(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float
 ) -> Sampling:

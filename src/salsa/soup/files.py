@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
-from salsa.untrusted import read_header, read_json, reading
+from salsa.untrusted import read_header, read_json, reading, refuse_pickles
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -264,11 +264,7 @@ def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
     if single.exists():
         return {single.name: None}
     if not os.path.lexists(index):
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-            raise CheckpointError(
-                f"{directory}: has pickled weights only, and a pickle can run any code when it is opened. "
-                "Load it where you trust it and save_pretrained(..., safe_serialization=True)."
-            )
+        refuse_pickles(directory)
         raise CheckpointError(
             f"{directory}: has no {single.name}. Give a directory that save_pretrained wrote."
         )
