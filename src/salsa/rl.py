@@ -456,7 +456,7 @@ def _return_to_best(
             say(f"{label}: no checkpoint is within select.kl={rule.kl:g}: returns the last policy")
         return
     update, value = progress.best
-    # without an update since the newest checkpoint, that one lost or it is the best one
+    # right after a checkpoint there is nothing newer to compare
     since = progress.reward if progress.rewards and not over else -math.inf
     if update != progress.update and value > since:
         say(f"{label}: returns to update {update}, mean {rule.metric} {value:.4g}")

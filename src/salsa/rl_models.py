@@ -182,7 +182,8 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     """The run's models, with adapters where `config.lora` says so, and how its policy is sampled.
 
     Raises:
-        CheckpointError: the models do not share a vocabulary, one cannot be loaded or is not what its digest says.
+        CheckpointError: the models do not share a vocabulary, one cannot be loaded, or a reference is not what its
+            digest says.
     """
     init, critic_init, config, seed = setup.init, setup.critic_init, setup.config, setup.seed
     named = {"critic": critic_init} | {
@@ -194,8 +195,8 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     sampling = sampling_for(
         init.path, tokenizer, max_new_tokens=length, temperature=config.temperature
     )
-    recompute, lora = config.gradient_checkpointing, config.lora
-    policy = LanguageModel.load(init.path, engine, learns=True, recompute=recompute)
+    lora, again = config.lora, config.gradient_checkpointing
+    policy = LanguageModel.load(init.path, engine, learns=True, gradient_checkpointing=again)
     shared = {init.digest: policy.shared()} if lora and not setup.rule.moves else {}
     reference = Reference(setup.rule, engine, shared)
     critic = None
@@ -206,7 +207,7 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     elif config.algorithm == "ppo":
         critic = ValueModel.load(
             critic_init.path, engine, pad_id=sampling.pad_id, new_head_seed=seed,
-            recompute=recompute,
+            gradient_checkpointing=again,
         )  # fmt: skip
     if lora is not None:
         policy.add_adapters(lora, seed)

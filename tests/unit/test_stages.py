@@ -11,7 +11,7 @@ import pytest
 
 from salsa.artifacts import Checkpoint
 from salsa.config import RewardFunction, RLConfig, SFTConfig
-from salsa.config.expressions import ReferenceRule
+from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.errors import CheckpointError, ConfigError
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
@@ -19,7 +19,7 @@ from salsa.stages import directory as directory_module
 from salsa.stages import jobs
 from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Graph, Node
-from salsa.stages.jobs import RLJob, SFTJob, SoupJob, identity_of
+from salsa.stages.jobs import RLJob, SFTJob, SoupJob
 
 DONE: list[str] = []
 

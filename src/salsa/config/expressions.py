@@ -14,7 +14,7 @@ reference  model                            stands still
 import math
 import re
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _SFT = re.compile(r"sft\[(\d+)\]")
 _SOUP = re.compile(r"soup\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -96,6 +96,15 @@ class ReferenceRule(Generic[M]):
     def moves(self) -> bool:
         """Whether it changes during the run."""
         return self.ema is not None or self.reset_every is not None
+
+
+def identity_of(reference: ReferenceRule[Any]) -> str:
+    """A reference of checkpoints in one line: its rule and their digests. One that stands still is its digest alone."""
+    digests = [checkpoint.digest for checkpoint in reference.models]
+    if reference == ReferenceRule(reference.models):
+        return digests[0]
+    rule = {key: value for key, value in vars(reference).items() if key != "models"}
+    return f"{rule} of {digests}"
 
 
 def parse_model(text: str) -> Model:

@@ -19,7 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa.config import LoRAConfig
 from salsa.errors import CheckpointError
 from salsa.models.loading import load_policy, save_checkpoint
-from salsa.models.trunk import enable_packing, packs, recompute_activations, response_hidden
+from salsa.models.trunk import (
+    enable_gradient_checkpointing,
+    enable_packing,
+    response_hidden,
+    uses_packing,
+)
 from salsa.models.weights import MixedPrecisionModule, add_adapters, lerp, merged, shared_copy
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
@@ -47,13 +52,13 @@ class LanguageModel(MixedPrecisionModule):
         *,
         learns: bool = False,
         moves: bool = False,
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
         shared: "LanguageModel | None" = None,
     ) -> None:
         """Wrap an fp32 model that is in memory, which is changed, or a copy of that of `shared`.
 
         One that `learns` gets gradients, one that `moves` can `follow` or be `put`; both keep fp32 masters. With
-        `recompute`, activations are computed again in the backward pass.
+        `gradient_checkpointing`, activations are computed again in the backward pass.
 
         Raises:
             CheckpointError: it does more to its logits than is known here.
@@ -63,8 +68,8 @@ class LanguageModel(MixedPrecisionModule):
             _check_logits(backbone)
             enable_packing(backbone)
             backbone.requires_grad_(learns)
-        if recompute:
-            recompute_activations(backbone)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(backbone)
         self.backbone = backbone
         if shared is None:
             self.lower()
@@ -83,9 +88,9 @@ class LanguageModel(MixedPrecisionModule):
         return self.backbone.base_model
 
     @property
-    def packs(self) -> bool:
+    def uses_packing(self) -> bool:
         """Whether rows are packed without padding."""
-        return packs(self.trunk)
+        return uses_packing(self.trunk)
 
     def logprobs(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B R"]:
         """Log π(y_t | x, y_<t) under `temperature`, in nats, to be differentiated; 0 outside the mask."""

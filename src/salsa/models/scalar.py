@@ -13,7 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa.config import LoRAConfig
 from salsa.models.language import LanguageModel
 from salsa.models.loading import load_classifier, load_tokenizer, save_checkpoint
-from salsa.models.trunk import enable_packing, hidden_states, recompute_activations, response_hidden
+from salsa.models.trunk import (
+    enable_gradient_checkpointing,
+    enable_packing,
+    hidden_states,
+    response_hidden,
+)
 from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
@@ -59,7 +64,13 @@ class ValueModel(MixedPrecisionModule):
 
     @classmethod
     def load(
-        cls, path: Path, engine: Engine, *, pad_id: int, new_head_seed: int, recompute: bool = False
+        cls,
+        path: Path,
+        engine: Engine,
+        *,
+        pad_id: int,
+        new_head_seed: int,
+        gradient_checkpointing: bool = False,
     ) -> "ValueModel":
         """A model of its own, from a sequence classifier, or a language model that gets a new head.
 
@@ -68,8 +79,8 @@ class ValueModel(MixedPrecisionModule):
         """
         model: Any = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
         enable_packing(model.to(engine.device))
-        if recompute:
-            recompute_activations(model)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(model)
         return cls(model.base_model, engine, score=model.score)
 
     @classmethod

@@ -20,7 +20,8 @@ from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Weights, WeightsWriter, widest
 from salsa.soup.ingredients import Ingredient, refuse
-from salsa.soup.methods import DTYPES, Factors, Mix, rounded
+from salsa.soup.methods import DTYPES, Factors, Mix
+from salsa.soup.rounding import rounded
 from salsa.untrusted import read_json
 
 CONFIG = "adapter_config.json"

@@ -21,7 +21,7 @@ from salsa.config import (
     SFTConfig,
     Strict,
 )
-from salsa.config.expressions import ReferenceRule
+from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
 from salsa.rewards import RewardSource, function_digest
@@ -30,8 +30,6 @@ from salsa.untrusted import read_text
 if TYPE_CHECKING:
     from salsa.evaluate.benchmarks import Question
     from salsa.runtime.engine import Engine
-
-Reference = ReferenceRule[Checkpoint]
 
 T = TypeVar("T")
 Undecisive = Annotated[T, None]
@@ -266,7 +264,7 @@ class RLJob(Job):
     """RL of one arm with one seed."""
 
     init: Checkpoint
-    reference: Reference
+    reference: ReferenceRule[Checkpoint]
     reward: RewardSource
     config: RLConfig
     prompts: DataSource
@@ -478,15 +476,6 @@ def directories_of(part: Any) -> set[Path]:
         case Job() | ReferenceRule() | RewardSource():
             return directories_of(tuple(vars(part).values()))
     return set()
-
-
-def identity_of(reference: Reference) -> str:
-    """A reference in one line: its rule and its models' digests. A model that stands still is its digest alone."""
-    digests = [checkpoint.digest for checkpoint in reference.models]
-    if reference == ReferenceRule(reference.models):
-        return digests[0]
-    rule = {key: value for key, value in vars(reference).items() if key != "models"}
-    return f"{rule} of {digests}"
 
 
 def moved_reference(policy: Checkpoint) -> Checkpoint:

@@ -14,7 +14,8 @@ from salsa.soup import blend, files, measure_soup
 from salsa.soup.average import Source, _Average
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Weights, WeightsWriter
-from salsa.soup.methods import Factors, Mix, Room, linear, rounded, uniform, wise
+from salsa.soup.methods import Factors, Mix, linear, uniform, wise
+from salsa.soup.rounding import Room, rounded
 
 from . import checkpoints
 
