@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig, Select
 from salsa.data import Prompt, draw_prompts
 from salsa.errors import WorkFailed
-from salsa.models import LanguageModel
+from salsa.models import LanguageModel, ValueModel
 from salsa.objectives import Moments
 from salsa.rewards import begin
 from salsa.rl_models import (
@@ -260,9 +261,14 @@ def update(
         norms: dict[str, float] = {}
         for group in models.groups(warming_up=progress.update < config.critic_warmup):
             for micro, share in microbatches(minibatch, config, engine):
-                loss, parts = _losses(models, group, micro, config, progress.kl_coef, epoch)
-                (loss * share).backward()
-                for name, part in parts.items():
+                found = []
+                if "policy" in group:
+                    kl_coef = progress.kl_coef
+                    found.append(_policy_losses(models.policy, micro, config, kl_coef, epoch))
+                if "critic" in group and models.critic is not None:
+                    found.append(_value_losses(models.critic, micro, config))
+                (sum(loss for loss, _ in found) * share).backward()
+                for name, part in chain.from_iterable(parts.items() for _, parts in found):
                     metrics[name] = metrics.get(name, 0) + part.detach() * share
             for name in group:
                 norm = models.learners[name].step(config.max_grad_norm)
@@ -275,35 +281,13 @@ def update(
     return UpdateStats(**means)
 
 
-def _losses(
-    models: RLModels,
-    group: Sequence[str],
-    micro: Experience,
-    config: RLConfig,
-    kl_coef: float,
-    epoch: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What who steps together minimises over some rows, and its parts by the names of their metrics."""
-    losses, parts = [], {}
-    if "policy" in group:
-        loss, parts = _policy_loss(models.policy, micro, config, kl_coef, epoch)
-        losses.append(loss)
-    if "critic" in group and models.critic is not None:
-        value = objectives.value_loss(
-            models.critic.values(micro.rollout), micro.values, micro.returns,
-            micro.rollout.response_mask, value_clip_range=config.value_clip_range,
-        )  # fmt: skip
-        losses.append(config.value_weight * value.loss)
-        parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-    return sum(losses[1:], start=losses[0]), parts
-
-
-def _policy_loss(
+def _policy_losses(
     policy: LanguageModel, micro: Experience, config: RLConfig, kl_coef: float, epoch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped loss of the policy, with the entropy bonus and the KL in the loss where they are asked for."""
+    """What the policy minimises: the clipped loss, with entropy bonus and KL where asked for; its parts by metric."""
     rollout, mask = micro.rollout, micro.rollout.response_mask
-    losses, parts = [], {}
+    losses: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
     if config.entropy_coef:
         logprobs, entropy = policy.logprobs_and_entropy(rollout, config.temperature)
         parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
@@ -326,6 +310,18 @@ def _policy_loss(
         )  # fmt: skip
         losses.append(kl_coef * parts["kl_loss"])
     return sum(losses[1:], start=losses[0]), parts
+
+
+def _value_losses(
+    critic: ValueModel, micro: Experience, config: RLConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the critic minimises, and its parts by metric."""
+    value = objectives.value_loss(
+        critic.values(micro.rollout), micro.values, micro.returns, micro.rollout.response_mask,
+        value_clip_range=config.value_clip_range,
+    )  # fmt: skip
+    parts = {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+    return config.value_weight * value.loss, parts
 
 
 def minibatches(

@@ -592,7 +592,7 @@ def test_13_weight_map_names_are_plain_files_beside_the_index(three, tmp_path, n
     refused("no plain .safetensors file beside it", three[:2], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
 def test_13_pickles_are_never_opened(three, tmp_path, name):
     (three[1] / "model.safetensors").rename(three[1] / name)
     refused("pickled weights only.*safe_serialization=True", three[:2], tmp_path)
