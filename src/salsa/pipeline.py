@@ -177,7 +177,7 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
         results = results_of(recipe, graph.run.finished, samples)
         if recipe.forecast is not None:
             forecast = forecast_of(recipe, graph, stages.forecast)
-        doctor = diagnosed(graph.run.path)
+        doctor = diagnosed(graph.run)
         write_report(
             results, graph.run, key=key, forecast=forecast, landscape=landscape, doctor=doctor
         )

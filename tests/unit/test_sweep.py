@@ -10,7 +10,7 @@ import yaml
 
 from salsa.analysis.frontier import START
 from salsa.analysis.policies import read_policies
-from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
+from salsa.analysis.sweep import as_latex, effects_of, plan_lines, points_of, run_sweep
 from salsa.artifacts import digest_of, locked
 from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError
@@ -134,6 +134,26 @@ def test_sweeps_share_stages_and_do_not_write_there_at_once(tmp_path):
         assert (runs / name / "stages").resolve() == stages.resolve()
     with locked(stages / ".lock", stages), pytest.raises(ConfigError, match="shared"):
         run_sweep(made, runs / "two", worker({}, []))
+
+
+def test_stages_that_are_anothers_are_not_filled(tmp_path):
+    made = config(tmp_path, name="one", stages="shared")
+    (tmp_path / "runs" / "one" / "stages").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"one/stages: holds the stages of .*one, and the sweep's lie in"
+    ):
+        run_sweep(made, tmp_path / "runs" / "one", worker({}, []))
+    (tmp_path / "runs" / "one" / "stages").rmdir()
+    (tmp_path / "runs" / "one" / "stages").symlink_to(tmp_path / "gone")  # its target was deleted
+    effects = dict.fromkeys(made.points(), 1.0)
+    run_sweep(made, tmp_path / "runs" / "one", worker(effects, []), only="pair-0*")
+
+
+def test_a_table_for_latex_has_no_character_that_latex_lacks():
+    table = as_latex(
+        [{"at": "α=0.5", "arm": "a_b", "effect": -0.0123, "low": None, "note": "{±3 %}~^\\"}]
+    )
+    assert table.isascii() and r"$\alpha$=0.5 & a\_b & -0.0123 & -- & \{$\pm$3 \%\}" in table
 
 
 def test_a_forecast_gives_an_effect_per_comparison_and_column():

@@ -36,7 +36,7 @@ def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
 
 
 def colour(arm: str, arms: Sequence[str]) -> str:
-    """The arm's colour slot: `slot-0` is the SFT model's grey."""
+    """The colour slot of a model; `slot-0`, grey, is the first one's: in a run's report the SFT model's."""
     return f"slot-{arms.index(arm)}"
 
 
@@ -46,7 +46,7 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     for arm, seeds in curves.items():
         if not any(name in row for row in seeds[0][:1]):  # DPO logs other metrics, a short run none
             continue
-        own = [thinned(seed, POINTS) for seed in seeds]
+        own = [thinned(seed, POINTS) for seed in shared_updates(seeds, name)]
         steps = [row["step"] for row in own[0]]
         values = np.array([[row[name] for row in seed] for seed in own])
         if len(seeds) > 1:
@@ -96,6 +96,14 @@ def _line(
 def short(value: float) -> float:
     """Five significant digits: a plot shows no more, and a hundred runs must fit a page."""
     return float(f"{value:.5g}")
+
+
+def shared_updates(seeds: Sequence[Sequence[Row]], column: str) -> list[list[Row]]:
+    """Of every seed the updates in which all seeds logged `column`: `rl.stop` ends each by itself."""
+    updates = [
+        update for update in zip(*seeds, strict=False) if all(column in row for row in update)
+    ]
+    return [list(rows) for rows in zip(*updates, strict=True)] or [[] for _ in seeds]
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:
