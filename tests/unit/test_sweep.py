@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salsa.analysis.frontier import START
+from salsa.analysis.paths import START
 from salsa.analysis.policies import read_policies
 from salsa.analysis.sweep import as_latex, effects_of, plan_lines, points_of, run_sweep
 from salsa.artifacts import digest_of, locked

@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from salsa.analysis.frontier import Policy, frontier
+from salsa.analysis.frontier import frontier
+from salsa.analysis.paths import Policy
 from salsa.analysis.policies import read_policies
 from salsa.analysis.verdicts import judge
 from salsa.artifacts import finite, locked, to_json, write_atomic

@@ -31,7 +31,12 @@ def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
         if any(name in row for seeds in curves.values() for row in seeds[0][:1])
     }
     return figures | {
-        f"histogram-{score}": _histogram(score, rows, arms) for score in summary["scores"]
+        f"histogram-{score}": histogram(
+            {arm: np.array([row[score] for seed in rows[arm] for row in seed]) for arm in arms},
+            score,
+            score,
+        )
+        for score in summary["scores"]
     }
 
 
@@ -55,19 +60,17 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     return {"data": data, "layout": layout(title, "update", "")}
 
 
-def _histogram(score: str, rows: Runs, arms: Sequence[str]) -> Figure:
-    """Shares per bin as outlines, so that arms can be told apart where they overlap."""
-    values = {
-        arm: np.array([row[score] for seed in seeds for row in seed]) for arm, seeds in rows.items()
-    }
+def histogram(values: Mapping[str, np.ndarray], title: str, x: str) -> Figure:
+    """Shares per bin of each model's values as outlines, so that models can be told apart where they overlap."""
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=24)
     data = []
-    for arm, own in values.items():
+    for name, own in values.items():
         shares = np.histogram(own, bins=edges)[0] / len(own)
-        line = _line(edges, [*shares, shares[-1]], colour(arm, arms), width=2, name=arm)
+        slot = colour(name, list(values))
+        line = _line(edges, [*shares, shares[-1]], slot, width=2, name=name)
         line["line"]["shape"] = "hv"
         data.append(line)
-    return {"data": data, "layout": layout(score, score, "share of replies")}
+    return {"data": data, "layout": layout(title, x, "share of replies")}
 
 
 def _seeds(steps: Sequence[int], values: np.ndarray, slot: str) -> dict[str, Any]:
