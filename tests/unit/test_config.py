@@ -1,5 +1,6 @@
 """Bad recipes: one line that says what, where, got and do this."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,8 @@ BAD = {
     "rl.kl_importance=never": "kl_importance=never changes nothing with kl_in=reward. Remove it, or set kl_in: loss.",
     "rl.arms.salsa.init=soup(0.5*sft[0], 0.6*sft[1])": "weights must be 0 or more and sum to 1, not 1.1.",
     "eval.kl_to=[base, base]": "eval.kl_to: names a model twice. Name each once.",
+    "eval.scores={kl: {call: 'a:b'}}": "eval: scores.kl is the name of a metric. Call it something else, e.g. gold.",
+    "eval.reward_models={proxy: a/b}": "eval: reward_models.proxy is the name of a metric. Call it something else",
     "eval.kl_to=[]": "eval.kl_to=[]: tuple should have at least 1 item",
     "eval.kl_to=['sft[7]']": "eval.kl_to needs sft[7], but there are 2 SFT models",
     "sft.checkpoints=[a/b]": "sft: give exactly one of dataset (to train) and checkpoints (trained before).",
@@ -250,7 +253,8 @@ def test_checkpoints_count_where_patience_does():
     [
         ("rl.select=beste", "rl.select='beste': input should be 'last' or 'best'."),
         ("rl.select={metrik: gold}", "unknown key 'rl.select.metrik'. Did you mean 'metric'?"),
-        ("rl.select={metric: silver}", "rl.select.metric='silver' is neither reward, score nor one of eval.scores."),
+        ("rl.select={metric: silver}", "rl.select.metric='silver' is neither reward, score nor a name under "
+         "eval.scores or eval.reward_models. Known: reward, score."),
         ("rl.stop={}", "rl.stop: give kl, patience or both."),
         ("rl.lr_warmup=50", "lr_warmup=50 leaves none of 50 updates at the full rate. Lower it."),
     ],
@@ -261,12 +265,35 @@ def test_stopping_and_selecting_that_cannot_be_meant(override, message, recipe_f
     assert message in str(raised.value)
 
 
+def test_no_score_is_called_what_a_metric_is_called(repository, recipe_file):
+    """It would stand in the metric's place, and select, stop and adaptive_kl would go by it."""
+    table = (repository / "docs" / "metrics.md").read_text().split("\n## ")[1]
+    cells = [row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")]
+    names = [re.sub(r"\*\w+\*|\[i\]", "x", name) for cell in cells for name in cell.split(", ")]
+    names = [name for name in names if name not in ("name", "x", "…")]
+    assert len(names) > 35
+    for name in [*names, "proxy", "prompt", "response", "ended", "kl_reference"]:
+        for key, value in (("scores", {name: {"call": "a:b"}}), ("reward_models", {name: "a/b"})):
+            with pytest.raises(ValueError, match=rf"{key}\.{name} is the name of a metric"):
+                EvalConfig(prompts="x", baseline="ppo", **{key: value})
+
+
+def test_a_reward_model_that_is_logged_may_select(recipe_file):
+    given = ["eval.reward_models={second: a/b}", "rl.select={metric: second}"]
+    assert Recipe.load(recipe_file, given).rl.selection.metric == "second"
+
+
 def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
+    recipe_file.write_text(
+        SMALLEST.replace("baseline: ppo", "baseline: ppo, scores: {gold: {call: 'a:b'}}")
+    )
     text = lambda *overrides: Recipe.decisive_text(Recipe.load(recipe_file, overrides).to_yaml())
     plain = text()
     for same in (
         "rl.microbatch_tokens=64", "engine.jobs=2", "model.precision=bf16", "sft.checkpoint_every=7",
         "eval.batch_size=8", "rl.gradient_checkpointing=true",
+        "rl.arms.salsa.microbatch_tokens=512", "eval.scores.gold.timeout=9",
+        "reward.functions=[{call: 'my.module:score', retries: 3}]",
     ):  # fmt: skip
         assert text(same) == plain, same
     for other in (
@@ -277,6 +304,8 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
         "rl.arms.ppo.kl_coef=1",
     ):
         assert text(other) != plain, other
+    server = "rl.arms.ppo.vllm={{url: 'http://{}', importance_cap: {}}}"
+    assert text(server.format("a", 2)) == text(server.format("b", 2)) != text(server.format("b", 3))
     assert Recipe.decisive_text("no: recipe") == "no: recipe"
 
 

@@ -9,10 +9,18 @@ from typing import ClassVar
 
 import pytest
 
-from salsa.artifacts import Checkpoint
-from salsa.config import RewardFunction, RLConfig, SFTConfig
+from salsa.artifacts import Checkpoint, FileHashes
+from salsa.config import (
+    ForecastConfig,
+    LandscapeConfig,
+    Recipe,
+    RewardFunction,
+    RLConfig,
+    SFTConfig,
+)
 from salsa.config.expressions import ReferenceRule
 from salsa.errors import CheckpointError, ConfigError
+from salsa.pipeline import stages_of
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
 from salsa.stages import directory as directory_module
@@ -363,6 +371,30 @@ def test_all_that_decides_a_result_is_in_its_identity(kind):
     for change in COMPUTES.get(kind, []):
         changed = replace(job, **change)
         assert changed.identity() == seen[0] and changed.execution() != job.execution(), change
+
+
+def test_what_only_looks_at_further_models_does_not_change_what_rl_logs(tmp_path):
+    """A forecast or landscape of sft[1] gave RL a KL to it, and so another digest."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "model": {"path": "embedded"},
+            "sft": {"dataset": "x.jsonl"},
+            "reward": {"functions": [{"call": "my.module:score"}]},
+            "rl": {
+                "arms": {"ppo": {"init": "sft[0]", "reference": "sft[0]"}},
+                "prompts": "x.jsonl",
+                "kl_coef": 0.1,
+            },
+            "eval": {"prompts": "x.jsonl", "baseline": "ppo"},
+        }
+    )
+    needs = lambda one: [n.label for n in stages_of(one, FileHashes()).policies["ppo"][0].needs]
+    looking = {
+        "forecast": ForecastConfig(references=("sft[0]", "sft[1]")),
+        "landscape": LandscapeConfig(),
+    }
+    assert needs(recipe) == needs(recipe.model_copy(update=looking)) == ["sft[0]", "base"]
 
 
 def test_identity_of_a_plain_reference_is_its_digest():

@@ -57,11 +57,12 @@ class Recipe(Strict):
             )
         for name in self.rl.arms:
             config = self.rl.config_of(name)
-            known = ("reward", "score", *self.eval.scores)
+            known = ("reward", "score", *self.eval.score_names)
             if isinstance(config, RLConfig) and config.selection.metric not in known:
                 wrong = config.selection.metric
                 raise ValueError(
-                    f"rl.select.metric={wrong!r} is neither reward, score nor one of eval.scores. "
+                    f"rl.select.metric={wrong!r} is neither reward, score nor a name under eval.scores or "
+                    f"eval.reward_models. "
                     f"{nearest(wrong, known)}"
                 )
         for where, model in self.expressions():
@@ -84,6 +85,14 @@ class Recipe(Strict):
 
     def expressions(self) -> Iterator[tuple[str, Model]]:
         """Every (place, model expression) of the recipe."""
+        yield from self.decisive_expressions()
+        for text in (self.forecast and self.forecast.references) or ():
+            yield "forecast.references", parse_model(text)
+        for text in self.landscape.models if self.landscape else ():
+            yield "landscape.models", parse_model(text)
+
+    def decisive_expressions(self) -> Iterator[tuple[str, Model]]:
+        """Those of the stages up to the evaluation; a forecast or landscape of other models changes none of them."""
         for name, arm in self.rl.arms.items():
             yield f"rl.arms.{name}.init", parse_model(arm.init)
             for model in arm.rule.models:
@@ -92,10 +101,6 @@ class Recipe(Strict):
             yield "eval.kl_to", parse_model(text)
         if self.reward.trains:
             yield "reward.init", parse_model(self.reward.init)
-        for text in (self.forecast and self.forecast.references) or ():
-            yield "forecast.references", parse_model(text)
-        for text in self.landscape.models if self.landscape else ():
-            yield "landscape.models", parse_model(text)
 
     def candidates(self) -> list[str]:
         """The references that a forecast compares, the first is the baseline."""

@@ -102,8 +102,8 @@ class Select(Strict):
     """Which checkpoint's policy the run returns: the best by a metric, within a KL budget if one is given."""
 
     metric: str = "reward"
-    """`reward` (the score minus penalties, what `best` goes by), `score`, or a function under `eval.scores`, which
-    nothing is trained on; its mean over the rollouts since the checkpoint before."""
+    """`reward` (the score minus penalties, what `best` goes by), `score`, or a name under `eval.scores` or
+    `eval.reward_models`, which nothing is trained on; its mean over the rollouts since the checkpoint before."""
     kl: Positive | None = None
     """Only among checkpoints whose KL to own reference, in their last rollout, is at most this; nats per response."""
 
@@ -342,6 +342,15 @@ class RLSection(RLConfig):
                         f"not by {config.kl_kind}. Use that, or one reference"
                     )
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """As of every section; an arm's own settings count as those of `rl:` do."""
+        arms = {}
+        for name, arm in self.arms.items():
+            own = self.config_of(name).decisive()
+            arms[name] = arm.model_dump(mode="json", include={"init", "reference", "method"})
+            arms[name] |= {key: own[key] for key in arm.settings if key in own}
+        return super().decisive() | {"arms": arms}
 
     def config_of(self, arm: str) -> RLConfig | DPOConfig:
         """The settings of one arm: those of `rl:` with its own in their place; DPO's for a DPO arm.

@@ -51,8 +51,7 @@ class Strict(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """Everything but the `Execution` fields, at any depth, as JSON values."""
         values = self.model_dump(mode="json", exclude=self._marked("execution"))
-        sections = {name: value for name, value in self if isinstance(value, Strict)}
-        return values | {name: sections[name].decisive() for name in sections.keys() & values}
+        return {name: _decisive(getattr(self, name), value) for name, value in values.items()}
 
     def check_unset(self, names: Sequence[str], why: str) -> None:
         """ValueError for a field that was set and, as `why` says, changes nothing."""
@@ -72,6 +71,18 @@ class Strict(BaseModel):
         """Names of the fields that carry one of the markers."""
         fields = type(self).model_fields.items()
         return {name for name, field in fields if set(markers) & set(map(str, field.metadata))}
+
+
+def _decisive(value: Any, dumped: Any) -> Any:
+    """`dumped`, the JSON of `value`, without what is `Execution` in the sections within."""
+    match value:
+        case Strict():
+            return value.decisive()
+        case dict():
+            return {key: _decisive(one, dumped[key]) for key, one in value.items()}
+        case tuple():
+            return [_decisive(one, json) for one, json in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def check_call(value: str) -> str:

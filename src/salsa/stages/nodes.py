@@ -80,7 +80,8 @@ def policy(
     if isinstance(config, DPOConfig):
         return Node.of(jobs.DPOJob, label, init, *reference.models, pairs, config, seed)
     soup = recipe.soup.ingredients
-    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
+    decisive = recipe.decisive_expressions()
+    used = {index for _, model in decisive for index in sft_indices(model, soup)}
     return Node.of(
         jobs.RLJob,
         label,
