@@ -65,13 +65,35 @@ def test_overrides(recipe_file):
     assert (recipe.rl.kl_coef, recipe.rl.seeds, recipe.soup.weights) == (0.1, (3,), (0.7, 0.3))
 
 
+def test_an_override_under_a_section_that_is_null(recipe_file):
+    recipe = Recipe.load(recipe_file, ["rl.lora=null", "rl.lora.rank=4", "sft.lora.rank=2"])
+    assert recipe.rl.lora.rank == 4 and recipe.sft.lora.rank == 2
+
+
+def test_two_processes_cannot_push_to_one_server(recipe_file):
+    server = "rl.arms.salsa.vllm={url: 'http://localhost:8000'}"
+    Recipe.load(recipe_file, [server])
+    with pytest.raises(ConfigError, match="engine.processes=2: weights are pushed to the server"):
+        Recipe.load(recipe_file, [server, "engine.processes=2"])
+
+
+def test_text_that_is_a_number_counts_as_one(recipe_file):
+    """YAML reads 1e-06, which has no point, as text."""
+    assert yaml.safe_load("1e-06") == "1e-06"
+    more = "kl_coef: 0.05\n  learning_rate: 1e-06\n  num_updates: '50'"
+    recipe_file.write_text(SMALLEST.replace("kl_coef: 0.05", more))
+    rl = Recipe.load(recipe_file).rl
+    assert (rl.learning_rate, rl.num_updates) == (1e-6, 50)
+
+
 def test_derived_batch_sizes(recipe_file):
     assert Recipe.load(recipe_file, ["rl.rollout_size=24"]).rl.minibatch == 24
 
 
 BAD = {
     "rl.kl_coeff=0.1": "unknown key 'rl.kl_coeff'. Did you mean 'kl_coef'?",
-    "sft.dataset.pth=x": "override 'sft.dataset.pth=x': dataset is a value, not a section",
+    "sft.dataset.pth=x": "override 'sft.dataset.pth=x': sft.dataset is 'data.jsonl', not a section. Set it "
+    "whole: sft.dataset={pth: …}",
     "rl.arms.salsa.refrence=soup": "unknown key 'rl.arms.salsa.refrence'. Did you mean 'reference'?",
     "evall.seed=1": "unknown key 'evall'. Did you mean 'eval'?",
     "rl.kl_coef=much": "rl.kl_coef='much': input should be a valid number",
@@ -131,6 +153,23 @@ BAD = {
     "eval.kl_to=[base, base]": "eval.kl_to: names a model twice. Name each once.",
     "eval.scores={kl: {call: 'a:b'}}": "eval: scores.kl is the name of a metric. Call it something else, e.g. gold.",
     "eval.reward_models={proxy: a/b}": "eval: reward_models.proxy is the name of a metric. Call it something else",
+    "soup.weights=[1.5, -0.5]": "soup: weights=[1.5, -0.5]: one is negative; give 0 or more.",
+    "soup.ingredients=[0, 0]": "soup: ingredients=[0, 0] has a model twice. Name each once.",
+    "soup={method: model_stock, ingredients: [0]}": "method=model_stock compares ingredients. Give two or more.",
+    "rl.arms.salsa.reference=soup[0,0]": "'soup[0,0]': a model twice. Name each once",
+    "rl.arms.salsa.reference=soup(0.5*sft[0], 0.5*sft[0])": "a model twice. Name each once",
+    "rl.arms.salsa={init: 'sft[0]', reference: none, kl_coef: 0.1}": "rl: arms.salsa.kl_coef changes nothing with "
+    "reference: none, which does not pull. Remove it.",
+    "rl.arms.salsa={init: 'sft[0]', reference: none, adaptive_kl: {target: 3}}": "arms.salsa.adaptive_kl changes",
+    "engine.gpus=1": "engine: gpus=1 changes nothing with executor: local: all stages run on this machine as it is.",
+    "engine.memory_gib=8": "engine: memory_gib=8.0 changes nothing with executor: local",
+    "rl.prompts={path: p.jsonl, split: test}": "rl.prompts: split=test changes nothing where rows do not come from a",
+    "rl.prompts={call: 'a:b', name: main}": "rl.prompts: name=main changes nothing where rows do not come from a hub",
+    "rl.prompts={path: p.jsonl, shuffle_seed: 3}": "rl.prompts: shuffle_seed=3 changes nothing without limit",
+    "sft.epochs=0": "small.yaml: sft.epochs=0: input should be greater than 0.",
+    "sft.epochs=[1, 0]": "small.yaml: sft.epochs",
+    "soup.weights=even": "small.yaml: soup.weights='even': input should be 'uniform'.",
+    "engine={executor: slurm, slurm: {parameters: {qos: [1]}}}": "engine.slurm.parameters.qos=[1]: input should be",
     "eval.kl_to=[]": "eval.kl_to=[]: tuple should have at least 1 item",
     "eval.kl_to=['sft[7]']": "eval.kl_to needs sft[7], but there are 2 SFT models",
     "sft.checkpoints=[a/b]": "sft: give exactly one of dataset (to train) and checkpoints (trained before).",

@@ -1,6 +1,7 @@
 """Where jobs run changes nothing: one process, several, Ray, SLURM's client; with and without faults."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -266,6 +267,22 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
         time.sleep(0.02)
     stages = finish(tmp_path / "run", None, walks(a="waits"))
     assert steps_of(stages["a"].path) == RESUMED
+
+
+def test_closing_leaves_other_processes_of_the_program_alone(tmp_path):
+    """A notebook may have a pool of its own."""
+    executor, others = (
+        ProcessPool(1),
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,)),
+    )
+    others.start()
+    handle = executor.submit(Task("a", Request(), time.sleep, (60,)))
+    try:
+        executor.close()
+        assert others.is_alive() and handle.done()
+    finally:
+        others.kill()
+        others.join()
 
 
 @pytest.mark.parametrize(

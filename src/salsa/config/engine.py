@@ -56,6 +56,9 @@ class EngineConfig(Strict):
                     f"{name} is for executor: {owner}, and executor is {self.executor}. Set executor: {owner} or "
                     f"drop {name}"
                 )
+        if self.executor == "local":
+            why = "with executor: local: all stages run on this machine as it is"
+            self.check_unset(("gpus", "memory_gib"), why)
         if self.artifacts is not None and "://" not in self.artifacts:
             raise ValueError(
                 f"artifacts={self.artifacts!r} is no URL. Write e.g. s3://bucket/runs; a path needs none, the run "

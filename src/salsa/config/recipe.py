@@ -65,6 +65,11 @@ class Recipe(Strict):
                     f"eval.reward_models. "
                     f"{nearest(wrong, known)}"
                 )
+            if isinstance(config, RLConfig) and config.vllm and self.engine.processes > 1:
+                raise ValueError(
+                    f"engine.processes={self.engine.processes}: weights are pushed to the server of rl.vllm by one "
+                    "process. Set processes to 1, or remove rl.vllm"
+                )
         for where, model in self.expressions():
             for index in sft_indices(model, self.soup.ingredients):
                 if index >= self.sft.count:
@@ -151,10 +156,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
     node = values
     *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
+    for number, parent in enumerate(parents):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+            above = ".".join(parents[: number + 1])
+            raise ConfigError(
+                f"override {override!r}: {above} is {node!r}, not a section. Set it whole: {above}={{{leaf}: …}}"
+            )
     try:
         node[leaf] = yaml_value(text)
     except ValueError as error:

@@ -58,6 +58,13 @@ class RewardConfig(Strict):
         return self.lora is None
 
     @property
+    def stage(self) -> str | None:
+        """Label of the stage that makes the reward model; None for functions, and for one finished model."""
+        if self.functions or len(self.paths) == 1:
+            return None
+        return "reward soup" if len(self.paths or self.seeds) > 1 else "reward"
+
+    @property
     def trains(self) -> bool:
         """Whether a reward model is trained here."""
         return not (self.paths or self.functions)

@@ -334,6 +334,11 @@ class RLSection(RLConfig):
     def _arms_fit(self) -> Self:
         for name, arm in self.arms.items():
             config = self.config_of(name)
+            for key in ("kl_coef", "adaptive_kl"):
+                if not arm.rule.pulls and key in arm.settings:
+                    raise ValueError(
+                        f"arms.{name}.{key} changes nothing with reference: none, which does not pull. Remove it"
+                    )
             if isinstance(config, RLConfig) and len(arm.rule.models) > 1:
                 wanted = "k1" if config.kl_in == "reward" else "k2"
                 if config.kl_kind != wanted:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salsa.artifacts import locked
-from salsa.errors import ConfigError, WorkFailed
+from salsa.errors import ConfigError, InUse, WorkFailed
 from salsa.runtime.launch import TIMEOUT, led, spread
 from salsa.runtime.store import Store
 from salsa.stages.directory import Place, filling
@@ -57,8 +57,8 @@ def perform(
                 if store is not None and not store.has(place.final.name):
                     store.upload(place.final)
                 return
-        except ConfigError as error:
-            if error.args[0].find("in use by another") < 0 or time.monotonic() > deadline:
+        except InUse:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
