@@ -20,7 +20,7 @@ from salsa.artifacts import locked, write_atomic
 from salsa.config import DataSource, EngineConfig, Recipe
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
-from salsa.planner.estimate import stages_of
+from salsa.planner.estimate import planned_stages
 from salsa.planner.hardware import hardware_of
 from salsa.runtime.checkpoint import save_state
 from salsa.runtime.executors import Request, Task
@@ -376,7 +376,7 @@ def test_a_job_asks_for_what_the_planner_says(make_checkpoint, repository):
         ["engine={executor: ray, gpus: 2, threads: 4}", "rl.critic=separate"],
     )
     on_cpus = Recipe.load(repository / "recipes" / "quickstart.yaml", ["engine.executor=ray"])
-    planned = {s.name: s.peak.total / 2**30 for s in stages_of(on_cpus, hardware_of("cpu:1"))}
+    planned = {s.name: s.peak.total / 2**30 for s in planned_stages(on_cpus, hardware_of("cpu:1"))}
     trains = SFTJob("sft[0]", model, recipe.sft, DataSource(path="x"), 0)
     averages = SoupJob("soup", (model,), None)
 

@@ -19,7 +19,7 @@ from salsa.config import (
     SFTConfig,
 )
 from salsa.config.expressions import ReferenceRule
-from salsa.errors import CheckpointError, ConfigError
+from salsa.errors import CheckpointError, ConfigError, SalsaError
 from salsa.pipeline import stages_of
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
@@ -28,6 +28,7 @@ from salsa.stages import jobs
 from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Graph, Node
 from salsa.stages.jobs import RLJob, SFTJob, SoupJob, identity_of
+from salsa.stages.nodes import check_inputs
 
 DONE: list[str] = []
 
@@ -373,28 +374,45 @@ def test_all_that_decides_a_result_is_in_its_identity(kind):
         assert changed.identity() == seen[0] and changed.execution() != job.execution(), change
 
 
+def small_recipe(folder: Path, **sections) -> Recipe:
+    """One arm, a callable for a reward; its data are there."""
+    prompts, replies = folder / "prompts.jsonl", folder / "sft.jsonl"
+    prompts.write_text('{"prompt": "How are you?"}\n' * 4)
+    replies.write_text('{"prompt": "How are you?", "completion": "Well."}\n' * 4)
+    arm = {"init": "sft[0]", "reference": "sft[0]"}
+    values = {
+        "name": "small", "model": {"path": "embedded"}, "sft": {"dataset": str(replies)},
+        "reward": {"functions": [{"call": "salsa.demo:gold"}]},
+        "rl": {"arms": {"ppo": arm}, "prompts": str(prompts), "kl_coef": 0.1},
+        "eval": {"prompts": str(prompts), "baseline": "ppo"},
+    }  # fmt: skip
+    return Recipe.model_validate(values | sections)
+
+
 def test_what_only_looks_at_further_models_does_not_change_what_rl_logs(tmp_path):
     """A forecast or landscape of sft[1] gave RL a KL to it, and so another digest."""
-    recipe = Recipe.model_validate(
-        {
-            "name": "small",
-            "model": {"path": "embedded"},
-            "sft": {"dataset": "x.jsonl"},
-            "reward": {"functions": [{"call": "my.module:score"}]},
-            "rl": {
-                "arms": {"ppo": {"init": "sft[0]", "reference": "sft[0]"}},
-                "prompts": "x.jsonl",
-                "kl_coef": 0.1,
-            },
-            "eval": {"prompts": "x.jsonl", "baseline": "ppo"},
-        }
-    )
+    recipe = small_recipe(tmp_path)
     needs = lambda one: [n.label for n in stages_of(one, FileHashes()).policies["ppo"][0].needs]
     looking = {
         "forecast": ForecastConfig(references=("sft[0]", "sft[1]")),
         "landscape": LandscapeConfig(),
     }
     assert needs(recipe) == needs(recipe.model_copy(update=looking)) == ["sft[0]", "base"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"soup": {"method": "greedy", "score": "nowhere:score"}},
+        {"forecast": {"prompts": "nowhere.jsonl"}},
+        {"landscape": {"prompts": "nowhere.jsonl"}},
+        {"landscape": {"validation": "nowhere.jsonl"}},
+    ],
+)
+def test_what_is_not_there_is_told_before_any_work(change, tmp_path):
+    check_inputs(small_recipe(tmp_path))
+    with pytest.raises(SalsaError, match="nowhere"):
+        check_inputs(small_recipe(tmp_path, **change))
 
 
 def test_identity_of_a_plain_reference_is_its_digest():

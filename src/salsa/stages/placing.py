@@ -6,7 +6,7 @@ from pathlib import Path
 from salsa.config import Recipe
 from salsa.config.engine import EngineConfig, SlurmConfig
 from salsa.errors import ConfigError
-from salsa.planner.estimate import stages_of as planned_stages
+from salsa.planner.estimate import planned_stages
 from salsa.planner.hardware import GIB, hardware_of
 from salsa.planner.memory import LIBRARIES
 from salsa.planner.shapes import shape_of
