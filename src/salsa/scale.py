@@ -7,11 +7,11 @@ imported when the models are made.
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from salsa.config import Recipe
+from salsa.config.schema import differences
 from salsa.errors import ConfigError
 from salsa.planner.shapes import Shape, shape_of, shape_or
 
@@ -76,7 +76,7 @@ def tiny(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:
         _lower(arm, {}, _AT_MOST["rl"] | _TRAINER)
     values["rl"]["seeds"] = list(recipe.rl.seeds[:1])
     _local_data(values)
-    return Recipe.model_validate(values), list(_differences(before, values))
+    return Recipe.model_validate(values), list(differences(before, values))
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -133,26 +133,6 @@ def _local_data(values: dict[str, Any]) -> None:
         for key, function in sources.items():
             if (values.get(section) or {}).get(key) is not None:
                 values[section][key] = {"call": f"salsa.scale:{function.__name__}"}
-
-
-def _differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """`key: old → new` of all that changed."""
-    if (
-        isinstance(before, dict)
-        and isinstance(after, dict)
-        and not {"path", "call"} & after.keys() - {"revision"}
-    ):
-        for key in dict.fromkeys([*before, *after]):
-            yield from _differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))
-    elif before != after:
-        yield f"{where}: {_short(before)} → {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    """A data source by its name; anything else as it is."""
-    if isinstance(value, dict):
-        value = value.get("path") or value.get("call") or value
-    return "not set" if value is None else str(value)
 
 
 def _write(folder: Path, shape: Shape, base: Shape, *, seed: int, scores: bool = False) -> str:

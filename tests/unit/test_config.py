@@ -23,6 +23,7 @@ from salsa.config import (
     SoupConfig,
 )
 from salsa.config.engine import SlurmConfig
+from salsa.config.schema import differences
 from salsa.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -320,6 +321,20 @@ def test_no_score_is_called_what_a_metric_is_called(repository, recipe_file):
 def test_a_reward_model_that_is_logged_may_select(recipe_file):
     given = ["eval.reward_models={second: a/b}", "rl.select={metric: second}"]
     assert Recipe.load(recipe_file, given).rl.selection.metric == "second"
+
+
+def test_what_differs_between_recipes_is_told_by_key(recipe_file):
+    decided = lambda *overrides: Recipe.decisive_text(Recipe.load(recipe_file, overrides).to_yaml())
+    others = (
+        "rl.kl_coef=0.1", "rl.microbatch_tokens=64", "sft.dataset=q.jsonl",
+        "rl.prompts={path: prompts.jsonl, limit: 3}", "rl.lora={rank: 4}",
+        "rl.arms.salsa.init=soup",
+    )  # fmt: skip
+    assert list(differences(decided(), decided(*others))) == [
+        "sft.dataset: data.jsonl → q.jsonl", "rl.kl_coef: 0.05 → 0.1",
+        "rl.lora: not set → {'rank': 4, 'alpha': 32, 'target_modules': []}", "rl.arms.salsa.init: sft[0] → soup",
+        "rl.prompts.limit: not set → 3",
+    ]  # fmt: skip
 
 
 def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):

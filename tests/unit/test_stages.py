@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import yaml
 
 from salsa.artifacts import Checkpoint, FileHashes
 from salsa.config import (
@@ -20,7 +21,7 @@ from salsa.config import (
 )
 from salsa.config.expressions import ReferenceRule
 from salsa.errors import CheckpointError, ConfigError, SalsaError
-from salsa.pipeline import stages_of
+from salsa.pipeline import remaining, stages_of
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
 from salsa.stages import directory as directory_module
@@ -38,6 +39,7 @@ class Writes:
     """A job that writes a file and says so."""
 
     needs_engine: ClassVar[bool] = False
+    can_be_divided: ClassVar[bool] = False
     label: str
     text: str = "hello"
     inputs: dict = field(default_factory=dict)
@@ -139,18 +141,20 @@ def test_verify_hashes_also_what_looks_unchanged(tmp_path):
 
 def test_another_recipe_does_not_overwrite(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with run.opened("beta: 1\n"):
+    with run.opened("rl: {beta: 1}\n"):
         for name in ("report.html", "landscape.json", "forecast.html"):
             (run.path / name).write_text("of beta 1")
     with (
-        pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
-        run.opened("beta: 2\n"),
+        pytest.raises(ConfigError, match=r"another recipe \(rl.beta: 1 → 2, and 1 more\)"),
+        run.opened("rl: {beta: 2}\nseed: 1", decisive=yaml.safe_load),
     ):
         pass
-    assert (run.path / "recipe.yaml").read_text() == "beta: 1\n"
+    with pytest.raises(ConfigError, match="of another version of salsa"), run.opened("no recipe"):
+        pass
+    assert (run.path / "recipe.yaml").read_text() == "rl: {beta: 1}\n"
     assert (run.path / "report.html").exists()
-    with run.opened("beta: 2\n", force=True):
-        assert (run.path / "recipe.yaml").read_text() == "beta: 2\n"
+    with run.opened("rl: {beta: 2}\n", force=True):
+        assert (run.path / "recipe.yaml").read_text() == "rl: {beta: 2}\n"
         for name in ("report.html", "landscape.json", "forecast.html"):
             assert not (run.path / name).exists()  # a stop now leaves no report of beta 1
 
@@ -413,6 +417,16 @@ def test_what_is_not_there_is_told_before_any_work(change, tmp_path):
     check_inputs(small_recipe(tmp_path))
     with pytest.raises(SalsaError, match="nowhere"):
         check_inputs(small_recipe(tmp_path, **change))
+
+
+def test_what_is_left_is_what_until_needs(tmp_path):
+    recipe = small_recipe(tmp_path)
+    kinds = lambda until: sorted(remaining(recipe, RunDirectory(tmp_path / "run"), until).values())
+    sft, rl = ["sft[0]", "sft[1]"], [f"rl ppo seed {seed}" for seed in recipe.rl.seeds]
+    assert kinds("sft") == kinds("reward") == sft
+    assert kinds("rl") == [*rl, *sft]
+    assert kinds("report") == kinds("eval") and len(kinds("eval")) == len(sft) + 2 * len(rl) + 2
+    assert "landscape" in kinds("landscape") and not set(rl) & set(kinds("landscape"))
 
 
 def test_identity_of_a_plain_reference_is_its_digest():

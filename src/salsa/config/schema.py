@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
@@ -173,6 +173,27 @@ def nearest(word: str, words: Any) -> str:
     """What was probably meant by `word`, or all that is known."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """`key: old → new` of all that is not the same in two nested values; another model or data set by its name."""
+    if isinstance(before, dict) and isinstance(after, dict) and _name(before) == _name(after):
+        for key in dict.fromkeys([*before, *after]):
+            inner = f"{where}.{key}" if where else str(key)
+            yield from differences(before.get(key), after.get(key), inner)
+    elif before != after:
+        yield f"{where}: {_short(before)} → {_short(after)}"
+
+
+def _name(value: dict[str, Any]) -> Any:
+    return value.get("path") or value.get("call")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = _name(value) or value
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 80 else text[:80] + "…"
 
 
 def validated(kind: type[S], values: dict[str, Any], path: Path) -> S:

@@ -64,7 +64,7 @@ def perform(
 
 
 def _fill(place: Place, job: Job, engine: "Engine | None", processes: int, timeout: float) -> None:
-    divided = getattr(job, "can_be_divided", False)
+    divided = job.can_be_divided
     execution = {"processes": led() if led() > 1 else processes} if divided else {}
     try:
         with filling(place, job, engine, execution) as directory:

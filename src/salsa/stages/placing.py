@@ -53,7 +53,7 @@ def request_of(job: Job, recipe: Recipe, executor: Executor | None) -> Request:
         cpus=engine.threads or 1,
         gpus=gpus,
         memory_gib=engine.memory_gib or _memory_gib(job, recipe, gpus),
-        processes=engine.processes if getattr(job, "can_be_divided", False) else 1,
+        processes=engine.processes if job.can_be_divided else 1,
     )
 
 
