@@ -196,6 +196,20 @@ def sft_indices(model: Model, recipe_soup: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for part in inner for i in sft_indices(part, recipe_soup)))
 
 
+def paths_in(model: Model) -> tuple[str, ...]:
+    """The directories and hub names that a model is made of."""
+    match model:
+        case Given(path):
+            return (path,)
+        case Soup(parts, _):
+            inner = parts
+        case Shrunk(of, share):
+            inner = (of,) if isinstance(share, float) else (of, share)
+        case _:
+            return ()
+    return tuple(dict.fromkeys(path for part in inner for path in paths_in(part)))
+
+
 def _soup(text: str, parts: tuple[Model, ...], weights: tuple[float, ...] | None) -> Soup:
     if len(set(parts)) < len(parts):
         raise ValueError(f"{text!r}: a model twice. Name each once")
