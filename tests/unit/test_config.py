@@ -101,6 +101,7 @@ BAD = {
     "rl.kl_coef=-1": "rl.kl_coef=-1: input should be greater than or equal to 0.",
     "rl.rollout_size=0": "rl.rollout_size=0: input should be greater than or equal to 1.",
     "rl.minibatch_size=6": "minibatch_size=6 does not divide rollout_size=32. Use 1, 2, 4, 8, 16 or 32.",
+    "reward.microbatch_size=5": "reward: microbatch_size=5 does not divide batch_size=16. Use 1, 2, 4, 8 or 16.",
     "sft.microbatch_size=5": "microbatch_size=5 does not divide batch_size=16. Use 1, 2, 4, 8 or 16.",
     "rl.arms.salsa.reference=sft[7]": "needs sft[7], but there are 2 SFT models (sft[0] to sft[1])",
     "rl.arms.salsa.reference=sop": "'sop' names no model. Use sft[0], soup, soup[0,1], shrink(sft[0], base, 0.7),",
@@ -345,7 +346,7 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
     plain = text()
     for same in (
         "rl.microbatch_tokens=64", "engine.jobs=2", "model.precision=bf16", "sft.checkpoint_every=7",
-        "eval.batch_size=8", "rl.gradient_checkpointing=true",
+        "eval.batch_size=8", "rl.gradient_checkpointing=true", "reward.microbatch_size=4",
         "rl.arms.salsa.microbatch_tokens=512", "eval.scores.gold.timeout=9",
         "reward.functions=[{call: 'my.module:score', retries: 3}]",
     ):  # fmt: skip

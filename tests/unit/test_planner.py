@@ -305,6 +305,17 @@ def test_the_smallest_change_makes_it_fit(repository, on):
     assert tried
 
 
+def test_a_reward_model_that_does_not_fit_gets_a_smaller_microbatch(repository):
+    """`reward.batch_size`, which was advised before, makes another result."""
+    recipe, four = (
+        Recipe.load(repository / "recipes" / "paper" / "mistral-7b.yaml"),
+        hardware_of("4xA100-80GB"),
+    )
+    (stage,) = [s for s in planned_stages(recipe, four) if s.name == "reward"]
+    change = smallest_change(recipe, four, stage)[0]
+    assert change.settings == {"reward.microbatch_size": "8"} and change.keeps_result
+
+
 def test_a_change_is_of_the_key_that_the_arm_sets_itself(repository):
     """`rl.critic` would change nothing for an arm with its own."""
     file = repository / "recipes" / "paper" / "mistral-7b.yaml"

@@ -33,6 +33,8 @@ class RewardConfig(Strict):
     """Peak of the cosine schedule (3 % warm-up)."""
     batch_size: Count = 16
     """Pairs per optimizer step."""
+    microbatch_size: Execution[Count | None] = None
+    """Pairs per forward pass; batch_size if not given."""
     max_length: Count = 512
     """Tokens of prompt and reply; longer pairs are dropped."""
     seeds: Input[Seeds] = (0,)
@@ -50,6 +52,7 @@ class RewardConfig(Strict):
     def _one_source(self) -> Self:
         if self.paths and self.functions:
             raise ValueError("give paths or functions, or neither to train on preferences")
+        self.check_divides("microbatch_size", "batch_size")
         return self
 
     @property

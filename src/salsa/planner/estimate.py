@@ -112,7 +112,7 @@ def _reward(recipe: Recipe, shape: Shape, rank: Rank, hardware: Hardware) -> Ite
         return
     divided = reward.can_be_divided
     rank = rank if divided else replace(rank, world_size=1)
-    micro = 2 * -(-reward.batch_size // rank.world_size)
+    micro = 2 * -(-(reward.microbatch_size or reward.batch_size) // rank.world_size)
     peak = memory.trainer_memory(shape, rank, micro, reward.max_length, head=False)
     pairs = num_rows(recipe.preferences.dataset or recipe.preferences.prompts)
     done = _pairs_work(shape, pairs, reward, micro, rank, hardware)
@@ -231,14 +231,11 @@ def _settings(
     recipe: Recipe, hardware: Hardware, stage: PlannedStage
 ) -> Iterator[tuple[dict[str, str], bool]]:
     """Changes to try, the smallest first: of how it is computed, then of what is trained."""
-    if stage.name == "sft":
-        size = recipe.sft.microbatch_size or recipe.sft.batch_size
-        for smaller in _divisors(recipe.sft.batch_size, below=size):
-            yield {"sft.microbatch_size": str(smaller)}, True
-        return
-    if stage.name == "reward":
-        for smaller in _divisors(recipe.reward.batch_size, below=recipe.reward.batch_size):
-            yield {"reward.batch_size": str(smaller)}, False
+    trainers = {"sft": recipe.sft, "reward": recipe.reward}
+    if (trainer := trainers.get(stage.name)) is not None:
+        size = trainer.microbatch_size or trainer.batch_size
+        for smaller in _divisors(trainer.batch_size, below=size):
+            yield {f"{stage.name}.microbatch_size": str(smaller)}, True
         return
     if stage.name == "eval":
         for smaller in (recipe.eval.batch_size >> k for k in range(1, 6)):
