@@ -1,7 +1,9 @@
 """Bad recipes: one line that says what, where, got and do this."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from pydantic import BaseModel
 
 from salsa.artifacts import digest_of
 from salsa.config import (
+    ArmConfig,
     DPOConfig,
     EngineConfig,
     EvalConfig,
@@ -228,6 +231,21 @@ def test_missing_broken_and_empty_files(recipe_file, tmp_path):
     recipe_file.write_text("")
     with pytest.raises(ConfigError, match="a recipe is a mapping"):
         Recipe.load(recipe_file)
+
+
+def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from sections(inner)
+
+
+@pytest.mark.parametrize(
+    "kind", dict.fromkeys([*sections(Recipe), ArmConfig]), ids=lambda kind: kind.__name__
+)
+def test_every_field_says_what_it_does(kind):
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
 
 
 # identity and execution

@@ -39,6 +39,7 @@ class EngineConfig(Strict):
     address: Execution[str | None] = None
     """Of the Ray cluster: host:port, `auto` for the one that this machine is in, `local` to start one here."""
     slurm: Execution[SlurmConfig | None] = None
+    """What SLURM is told besides, with executor: slurm."""
     gpus: Execution[Annotated[int, Field(ge=0)]] = 0
     """GPUs that each process of a stage which computes with torch asks Ray or SLURM for."""
     memory_gib: Execution[Positive | None] = None

@@ -35,17 +35,25 @@ class Recipe(Strict):
     name: Input[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]]
     """Name of the run; it lands in `runs/<name>`."""
     model: ModelConfig
+    """`base`: what SFT starts from."""
     sft: SFTConfig
+    """`sft[0]`, `sft[1]`, …: fine-tuned models of several seeds, or finished ones."""
     soup: SoupConfig = SoupConfig()
+    """`soup`: which SFT models are averaged, and how."""
     preferences: PreferencesConfig | None = None
+    """Pairs of replies for the reward model and DPO arms; None where nothing learns from any."""
     reward: RewardConfig = RewardConfig()
+    """What RL maximises."""
     rl: RLSection
+    """The arms that are compared, and their training."""
     eval: EvalConfig
+    """Held-out prompts, scores and the models that the KL is measured to."""
     forecast: Execution[ForecastConfig | None] = None
     """If given, `salsa run` forecasts before RL and the report shows it; it decides nothing of the other stages."""
     landscape: Execution[LandscapeConfig | None] = None
     """Where `salsa landscape` looks; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
+    """Where and how much at once; it decides nothing of a result."""
     track: Execution[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
     """Where metrics are sent besides the run directory, each an extra of that name; see `runtime.trackers`."""
 

@@ -14,7 +14,7 @@ FP32, BF16 = 4, 2
 MOMENTS = 8
 """Two Adam moments in fp32."""
 SLOTS = 64
-"""`runtime.sampler.MAX_SEQUENCES`."""
+"""`runtime.sampler.local.MAX_SEQUENCES`."""
 SPARE_COLUMNS = 64
 """`runtime.packing.SPARE_COLUMNS`."""
 SHORT = 2**22
