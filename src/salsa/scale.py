@@ -144,7 +144,7 @@ def _renamed(value: Any, models: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         for old, new in models.items():
             alone = rf"(?<![^\s(,*]){re.escape(old)}(?![^\s),])"
-            value = re.sub(alone, lambda _, new=new: new, value)
+            value = re.sub(alone, new.replace("\\", r"\\"), value)
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from salsa.config import DataSource, DPOConfig, Recipe, RLConfig
+from salsa.config import DataSource, DPOConfig, Recipe, RewardConfig, RLConfig, SFTConfig
 from salsa.config.expressions import parse_model
 from salsa.planner import memory, work
 from salsa.planner.hardware import Hardware
@@ -231,7 +231,7 @@ def _settings(
     recipe: Recipe, hardware: Hardware, stage: PlannedStage
 ) -> Iterator[tuple[dict[str, str], bool]]:
     """Changes to try, the smallest first: of how it is computed, then of what is trained."""
-    trainers = {"sft": recipe.sft, "reward": recipe.reward}
+    trainers: dict[str, SFTConfig | RewardConfig] = {"sft": recipe.sft, "reward": recipe.reward}
     if (trainer := trainers.get(stage.name)) is not None:
         size = trainer.microbatch_size or trainer.batch_size
         for smaller in _divisors(trainer.batch_size, below=size):
