@@ -377,6 +377,8 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
         "rl.arms.ppo.kl_coef=1",
     ):
         assert text(other) != plain, other
+    best = lambda every: text("rl.select=best", f"rl.checkpoint_every={every}")
+    assert text("rl.checkpoint_every=5") == plain and best(5) != best(10)
     server = "rl.arms.ppo.vllm={{url: 'http://{}', importance_cap: {}}}"
     assert text(server.format("a", 2)) == text(server.format("b", 2)) != text(server.format("b", 3))
     assert Recipe.decisive_text("no: recipe") == "no: recipe"

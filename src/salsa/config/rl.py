@@ -279,10 +279,16 @@ class RLConfig(Strict):
 
         A vLLM server's numerics decide the result, its address does not.
         """
-        values = super().identity()
-        if self.select != "last" or (self.stop is not None and self.stop.patience):
-            values["checkpoint_every"] = self.checkpoint_every
-        return values | ({"vllm": self.vllm.identity()} if self.vllm else {})
+        server = {"vllm": self.vllm.identity()} if self.vllm else {}
+        return super().identity() | self._counted_checkpoints() | server
+
+    def decisive(self) -> dict[str, Any]:
+        """As of every section; checkpoints count where they do in the identity."""
+        return super().decisive() | self._counted_checkpoints()
+
+    def _counted_checkpoints(self) -> dict[str, Any]:
+        chosen = self.select != "last" or (self.stop is not None and self.stop.patience)
+        return {"checkpoint_every": self.checkpoint_every} if chosen else {}
 
     def execution(self) -> dict[str, Any]:
         """As of every section, and where a vLLM server is."""
