@@ -419,6 +419,18 @@ def test_what_is_not_there_is_told_before_any_work(change, tmp_path):
         check_inputs(small_recipe(tmp_path, **change))
 
 
+@pytest.mark.parametrize(
+    ("reward", "label"),
+    [({}, "reward"), ({"seeds": [0, 1]}, "reward soup"), ({"paths": ["a/b", "c/d"]}, "reward soup"),
+     ({"paths": ["a/b"]}, None)],
+)  # fmt: skip
+def test_the_reward_model_is_found_under_the_label_that_its_stage_has(reward, label, tmp_path):
+    pairs = {} if "paths" in reward else {"preferences": {"dataset": "pairs.jsonl"}}
+    recipe = small_recipe(tmp_path, reward=reward, **pairs)
+    (node,) = stages_of(recipe, FileHashes()).reward
+    assert recipe.reward.stage == label and node.label == (label or "a/b")
+
+
 def test_what_is_left_is_what_until_needs(tmp_path):
     recipe = small_recipe(tmp_path)
     kinds = lambda until: sorted(remaining(recipe, RunDirectory(tmp_path / "run"), until).values())
