@@ -53,6 +53,13 @@ def worker(effects: dict[str, float], called: list[str]):
     return run
 
 
+def test_points_that_differ_in_where_a_landscape_looks_are_two(tmp_path):
+    grid = {"landscape.alphas": [[0, 1], [0, 0.5, 1]]}
+    values = {"grid": grid, "cluster": None, "margins": {}, "until": "landscape"}
+    points = config(tmp_path, **values).points()
+    assert [len(recipe.landscape.alphas) for _, recipe in points.values()] == [2, 3]
+
+
 @pytest.mark.parametrize("file", sorted((RECIPES / "study").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_studys_sweeps_are_sound(file):
     recipes = [recipe for _, recipe in SweepConfig.load(file).points().values()]
@@ -189,6 +196,8 @@ def test_a_landscape_gives_an_effect_per_place_and_column():
     [
         ({"grid": {"rl.kl_coef": [0.1, 0.1]}, "cluster": None, "margins": {}}, "grid.rl.kl_coef has a value twice"),
         ({"grid": {"engine.jobs": [1, 2]}, "cluster": None, "margins": {}}, "an axis changes nothing"),
+        ({"grid": {"x": {"a b": {"rl.kl_coef": 0.1}, "a-b": {"rl.kl_coef": 0.2}}}, "cluster": None, "margins": {}},
+         "pairs: two points would both be called a-b, as letters, digits"),
         ({"grid": {"rl.kl_koef": [1]}, "cluster": None, "margins": {}}, "Did you mean 'kl_coef'?"),
         ({"grid": {"rl.kl_coef": []}, "cluster": None, "margins": {}}, "grid.rl.kl_coef has no values"),
         ({"cluster": None}, "verdicts need both cluster and margins"),

@@ -276,12 +276,9 @@ def _runs(run: RunFiles, vocabulary: int) -> list[RLRun]:
 def _proxy(run: RunFiles) -> Checkpoint | None:
     """The reward model, if the reward is one."""
     config = run.recipe.reward
-    if config.functions:
-        return None
-    for label in ("reward", "reward soup"):
-        if label in run.stages:
-            return run.stages[label].checkpoint
-    return run.model(config.paths[0]) if len(config.paths) == 1 else None
+    if config.stage is not None:
+        return run.stages[config.stage].checkpoint if config.stage in run.stages else None
+    return run.model(config.paths[0]) if config.paths else None
 
 
 def _critic_init(run: RunFiles, arm: str, config: RLConfig) -> Checkpoint | None:
