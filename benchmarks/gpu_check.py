@@ -175,7 +175,7 @@ def predicted(
 ) -> float | None:
     """GB at the peak as `salsa check --on` would have it; None where this version cannot tell."""
     try:
-        from salsa.planner.memory import Place, RLWork, rl_memory
+        from salsa.planner.memory import Rank, RLWork, rl_memory
         from salsa.planner.shapes import Shape
     except ImportError:
         return None
@@ -184,7 +184,7 @@ def predicted(
         shape, config, prompt_tokens, config.max_new_tokens, monitored=False,
         references=1 if config.lora is None else 0, reward=None if reward is None else shape,
     )  # fmt: skip
-    place = Place(engine.precision, on_cpu=engine.device.type == "cpu")
+    place = Rank(engine.precision, on_cpu=engine.device.type == "cpu")
     phases = {name: one.total for name, one in rl_memory(work, place).items()}
     return max(size for size in phases.values()) / 1e9
 

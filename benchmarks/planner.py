@@ -70,7 +70,7 @@ def rl_config(job: dict[str, Any]) -> Any:
 
 def predicted(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The planner's bytes at the peak, by part."""
-    from salsa.planner.memory import LIBRARIES, Place, RLWork, rl_memory
+    from salsa.planner.memory import LIBRARIES, Rank, RLWork, rl_memory
     from salsa.planner.shapes import Shape
 
     shape, rl = Shape.from_config(config, "benchmark"), rl_config(job)
@@ -78,7 +78,7 @@ def predicted(job: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         shape, rl, PROMPT, rl.max_new_tokens, references=0 if rl.lora else 1,
         reward=shape, monitored=False,
     )  # fmt: skip
-    phases = rl_memory(work, Place("bf16" if job.get("bf16") else "fp32", on_cpu=True))
+    phases = rl_memory(work, Rank("bf16" if job.get("bf16") else "fp32", on_cpu=True))
     name, peak = max(phases.items(), key=lambda item: item[1].total)
     heap = replace(peak, process=peak.process - LIBRARIES)  # they are in the baseline
     parts = {part: round(size / 1e6) for part, size in vars(heap).items()}

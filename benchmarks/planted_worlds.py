@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from salsa.analysis.frontier import START, Policy, frontier
+from salsa.analysis.frontier import frontier
+from salsa.analysis.paths import START, Policy
 from salsa.analysis.verdicts import judge
 
 CLUSTERS, SEEDS, PROMPTS = 8, 2, 80

@@ -22,7 +22,7 @@ from salsa import rl
 from salsa.artifacts import Checkpoint, read_jsonl, write_jsonl
 from salsa.config import RLConfig
 from salsa.data import Prompt
-from salsa.planner.memory import Place
+from salsa.planner.memory import Rank
 from salsa.planner.shapes import shape_of
 from salsa.planner.work import rl_work, traffic
 from salsa.runtime.engine import Engine
@@ -99,7 +99,7 @@ def main() -> None:
             )
             rows = read_jsonl(place / "carried.jsonl")
             counted = (rows[-1]["bytes"] - rows[0]["bytes"]) / (UPDATES - 1)
-            on = Place("fp32", count, on_cpu=True)
+            on = Rank("fp32", count, on_cpu=True)
             one = rl_work(shape, config_of(job, 1), PROMPT, NEW_TOKENS, 1, None, on).traffic
             one += traffic(shape, on, 1, gathers=1, scatters=False)
             found.append({

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from salsa.runtime.launch import run_in_processes
 from tests.tiny_rl import FP32, GRPO, RLOO, ascii_share, changed, rows_in, without_times
 
 TIMEOUT = 120.0
+STOPPED = 14
+"""Seconds."""
 LORA = {"lora": {"rank": 2}}
 
 
@@ -165,6 +168,11 @@ def _hit(fault: str) -> None:
         nonlocal calls
         calls += 1
         if calls == 9:
+            if (
+                fault == "SIGSTOP"
+            ):  # for longer than the others wait; not for the 30 s until an elastic agent kills
+                wake = f"sleep {STOPPED}; kill -CONT {os.getpid()}"
+                subprocess.Popen(["sh", "-c", wake], start_new_session=True)
             _partition() if fault == "partition" else os.kill(os.getpid(), signal.Signals[fault])
         return real(*args, **kwargs)
 

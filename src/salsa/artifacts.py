@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -12,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from salsa.errors import CheckpointError, ConfigError, DataError, WorkFailed, accessing
+from salsa.errors import CheckpointError, ConfigError, DataError, InUse, WorkFailed, accessing
 
 EMBEDDED = "embedded"
 """`model.path: embedded` is the small chat model that comes with the package."""
@@ -151,6 +152,20 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def finite(value: Any) -> Any:
+    """The same without infinities and NaN, which JSON does not have: None in their place, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """The text of a JSON file that people read too; what is not finite is null."""
+    return json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a jsonl file; none if there is no file."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -192,11 +207,13 @@ def drop_half_line(path: Path) -> bool:
     return whole < len(content)
 
 
-def finish_directory(partial: Path, final: Path) -> None:
-    """Flush every file of `partial` to disk, then rename it into place."""
+def finish_directory(partial: Path, final: Path, aside: Path | None = None) -> None:
+    """Flush every file of `partial` to disk, then rename it into place; what is there goes `aside` before."""
     for file in partial.rglob("*"):
         if file.is_file():
             _flush(file)
+    if aside is not None and final.exists():
+        os.replace(final, aside)
     os.replace(partial, final)
     if os.name == "posix":
         _flush(final.parent)
@@ -224,10 +241,10 @@ def new_directory(final: Path, *, force: bool = False) -> Iterator[Path]:
             with accessing(final, "write"):
                 partial.mkdir()
                 yield partial
-                if final.exists():
-                    os.replace(final, old)
-                finish_directory(partial, final)
+                finish_directory(partial, final, aside=old)
         finally:
+            if old.exists() and not final.exists():  # interrupted between its two renames
+                os.replace(old, final)
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -266,7 +283,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
     """Hold the lock `file` of `what`, and remove it at the end; the kernel lets go of it when the process dies.
 
     Raises:
-        ConfigError: another process holds it.
+        InUse: another process holds it.
     """
     try:
         import fcntl
@@ -280,7 +297,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ConfigError(
+                raise InUse(
                     f"{what}: in use by another salsa process. Wait for it, or choose another directory with --out."
                 ) from error
             if not _is_still(file, stream.fileno()):

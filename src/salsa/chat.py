@@ -105,7 +105,10 @@ def chat(
         say("loading …")
     if not is_run(Path(what)):
         if arms or seed is not None:
-            raise ConfigError(f"{what}: is no run directory, which --arm and --seed choose from.")
+            raise ConfigError(
+                f"{what}: is no run directory, which --arm and --seed choose from. Leave them out, or "
+                "name a run."
+            )
         speakers = {what: Speaker(resolve(what))}
         default = 0.7, 256
     else:

@@ -23,6 +23,7 @@ from typing import Any
 
 from salsa.artifacts import digest_of, parse_jsonl, sha256_file
 from salsa.config import DataSource
+from salsa.config.schema import LOCAL_DATA
 from salsa.errors import ConfigError, DataError, SalsaError, accessing
 from salsa.runtime.tracking import say
 from salsa.untrusted import template_limits
@@ -34,7 +35,6 @@ MAX_UNPACKED_BYTES = 1_000_000_000
 """Of a .gz file; more only up to a hundred times its size (text shrinks by 3 to 20)."""
 
 _REPLIES = "Give `messages` in which an assistant answers, or rows of prompt + completion."
-_LOCAL = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -344,8 +344,8 @@ def _read(source: DataSource) -> list[Row]:
     if path.is_file():
         return _read_file(path)
     if path.exists():
-        raise DataError(f"{path}: is a directory. Give a {', '.join(_LOCAL)} file in it.")
-    if path.name.endswith(_LOCAL) or path.is_absolute() or str(path).startswith("."):
+        raise DataError(f"{path}: is a directory. Give a {', '.join(LOCAL_DATA)} file in it.")
+    if path.name.endswith(LOCAL_DATA) or path.is_absolute() or str(path).startswith("."):
         raise DataError(f"{path}: no such file. Check the path (it is relative to {Path.cwd()}).")
     import datasets
 
@@ -369,8 +369,8 @@ def _read_file(path: Path) -> list[Row]:
             raise DataError(
                 f"{path}: cannot be read as parquet ({error}). Copy or save it again."
             ) from error
-    if not path.name.endswith(_LOCAL):
-        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_LOCAL)}.")
+    if not path.name.endswith(LOCAL_DATA):
+        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(LOCAL_DATA)}.")
     try:
         text = _unpacked(path) if path.suffix == ".gz" else path.read_text(encoding="utf-8")
         rows = None if ".jsonl" in path.name else json.loads(text)

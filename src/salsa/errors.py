@@ -22,6 +22,10 @@ class ConfigError(SalsaError, ValueError):
     """A recipe, an option or an argument that cannot be meant."""
 
 
+class InUse(ConfigError):
+    """A directory that another salsa process works in."""
+
+
 class CheckpointError(SalsaError, ValueError):
     """A model directory that is missing, broken or does not fit the others."""
 

@@ -139,32 +139,33 @@ def _run(
 
 def remaining(recipe: Recipe, run: RunDirectory, until: Until = "report") -> dict[str, str]:
     """Digest → label of the stages that are left to run, without running any; equal digests are one stage."""
-    stages = stages_of(recipe, run.hashes)
-    wanted = [*stages.sft, *stages.reward]
-    if recipe.forecast is not None or until == "forecast":
-        wanted += [node for candidate in stages.forecast.values() for node in candidate.all]
-    if until == "landscape" and stages.landscape is not None:
-        wanted.append(stages.landscape)
-    if until == "report":
-        wanted += chain(*stages.policies.values(), *stages.samples.values())
+    wanted = chain(*_wanted(stages_of(recipe, run.hashes), recipe, until))
     return Graph(run, precision=recipe.model.precision).remaining(wanted)
 
 
-def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
-    for name, first in (("sft", stages.sft), ("reward", stages.reward)):
-        graph.finish(first)
-        if until == name:
-            return
+def _wanted(stages: Stages, recipe: Recipe, until: Until) -> list[list[Node]]:
+    """What is finished for `until`, one group after another."""
+    groups = {"sft": stages.sft, "reward": stages.reward}
     if recipe.forecast is not None or until == "forecast":
-        graph.finish(node for candidate in stages.forecast.values() for node in candidate.all)
+        groups["forecast"] = [node for one in stages.forecast.values() for node in one.all]
+    if until == "landscape":
+        groups["landscape"] = [stages.landscape] if stages.landscape is not None else []
+    groups["rl"] = [*chain(*stages.policies.values())]
+    groups["eval"] = [*chain(*stages.samples.values())]
+    names = list(groups)
+    last = names.index("eval" if until == "report" else until)
+    return [groups[name] for name in names[: last + 1]]
+
+
+def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
+    for group in _wanted(stages, recipe, until):
+        graph.finish(group)
     if until == "forecast":
         return write_forecast(recipe, graph, stages.forecast)
     if until == "landscape":
         return write_landscape(recipe, graph, stages.landscape)
-    for name, of_arms in (("rl", stages.policies), ("eval", stages.samples)):
-        graph.finish(chain(*of_arms.values()))
-        if until == name:
-            return
+    if until != "report":
+        return
     landscape = written(graph.run, "landscape")
     forecast = written(graph.run, "forecast") if recipe.forecast is None else None
     key, current = report_key(graph.run, [one for one in (forecast, landscape) if one])
@@ -177,7 +178,7 @@ def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
         results = results_of(recipe, graph.run.finished, samples)
         if recipe.forecast is not None:
             forecast = forecast_of(recipe, graph, stages.forecast)
-        doctor = diagnosed(graph.run.path)
+        doctor = diagnosed(graph.run)
         write_report(
             results, graph.run, key=key, forecast=forecast, landscape=landscape, doctor=doctor
         )

@@ -120,8 +120,8 @@ class Run:
         """
         if name in self.arms:
             return self._folder(policy_label(name, self._seed(seed)), done=True)
-        if name.startswith("reward"):
-            return self._folder(name, done=True)
+        if re.fullmatch(r"reward( soup| seed \d+)?", name):
+            return self._reward(name)
         text = self.recipe.eval.shown if name == "sft" else name
         try:
             model = parse_model(text)
@@ -212,6 +212,16 @@ class Run:
                 except CheckpointError:  # not yet
                     continue
                 yield from ({"arm": arm, "seed": seed} | row for row in rows)
+
+    def _reward(self, name: str) -> Path:
+        """Of `reward`, the model that RL maximises; of another label, a model that it is the average of."""
+        reward = self.recipe.reward
+        if (label := reward.stage if name == "reward" else name) is not None:
+            return self._folder(label, done=True)
+        if reward.paths:
+            return resolve(reward.paths[0])
+        calls = ", ".join(function.call for function in reward.functions)
+        raise ConfigError(f"{self.path}: its reward is no model but {calls}.")
 
     def _report(self) -> dict[str, Any] | None:
         file = self.path / "report.json"

@@ -6,12 +6,15 @@ imported when the models are made.
 """
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from salsa.config import Recipe
+from salsa.config.expressions import paths_in
+from salsa.config.schema import differences, validated
 from salsa.errors import ConfigError
 from salsa.planner.shapes import Shape, shape_of, shape_or
 
@@ -33,7 +36,8 @@ _AT_MOST: dict[str, dict[str, Any]] = {
         "max_prompt_tokens": 128, "monitor_kl_every": 1, "checkpoint_every": 1,
     },
     "eval": {"batch_size": 4},
-    "forecast": {"num_samples": 4, "batch_prompts": 4},
+    "forecast": {"num_samples": 32, "batch_prompts": 4},
+    "landscape": {"num_samples": 2},
 }  # fmt: skip
 """Settings of each section, lowered to these."""
 _IF_SET = {
@@ -41,6 +45,7 @@ _IF_SET = {
     "minibatch_size": 4,
     "group_size": 4,
     "critic_warmup": 1,
+    "lr_warmup": 1,
     "max_new_tokens": 8,
 }
 """Lowered likewise, where a recipe sets them."""
@@ -61,14 +66,23 @@ def tiny(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:
     (directory / "stages").mkdir(parents=True, exist_ok=True)
     before, values = (recipe.model_dump(mode="json", exclude_unset=True) for _ in range(2))
     values["model"] |= {"path": _write(folder / "base", base, base, seed=0), "precision": "auto"}
-    values["model"].pop("revision", None)
+    for key in ("revision", "gguf_file"):
+        values["model"].pop(key, None)
+
+    def written(name: str, given: str, seed: int, scores: bool = False) -> str:
+        return _write(folder / name, shape_or(given, base), base, seed=seed, scores=scores)
+
     for number in range(len(recipe.sft.checkpoints)):
         path = _write(folder / f"sft-{number}", base, base, seed=number + 1)
         values["sft"]["checkpoints"][number] = path
     for number, given in enumerate(recipe.reward.paths):
-        shape = shape_or(given, base)
-        path = _write(folder / f"reward-{number}", shape, base, seed=number, scores=True)
-        values["reward"]["paths"][number] = path
+        values["reward"]["paths"][number] = written(f"reward-{number}", given, number, scores=True)
+    for number, (name, given) in enumerate(recipe.eval.reward_models.items()):
+        path = written(f"score-{number}", given, 100 + number, scores=True)
+        values["eval"]["reward_models"][name] = path
+    named = sorted({path for _, model in recipe.expressions() for path in paths_in(model)})
+    models = {path: written(f"model-{n}", path, 200 + n) for n, path in enumerate(named)}
+    values = _renamed(values, models)
     for section, limits in _AT_MOST.items():
         if values.get(section) is not None:
             _lower(values[section], limits)
@@ -76,7 +90,7 @@ def tiny(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:
         _lower(arm, {}, _AT_MOST["rl"] | _TRAINER)
     values["rl"]["seeds"] = list(recipe.rl.seeds[:1])
     _local_data(values)
-    return Recipe.model_validate(values), list(_differences(before, values))
+    return validated(Recipe, values, Path("--scale tiny")), list(differences(before, values))
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -121,6 +135,19 @@ def _lower(
             section[key] = most
 
 
+def _renamed(value: Any, models: Mapping[str, str]) -> Any:
+    """`value` with other paths of models in all expressions in it."""
+    if isinstance(value, dict):
+        return {key: _renamed(one, models) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_renamed(one, models) for one in value]
+    if isinstance(value, str):
+        for old, new in models.items():
+            alone = rf"(?<![^\s(,*]){re.escape(old)}(?![^\s),])"
+            value = re.sub(alone, new.replace("\\", r"\\"), value)
+    return value
+
+
 def _local_data(values: dict[str, Any]) -> None:
     """Every data set becomes rows that are made here."""
     places = {
@@ -133,26 +160,6 @@ def _local_data(values: dict[str, Any]) -> None:
         for key, function in sources.items():
             if (values.get(section) or {}).get(key) is not None:
                 values[section][key] = {"call": f"salsa.scale:{function.__name__}"}
-
-
-def _differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """`key: old → new` of all that changed."""
-    if (
-        isinstance(before, dict)
-        and isinstance(after, dict)
-        and not {"path", "call"} & after.keys() - {"revision"}
-    ):
-        for key in dict.fromkeys([*before, *after]):
-            yield from _differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))
-    elif before != after:
-        yield f"{where}: {_short(before)} → {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    """A data source by its name; anything else as it is."""
-    if isinstance(value, dict):
-        value = value.get("path") or value.get("call") or value
-    return "not set" if value is None else str(value)
 
 
 def _write(folder: Path, shape: Shape, base: Shape, *, seed: int, scores: bool = False) -> str:

@@ -164,7 +164,7 @@ def test_a_changed_beta_redoes_rl_and_nothing_before(finished, inputs, tmp_path)
     refused = salsa(inputs, "run", "tiny.yaml", "rl.kl_coef=0.2", "-o", str(copy))
     assert (
         refused.returncode == 2
-        and "made by another recipe (there 'kl_coef: 0.05', now 'kl_coef: 0.2')" in refused.stderr
+        and "made by another recipe (rl.kl_coef: 0.05 → 0.2)" in refused.stderr
     )
     done = salsa(
         inputs, "rl", "tiny.yaml", "rl.kl_coef=0.2", "rl.seeds=[0]", "-o", str(copy), "--force"

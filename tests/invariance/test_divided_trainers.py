@@ -51,7 +51,7 @@ def jobs(make_checkpoint, tmp_path_factory):
     kept = Checkpoint(data, "0" * 64)
     return {
         "sft": SFTJob("sft[0]", init, config, DataSource(path=str(sft)), 0),
-        "reward": RewardJob("reward", init, kept, RewardConfig(holdout=0.1, **COMMON), 3),
+        "reward": RewardJob("reward", init, kept, RewardConfig(holdout=0.05, microbatch_size=2, **COMMON), 3),
         "dpo": DPOJob("rl dpo seed 0", init, other, kept, DPOConfig(microbatch_size=4, **COMMON), 1),
     }  # fmt: skip
 
@@ -98,6 +98,16 @@ def test_several_processes_agree_with_one(name, processes, fitted):
     assert (alone / "config.json").read_text() == (together / "config.json").read_text()
     if name == "reward":
         assert (alone / "accuracy.txt").read_text() == (together / "accuracy.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_microbatches_agree_with_whole_batches(name, jobs, fitted, tmp_path):
+    """The last batch of an epoch has passes of 4 and 1 rows (the reward model's of 2 and 1); rows weigh the same."""
+    one = replace(jobs[name], config=jobs[name].config.model_copy(update={"microbatch_size": None}))
+    fit(tmp_path, ({name: one}, None), FP32)
+    for a, b in zip(logged(tmp_path / name), logged(fitted(1) / name), strict=True):
+        for metric in ("loss", "grad_norm"):
+            assert b[metric] == pytest.approx(a[metric], rel=CLOSE, abs=1e-7), (metric, a, b)
 
 
 def test_another_number_of_processes_goes_on_and_one_begins_anew(jobs, fitted, tmp_path, capfd):

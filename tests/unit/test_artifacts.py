@@ -1,6 +1,7 @@
 """Checkpoints notice change; hashes are remembered; a new directory is whole or absent."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -88,6 +89,27 @@ def test_a_new_directory_leaves_nothing_when_it_fails(tmp_path):
         (partial / "x").write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("renames", [0, 1], ids=["while flushing", "between the renames"])
+def test_a_model_that_is_not_replaced_to_the_end_is_kept(renames, tmp_path, monkeypatch):
+    final, replace, done = tmp_path / "a", os.replace, []
+
+    def stopped(*paths):
+        if len(done) == renames:
+            done.append(paths)
+            raise KeyboardInterrupt
+        done.append(paths)
+        replace(*paths)
+
+    with new_directory(final) as partial:
+        (partial / "config.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt), new_directory(final, force=True) as partial:
+        (partial / "config.json").write_text("new")
+        where = (artifacts, "_flush") if renames == 0 else (os, "replace")
+        monkeypatch.setattr(*where, stopped)
+    assert (final / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def test_kinds_of_models(stage, inputs, tag, tmp_path):
     assert "AutoModelForSequenceClassification.from_pretrained" in card
 
 
+def test_what_no_engine_made_says_how_it_was_made(tmp_path):
+    for stage, words in (("base", "fp32: read"), ("soup", "float64 sums, without torch")):
+        (folder := tmp_path / stage).mkdir()
+        record = {key: value for key, value in RECORD.items() if key != "precision"}
+        write_card(model(folder), record | {"stage": stage})
+        assert f"| computed in | {words}" in (folder / "README.md").read_text()
+
+
 def test_what_is_no_model_gets_none_and_a_card_that_is_there_stays(tmp_path):
     write_card(tmp_path, RECORD)
     assert not list(tmp_path.iterdir())

@@ -66,6 +66,14 @@ def test_another_reward_model_is_another_yardstick():
     assert [row["score"] for row in rows] == ["gold"]
 
 
+def test_a_held_out_reward_model_is_a_score_like_a_function():
+    one = report()
+    one["recipe"]["eval"] = {"scores": {}, "reward_models": {"gold": "models/gold"}}
+    other = {**one, "recipe": {**one["recipe"], "reward": {"functions": [{"call": "mine:other"}]}}}
+    rows, _ = across({"a": table(), "b": table()}, {"a": one, "b": other})
+    assert [row["score"] for row in rows] == ["gold"]
+
+
 def test_every_arm_of_every_run_has_its_scores():
     rows = score_rows({"a": report(), "b": report()})
     assert [(row["run"], row["arm"]) for row in rows] == [("a", "ppo"), ("b", "ppo")]
@@ -77,6 +85,11 @@ def test_what_cannot_be_compared_is_told(tmp_path):
     (tmp_path / "page.html").write_text("mine")
     with pytest.raises(ConfigError, match="page.html: exists"):
         compare_runs([tmp_path, tmp_path / "b"], tmp_path / "page.html")
+    (tmp_path / "sweep.json").write_text("a sweep's")
+    with pytest.raises(ConfigError, match="sweep.json: exists"):
+        compare_runs([tmp_path, tmp_path / "b"], tmp_path / "sweep.html")
+    with pytest.raises(ConfigError, match="End --out in .html"):
+        compare_runs([tmp_path, tmp_path / "b"], tmp_path / "other.json")
 
 
 def finished(tmp_path, label, seconds, rows):

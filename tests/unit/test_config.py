@@ -1,6 +1,9 @@
 """Bad recipes: one line that says what, where, got and do this."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -8,6 +11,7 @@ from pydantic import BaseModel
 
 from salsa.artifacts import digest_of
 from salsa.config import (
+    ArmConfig,
     DPOConfig,
     EngineConfig,
     EvalConfig,
@@ -22,6 +26,7 @@ from salsa.config import (
     SoupConfig,
 )
 from salsa.config.engine import SlurmConfig
+from salsa.config.schema import differences
 from salsa.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -64,19 +69,42 @@ def test_overrides(recipe_file):
     assert (recipe.rl.kl_coef, recipe.rl.seeds, recipe.soup.weights) == (0.1, (3,), (0.7, 0.3))
 
 
+def test_an_override_under_a_section_that_is_null(recipe_file):
+    recipe = Recipe.load(recipe_file, ["rl.lora=null", "rl.lora.rank=4", "sft.lora.rank=2"])
+    assert recipe.rl.lora.rank == 4 and recipe.sft.lora.rank == 2
+
+
+def test_two_processes_cannot_push_to_one_server(recipe_file):
+    server = "rl.arms.salsa.vllm={url: 'http://localhost:8000'}"
+    Recipe.load(recipe_file, [server])
+    with pytest.raises(ConfigError, match="engine.processes=2: weights are pushed to the server"):
+        Recipe.load(recipe_file, [server, "engine.processes=2"])
+
+
+def test_text_that_is_a_number_counts_as_one(recipe_file):
+    """YAML reads 1e-06, which has no point, as text."""
+    assert yaml.safe_load("1e-06") == "1e-06"
+    more = "kl_coef: 0.05\n  learning_rate: 1e-06\n  num_updates: '50'"
+    recipe_file.write_text(SMALLEST.replace("kl_coef: 0.05", more))
+    rl = Recipe.load(recipe_file).rl
+    assert (rl.learning_rate, rl.num_updates) == (1e-6, 50)
+
+
 def test_derived_batch_sizes(recipe_file):
     assert Recipe.load(recipe_file, ["rl.rollout_size=24"]).rl.minibatch == 24
 
 
 BAD = {
     "rl.kl_coeff=0.1": "unknown key 'rl.kl_coeff'. Did you mean 'kl_coef'?",
-    "sft.dataset.pth=x": "override 'sft.dataset.pth=x': dataset is a value, not a section",
+    "sft.dataset.pth=x": "override 'sft.dataset.pth=x': sft.dataset is 'data.jsonl', not a section. Set it "
+    "whole: sft.dataset={pth: …}",
     "rl.arms.salsa.refrence=soup": "unknown key 'rl.arms.salsa.refrence'. Did you mean 'reference'?",
     "evall.seed=1": "unknown key 'evall'. Did you mean 'eval'?",
     "rl.kl_coef=much": "rl.kl_coef='much': input should be a valid number",
     "rl.kl_coef=-1": "rl.kl_coef=-1: input should be greater than or equal to 0.",
     "rl.rollout_size=0": "rl.rollout_size=0: input should be greater than or equal to 1.",
     "rl.minibatch_size=6": "minibatch_size=6 does not divide rollout_size=32. Use 1, 2, 4, 8, 16 or 32.",
+    "reward.microbatch_size=5": "reward: microbatch_size=5 does not divide batch_size=16. Use 1, 2, 4, 8 or 16.",
     "sft.microbatch_size=5": "microbatch_size=5 does not divide batch_size=16. Use 1, 2, 4, 8 or 16.",
     "rl.arms.salsa.reference=sft[7]": "needs sft[7], but there are 2 SFT models (sft[0] to sft[1])",
     "rl.arms.salsa.reference=sop": "'sop' names no model. Use sft[0], soup, soup[0,1], shrink(sft[0], base, 0.7),",
@@ -128,6 +156,25 @@ BAD = {
     "rl.kl_importance=never": "kl_importance=never changes nothing with kl_in=reward. Remove it, or set kl_in: loss.",
     "rl.arms.salsa.init=soup(0.5*sft[0], 0.6*sft[1])": "weights must be 0 or more and sum to 1, not 1.1.",
     "eval.kl_to=[base, base]": "eval.kl_to: names a model twice. Name each once.",
+    "eval.scores={kl: {call: 'a:b'}}": "eval: scores.kl is the name of a metric. Call it something else, e.g. gold.",
+    "eval.reward_models={proxy: a/b}": "eval: reward_models.proxy is the name of a metric. Call it something else",
+    "soup.weights=[1.5, -0.5]": "soup: weights=[1.5, -0.5]: one is negative; give 0 or more.",
+    "soup.ingredients=[0, 0]": "soup: ingredients=[0, 0] has a model twice. Name each once.",
+    "soup={method: model_stock, ingredients: [0]}": "method=model_stock compares ingredients. Give two or more.",
+    "rl.arms.salsa.reference=soup[0,0]": "'soup[0,0]': a model twice. Name each once",
+    "rl.arms.salsa.reference=soup(0.5*sft[0], 0.5*sft[0])": "a model twice. Name each once",
+    "rl.arms.salsa={init: 'sft[0]', reference: none, kl_coef: 0.1}": "rl: arms.salsa.kl_coef changes nothing with "
+    "reference: none, which does not pull. Remove it.",
+    "rl.arms.salsa={init: 'sft[0]', reference: none, adaptive_kl: {target: 3}}": "arms.salsa.adaptive_kl changes",
+    "engine.gpus=1": "engine: gpus=1 changes nothing with executor: local: all stages run on this machine as it is.",
+    "engine.memory_gib=8": "engine: memory_gib=8.0 changes nothing with executor: local",
+    "rl.prompts={path: p.jsonl, split: test}": "rl.prompts: split=test changes nothing where rows do not come from a",
+    "rl.prompts={call: 'a:b', name: main}": "rl.prompts: name=main changes nothing where rows do not come from a hub",
+    "rl.prompts={path: p.jsonl, shuffle_seed: 3}": "rl.prompts: shuffle_seed=3 changes nothing without limit",
+    "sft.epochs=0": "small.yaml: sft.epochs=0: input should be greater than 0.",
+    "sft.epochs=[1, 0]": "small.yaml: sft.epochs",
+    "soup.weights=even": "small.yaml: soup.weights='even': input should be 'uniform'.",
+    "engine={executor: slurm, slurm: {parameters: {qos: [1]}}}": "engine.slurm.parameters.qos=[1]: input should be",
     "eval.kl_to=[]": "eval.kl_to=[]: tuple should have at least 1 item",
     "eval.kl_to=['sft[7]']": "eval.kl_to needs sft[7], but there are 2 SFT models",
     "sft.checkpoints=[a/b]": "sft: give exactly one of dataset (to train) and checkpoints (trained before).",
@@ -184,6 +231,21 @@ def test_missing_broken_and_empty_files(recipe_file, tmp_path):
     recipe_file.write_text("")
     with pytest.raises(ConfigError, match="a recipe is a mapping"):
         Recipe.load(recipe_file)
+
+
+def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield kind
+    for field in kind.model_fields.values():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from sections(inner)
+
+
+@pytest.mark.parametrize(
+    "kind", dict.fromkeys([*sections(Recipe), ArmConfig]), ids=lambda kind: kind.__name__
+)
+def test_every_field_says_what_it_does(kind):
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
 
 
 # identity and execution
@@ -250,7 +312,8 @@ def test_checkpoints_count_where_patience_does():
     [
         ("rl.select=beste", "rl.select='beste': input should be 'last' or 'best'."),
         ("rl.select={metrik: gold}", "unknown key 'rl.select.metrik'. Did you mean 'metric'?"),
-        ("rl.select={metric: silver}", "rl.select.metric='silver' is neither reward, score nor one of eval.scores."),
+        ("rl.select={metric: silver}", "rl.select.metric='silver' is neither reward, score nor a name under "
+         "eval.scores or eval.reward_models. Known: reward, score."),
         ("rl.stop={}", "rl.stop: give kl, patience or both."),
         ("rl.lr_warmup=50", "lr_warmup=50 leaves none of 50 updates at the full rate. Lower it."),
     ],
@@ -261,12 +324,49 @@ def test_stopping_and_selecting_that_cannot_be_meant(override, message, recipe_f
     assert message in str(raised.value)
 
 
+def test_no_score_is_called_what_a_metric_is_called(repository, recipe_file):
+    """It would stand in the metric's place, and select, stop and adaptive_kl would go by it."""
+    table = (repository / "docs" / "metrics.md").read_text().split("\n## ")[1]
+    cells = [row.split("|")[1].strip() for row in table.splitlines() if row.startswith("| ")]
+    names = [re.sub(r"\*\w+\*|\[i\]", "x", name) for cell in cells for name in cell.split(", ")]
+    names = [name for name in names if name not in ("name", "x", "…")]
+    assert len(names) > 35
+    for name in [*names, "proxy", "prompt", "response", "ended", "kl_reference"]:
+        for key, value in (("scores", {name: {"call": "a:b"}}), ("reward_models", {name: "a/b"})):
+            with pytest.raises(ValueError, match=rf"{key}\.{name} is the name of a metric"):
+                EvalConfig(prompts="x", baseline="ppo", **{key: value})
+
+
+def test_a_reward_model_that_is_logged_may_select(recipe_file):
+    given = ["eval.reward_models={second: a/b}", "rl.select={metric: second}"]
+    assert Recipe.load(recipe_file, given).rl.selection.metric == "second"
+
+
+def test_what_differs_between_recipes_is_told_by_key(recipe_file):
+    decided = lambda *overrides: Recipe.decisive_text(Recipe.load(recipe_file, overrides).to_yaml())
+    others = (
+        "rl.kl_coef=0.1", "rl.microbatch_tokens=64", "sft.dataset=q.jsonl",
+        "rl.prompts={path: prompts.jsonl, limit: 3}", "rl.lora={rank: 4}",
+        "rl.arms.salsa.init=soup",
+    )  # fmt: skip
+    assert list(differences(decided(), decided(*others))) == [
+        "sft.dataset: data.jsonl → q.jsonl", "rl.kl_coef: 0.05 → 0.1",
+        "rl.lora: not set → {'rank': 4, 'alpha': 32, 'target_modules': []}", "rl.arms.salsa.init: sft[0] → soup",
+        "rl.prompts.limit: not set → 3",
+    ]  # fmt: skip
+
+
 def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
+    recipe_file.write_text(
+        SMALLEST.replace("baseline: ppo", "baseline: ppo, scores: {gold: {call: 'a:b'}}")
+    )
     text = lambda *overrides: Recipe.decisive_text(Recipe.load(recipe_file, overrides).to_yaml())
     plain = text()
     for same in (
         "rl.microbatch_tokens=64", "engine.jobs=2", "model.precision=bf16", "sft.checkpoint_every=7",
-        "eval.batch_size=8", "rl.gradient_checkpointing=true",
+        "eval.batch_size=8", "rl.gradient_checkpointing=true", "reward.microbatch_size=4",
+        "rl.arms.salsa.microbatch_tokens=512", "eval.scores.gold.timeout=9",
+        "reward.functions=[{call: 'my.module:score', retries: 3}]",
     ):  # fmt: skip
         assert text(same) == plain, same
     for other in (
@@ -277,6 +377,10 @@ def test_recipes_that_are_only_computed_otherwise_are_the_same(recipe_file):
         "rl.arms.ppo.kl_coef=1",
     ):
         assert text(other) != plain, other
+    best = lambda every: text("rl.select=best", f"rl.checkpoint_every={every}")
+    assert text("rl.checkpoint_every=5") == plain and best(5) != best(10)
+    server = "rl.arms.ppo.vllm={{url: 'http://{}', importance_cap: {}}}"
+    assert text(server.format("a", 2)) == text(server.format("b", 2)) != text(server.format("b", 3))
     assert Recipe.decisive_text("no: recipe") == "no: recipe"
 
 

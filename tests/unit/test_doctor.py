@@ -339,6 +339,29 @@ def test_scores_of_training_and_their_explanations():
     assert found.verdict == "faulty" and "the user's last turn" in found.says
 
 
+def test_scores_are_compared_as_training_shaped_them():
+    """Scaled, then clipped, then fined (`objectives.shape_scores`)."""
+    settings = {**CONFIG, "score_clip": 1.0, "missing_eos_penalty": 1.0}
+    well = episodes(config=settings)
+    raw = well.scores * 3
+    responses = [r[:-1] if i % 3 == 0 else r for i, r in enumerate(well.responses)]
+    missing = np.array([i % 3 == 0 for i in range(12)])
+    shown = lambda scores, **config: reward.scores_in_training(
+        [replace(well, scores=scores, scores_again=raw, responses=responses, config=settings | config)]
+    ).verdict  # fmt: skip
+    assert shown(raw.clip(-1, 1) - missing) == "sound"
+    assert shown((raw - missing).clip(-1, 1)) == "faulty"
+    scaled = (raw - 0.7) / 2.5  # by the moments of some longer past
+    assert shown(scaled - missing, normalize_scores=True, score_clip=None) == "sound"
+    assert shown(scaled.clip(-1, 1) - missing, normalize_scores=True) == "sound"
+    assert shown(np.roll(scaled, 1).clip(-1, 1) - missing, normalize_scores=True) == "faulty"
+
+
+def test_a_constant_is_told_of_the_run_that_has_it():
+    flat = episodes(run="salsa seed 0", scores=np.full(12, 0.5))
+    assert "salsa seed 0: every reply scores 0.5" in reward.constant([episodes(), flat]).says
+
+
 def test_ends_of_replies():
     well = episodes()
     open_ = replace(well, responses=[r[:-1] for r in well.responses])

@@ -12,7 +12,7 @@ import torch
 from salsa.errors import ConfigError, DataError
 from salsa.evaluate import arena_hard, mtbench
 from salsa.evaluate.answers import GREEDY, Writer, _batches
-from salsa.evaluate.benchmarks import JudgePrompt, Question, pairings
+from salsa.evaluate.benchmarks import JudgePrompt, Match, Question, pairings
 from salsa.evaluate.checkpoints import evaluate_checkpoints
 from salsa.evaluate.spec import run_arms, spec_of
 from salsa.runtime.engine import Engine
@@ -169,6 +169,22 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
     }
     assert (out / "mt_bench" / "model_answer" / "ppo-seed-1.jsonl").exists()
     assert "2 training seeds per arm" in report["notes"][0]
+    bench.joinpath("gpt.jsonl").rename(bench / "ppo.jsonl")
+    asked["settings"][-1] = f"arena_hard.baseline={bench / 'ppo.jsonl'}"
+    with pytest.raises(DataError, match="'ppo' names a model and, by its file, the baseline"):
+        arena = arena_hard.ArenaHard(spec_of(**asked).arena_hard)
+        arena.judged(
+            {"ppo": {}, "salsa": {}}, Match([], [], "judge", lambda talks: ([], None), tmp_path)
+        )
+
+
+def test_questions_of_another_benchmark_are_one_line(tmp_path):
+    for turns in (["MT-Bench's are text"], []):
+        write(tmp_path / "q.jsonl", [{"question_id": 1, "category": "c", "turns": turns}])
+        with pytest.raises(
+            DataError, match=r"q.jsonl.*turns is no list of \{content\}. Take question.jsonl"
+        ):
+            arena_hard.load_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Where jobs run changes nothing: one process, several, Ray, SLURM's client; with and without faults."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from salsa.artifacts import locked, write_atomic
 from salsa.config import DataSource, EngineConfig, Recipe
 from salsa.config.engine import SlurmConfig
 from salsa.errors import ConfigError, WorkFailed
-from salsa.planner.estimate import stages_of
+from salsa.planner.estimate import planned_stages
 from salsa.planner.hardware import hardware_of
 from salsa.runtime.checkpoint import save_state
 from salsa.runtime.executors import Request, Task
@@ -268,6 +269,22 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
     assert steps_of(stages["a"].path) == RESUMED
 
 
+def test_closing_leaves_other_processes_of_the_program_alone(tmp_path):
+    """A notebook may have a pool of its own."""
+    executor, others = (
+        ProcessPool(1),
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,)),
+    )
+    others.start()
+    handle = executor.submit(Task("a", Request(), time.sleep, (60,)))
+    try:
+        executor.close()
+        assert others.is_alive() and handle.done()
+    finally:
+        others.kill()
+        others.join()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -359,7 +376,7 @@ def test_a_job_asks_for_what_the_planner_says(make_checkpoint, repository):
         ["engine={executor: ray, gpus: 2, threads: 4}", "rl.critic=separate"],
     )
     on_cpus = Recipe.load(repository / "recipes" / "quickstart.yaml", ["engine.executor=ray"])
-    planned = {s.name: s.peak.total / 2**30 for s in stages_of(on_cpus, hardware_of("cpu:1"))}
+    planned = {s.name: s.peak.total / 2**30 for s in planned_stages(on_cpus, hardware_of("cpu:1"))}
     trains = SFTJob("sft[0]", model, recipe.sft, DataSource(path="x"), 0)
     averages = SoupJob("soup", (model,), None)
 

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from salsa.analysis.forecast import (
     MIN_ESS,
@@ -77,6 +78,34 @@ def test_the_jackknife_takes_the_bias_out():
         stderr = corrected.columns[name].std() / 20_000**0.5
         assert before > 6 * stderr, name
         assert abs(corrected.columns[name].mean() - exact[name]) < 3.5 * stderr, name
+
+
+@pytest.mark.parametrize("beta", [0.005, 0.02, 1.0])
+def test_the_jackknife_leaves_replies_out_one_by_one(beta):
+    """Also where one reply outweighs all others by more digits than there are."""
+    one = sampled(np.random.default_rng(3), 5, 40, reward=np.array([1.0, *[0.0] * 7]))
+    only = np.zeros((5, 40))
+    only[:, 7] = 1.0
+    replies = Replies({"proxy": only, "gold": one.scores["gold"]}, one.log_ratios, one.lengths)
+    found = tilt(replies, [beta]).columns
+
+    def statistics(keep: list[int]) -> dict[str, np.ndarray]:
+        """Straight from the definitions, in log space."""
+        exponent = only[:, keep] / beta
+        log_z = logsumexp(exponent, axis=1) - np.log(len(keep))
+        share = np.exp(exponent - logsumexp(exponent, axis=1, keepdims=True))
+        mean = lambda values: (share * values[:, keep]).sum(axis=1)
+        own = mean(only) / beta - log_z
+        return {
+            "proxy": mean(only), "gold": mean(one.scores["gold"]), "length": mean(one.lengths),
+            "value": beta * log_z, "kl_own": own, "kl_to_other": own + mean(one.log_ratios["other"]),
+        }  # fmt: skip
+
+    whole, every = statistics(list(range(40))), list(range(40))
+    without = [statistics([j for j in every if j != i]) for i in every]
+    for name, values in whole.items():
+        expected = 40 * values - 39 * np.mean([part[name] for part in without], axis=0)
+        assert np.allclose(found[name][:, 0], expected, rtol=1e-9, atol=1e-9), name
 
 
 def test_effective_sample_size_counts_replies_of_equal_weight():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from salsa.analysis.frontier import LINEAR, SQRT, START, Policy, frontier, positions
+from salsa.analysis.frontier import LINEAR, SQRT, frontier, positions
+from salsa.analysis.paths import START, Policy
 from salsa.errors import DataError
 
 PROMPTS = [f"prompt {i}" for i in range(40)]

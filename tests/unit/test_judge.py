@@ -165,6 +165,17 @@ def test_replay_reads_both_upstreams_files(tmp_path):
         ReplayJudge([*rows, {"user_prompt": "q1", "judgment": "[[8]]"}])
     with pytest.raises(DataError, match="no row holds"):
         ReplayJudge([{"question_id": 1}])
+    with pytest.raises(DataError, match="no row holds"):
+        ReplayJudge([{"games": [None, "x"]}])
+
+
+def test_a_replayed_file_that_was_put_right_is_read_again(tmp_path):
+    cache = lambda: JudgmentCache(tmp_path / "cache.jsonl")
+    for text in ("[[7]]", "[[8]]", "[[8]]"):
+        judge = ReplayJudge([{"user_prompt": "q1", "judgment": text}], "gpt-4")
+        (reply,), totals = judge_all([talk("q1")], judge, cache())
+        assert reply.text == text
+    assert totals.reused == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,7 @@ def test_replay_reads_both_upstreams_files(tmp_path):
         ({}, "exactly one of url, path and replay"),
         ({"url": "http://x/v1"}, "give model"),
         ({"url": "http://x/v1", "model": "m", "replay": "y"}, "exactly one"),
+        ({"path": "m", "parameters": {"top_k": 1}}, "an endpoint's request. Give url"),
     ],
 )
 def test_a_judge_is_one_thing(config, message):

@@ -1,5 +1,6 @@
 """The planner against what it plans: counts of transformers, bytes of loaded models, tensors that autograd keeps."""
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -9,21 +10,21 @@ import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig
 
 from salsa.config import Recipe, RLConfig
-from salsa.errors import ConfigError
+from salsa.errors import CheckpointError, ConfigError
 from salsa.models import LanguageModel
 from salsa.planner import hardware_of, on_hardware, plan
-from salsa.planner.estimate import smallest_change, stages_of
+from salsa.planner.estimate import planned_stages, smallest_change
 from salsa.planner.memory import (
     LIBRARIES,
     Pass,
-    Place,
+    Rank,
     RLWork,
     kv_cache_bytes,
     layer_bytes,
     rl_memory,
     trainer_memory,
 )
-from salsa.planner.shapes import GEMMA_2B, LLAMA_2_7B, MISTRAL_7B, Shape, shape_of
+from salsa.planner.shapes import GEMMA_2B, LLAMA_2_7B, MISTRAL_7B, Shape, shape_of, shape_or
 from salsa.planner.work import forward_flops
 from salsa.rl import load
 from salsa.runtime.engine import Engine
@@ -71,10 +72,58 @@ def test_a_family_that_is_not_known_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ConfigError, match=r"model_type='mamba' cannot be planned. Known: llama"):
         shape_of(str(tmp_path))
+    for wrong, message in (
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is no positive whole number"),
+        ({"hidden_size": "x"}, "hidden_size='x' is no positive whole number"),
+        ({"vocab_size": None}, "has no vocab_size, which a plan needs"),
+    ):
+        values = tiny_model("llama").config.to_dict() | wrong
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match=message):
+            shape_of(str(tmp_path))
+    for text in ("{", "[" * 100_000, "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config.json: cannot be read as JSON"):
+            shape_of(str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"org/model: its shape is not known .* model.path=DIRECTORY"
     ):
         shape_of("org/model")
+
+
+def test_a_published_model_is_known_at_any_revision():
+    assert shape_or("google/gemma-2b@main", MISTRAL_7B) == GEMMA_2B
+    assert shape_or("org/model", MISTRAL_7B) == MISTRAL_7B
+    assert shape_or("embedded", MISTRAL_7B).vocabulary < 10_000
+
+
+def test_the_copied_constants_are_the_runtimes():
+    """The planner imports no torch, so it has them a second time."""
+    from salsa.models import language, scalar
+    from salsa.planner import memory
+    from salsa.runtime import packing
+    from salsa.runtime.sampler import local
+
+    theirs = (
+        local.MAX_SEQUENCES, packing.SPARE_COLUMNS, packing.SHORT, language.LOGITS_CHUNK, scalar.SCORING_TOKENS,
+    )  # fmt: skip
+    assert theirs == (
+        memory.SLOTS, memory.SPARE_COLUMNS, memory.SHORT, memory.LOGITS_CHUNK, memory.SCORING_TOKENS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("rl.lora={rank: 4}",), ("rl.arms.salsa.lora={rank: 4}",)]
+)
+def test_the_outlines_memory_is_that_of_the_largest_stage(repository, overrides):
+    recipe = Recipe.load(repository / "recipes" / "quickstart.yaml", overrides)
+    line = plan(recipe).splitlines()[-1]
+    held = max(
+        one.total - one.activations - one.logits - one.kv_cache - one.process
+        for stage in planned_stages(recipe, hardware_of("cpu:1"))
+        for one in stage.phases.values()
+    )
+    assert f"up to {held / 2**30:.2f} GiB (" in line and "3.0 M parameters" in line
 
 
 def bytes_of(tensors) -> int:
@@ -116,7 +165,7 @@ def test_parts_are_the_bytes_of_loaded_models(job, precision, settings):
     ]
     shape = Shape.from_config(tiny_model().config.to_dict(), "tiny")
     work = RLWork(shape, job.config, 8, 6, references=0 if job.config.lora else 1, monitored=False)
-    planned = rl_memory(work, Place(precision, on_cpu=True))["update"]
+    planned = rl_memory(work, Rank(precision, on_cpu=True))["update"]
     assert planned.weights == bytes_of(held)
     assert planned.optimizer == bytes_of(states) == 8 * sum(w.numel() for w in trained)
     shared = {t.untyped_storage().data_ptr() for t in held}
@@ -136,7 +185,7 @@ def test_the_kv_cache_is_what_is_allocated():
     for response in (1, 64, 65):
         while cache.longest < 4 + response:
             cache.decode(torch.tensor([5, 6, 7]))
-        planned = kv_cache_bytes(shape, 3, 4, response, Place("fp32", on_cpu=True))
+        planned = kv_cache_bytes(shape, 3, 4, response, Rank("fp32", on_cpu=True))
         assert planned == bytes_of(cache.stores.values())
 
 
@@ -215,19 +264,19 @@ def test_assumptions_are_used_and_printed(repository):
 
 def test_a_trainer_holds_16_bytes_a_parameter_and_a_process_its_libraries():
     card, cpu = (
-        trainer_memory(GEMMA_2B, Place("fp32", on_cpu=c), 1, 8, head=True) for c in (False, True)
+        trainer_memory(GEMMA_2B, Rank("fp32", on_cpu=c), 1, 8, head=True) for c in (False, True)
     )
     held = card.weights + card.gradients + card.optimizer
     assert held == 16 * GEMMA_2B.parameters and card.process == 0
     assert cpu.process > LIBRARIES and cpu.total == pytest.approx(1.12 * card.total + LIBRARIES)
-    dpo = trainer_memory(GEMMA_2B, Place("bf16", 4), 1, 8, head=True, frozen=GEMMA_2B)
+    dpo = trainer_memory(GEMMA_2B, Rank("bf16", 4), 1, 8, head=True, frozen=GEMMA_2B)
     assert dpo.frozen == dpo.optimizer / 2 == GEMMA_2B.parameters
 
 
 def test_more_ranks_need_less_each_and_one_rank_is_not_divided():
     config = RLConfig(kl_coef=0.1, rollout_size=64, microbatch_tokens=1024)
     work = RLWork(LLAMA_2_7B, config, 256, 256, reward=LLAMA_2_7B)
-    one, two, many = (rl_memory(work, Place("bf16", ranks))["update"] for ranks in (1, 2, 64))
+    one, two, many = (rl_memory(work, Rank("bf16", ranks))["update"] for ranks in (1, 2, 64))
     assert one.optimizer == 2 * two.optimizer == 64 * many.optimizer
     assert one.frozen == 2 * two.frozen and one.gradients > two.gradients > many.gradients
     assert one.total > two.total > many.total
@@ -242,7 +291,7 @@ def test_the_smallest_change_makes_it_fit(repository, on):
     recipe = Recipe.load(repository / "recipes" / "paper" / "mistral-7b.yaml")
     hardware = hardware_of(on)
     tried = 0
-    for stage in stages_of(recipe, hardware):
+    for stage in planned_stages(recipe, hardware):
         if stage.peak.total <= hardware.budget:
             continue
         for change in smallest_change(recipe, hardware, stage):
@@ -256,8 +305,32 @@ def test_the_smallest_change_makes_it_fit(repository, on):
     assert tried
 
 
+def test_a_reward_model_that_does_not_fit_gets_a_smaller_microbatch(repository):
+    """`reward.batch_size`, which was advised before, makes another result."""
+    recipe, four = (
+        Recipe.load(repository / "recipes" / "paper" / "mistral-7b.yaml"),
+        hardware_of("4xA100-80GB"),
+    )
+    (stage,) = [s for s in planned_stages(recipe, four) if s.name == "reward"]
+    change = smallest_change(recipe, four, stage)[0]
+    assert change.settings == {"reward.microbatch_size": "8"} and change.keeps_result
+
+
+def test_a_change_is_of_the_key_that_the_arm_sets_itself(repository):
+    """`rl.critic` would change nothing for an arm with its own."""
+    file = repository / "recipes" / "paper" / "mistral-7b.yaml"
+    recipe = Recipe.load(file, ["rl.arms.salsa.critic=separate"])
+    hardware = hardware_of("8xA100-40GB")
+    settings = {
+        stage.name: smallest_change(recipe, hardware, stage)[0].settings
+        for stage in planned_stages(recipe, hardware)
+        if stage.name in ("ppo", "salsa")
+    }
+    assert settings == {"ppo": {"rl.critic": "head"}, "salsa": {"rl.arms.salsa.critic": "head"}}
+
+
 def peak(recipe: Recipe, hardware, name: str) -> float:
-    return next(s.peak.total for s in stages_of(recipe, hardware) if s.name == name)
+    return next(s.peak.total for s in planned_stages(recipe, hardware) if s.name == name)
 
 
 def test_what_one_rank_does_takes_as_long_and_as_much_on_one_card_as_on_eight(repository):
@@ -266,7 +339,7 @@ def test_what_one_rank_does_takes_as_long_and_as_much_on_one_card_as_on_eight(re
     one, eight = hardware_of("1xA100-80GB"), hardware_of("8xA100-80GB")
     for overrides, alone in (([], {"eval"}), (["sft.lora={rank: 16}"], {"eval", "sft"})):
         recipe = Recipe.load(file, overrides)
-        pairs = zip(stages_of(recipe, one), stages_of(recipe, eight), strict=True)
+        pairs = zip(planned_stages(recipe, one), planned_stages(recipe, eight), strict=True)
         for here, there in pairs:
             same = here.seconds(one) == there.seconds(eight) and here.peak == there.peak
             assert same == (here.name in alone), here.name

@@ -22,6 +22,7 @@ class Writes(Job):
     """Copies what its inputs say."""
 
     needs_engine: ClassVar[bool] = False
+    can_be_divided: ClassVar[bool] = False
     text: str
     source: Checkpoint | None = None
 

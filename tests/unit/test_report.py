@@ -1,6 +1,7 @@
 """The page: model text is text, an unresolved interval says so, arms are compared the right way round."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -9,10 +10,13 @@ from scipy import stats
 
 from salsa.artifacts import read_jsonl
 from salsa.evaluate.results import summarise
-from salsa.report.figures import all_figures
+from salsa.report import frontier
+from salsa.report import page as page_module
+from salsa.report.figures import all_figures, shared_updates
 from salsa.report.page import against_baseline, headline, render, script_json
 from salsa.report.pairs import agreement, matrix, seed_tables
 from salsa.report.sweep import page as sweep_page
+from salsa.stages.directory import RunDirectory
 from tests.many_runs import many_runs
 
 ATTACK = "<script>alert('owned')</script></script><img src=x onerror=alert(1)>"
@@ -68,6 +72,50 @@ def test_an_arm_that_logged_nothing_has_no_curve(summary):
     assert [line["name"] for line in plots["curve-score"]["data"]] == ["salsa"]
     assert "curve-" not in "".join(all_figures(summary, rows, {"ppo": short}))
     assert render(summary, rows, {"ppo": short, "salsa": logged}, "name: a")
+
+
+def test_seeds_that_stopped_early_are_drawn_as_far_as_all_came(summary):
+    """`rl.stop` ends each seed by itself, and logs the KL to other models in its own last update."""
+    rows = {name: [[{"prompt": "a", "response": "b", "proxy": 0.1}]] for name in summary["arms"]}
+    update = lambda step, seed: {
+        "step": step,
+        "score": step + seed,
+        "kl": 0.1 * step,
+        "length": 3.0,
+    }
+    seeds = [
+        [update(step, seed) for step in range(1, last + 1)] for seed, last in enumerate((4, 2))
+    ]
+    for of_seed in seeds:
+        of_seed[0]["kl_to_base"] = of_seed[-1]["kl_to_base"] = 1.0
+    plots = all_figures(summary, rows, {"ppo": seeds})
+    (mean,) = [line for line in plots["curve-score"]["data"] if line["name"] == "ppo"]
+    assert (mean["x"], mean["y"]) == ([1, 2], [1.5, 2.5])
+    assert shared_updates(seeds, "kl_to_base") == [[seeds[0][0]], [seeds[1][0]]]
+    assert shared_updates([[], seeds[0]], "score") == [[], []]
+    (line,) = [
+        line
+        for figure in frontier.all_figures(summary, {"ppo": seeds}).values()
+        for line in figure["data"]
+        if line["mode"] == "lines" and "kl" in figure["layout"]["xaxis"]["title"]["text"].lower()
+    ][:1]
+    assert len(line["x"]) == len(line["y"]) <= 2
+
+
+def test_the_page_is_written_before_what_says_that_it_is_there(tmp_path, monkeypatch):
+    """report.json holds the key of a finished report: a kill between the two must not leave it beside an old page."""
+    written = []
+    monkeypatch.setattr(
+        page_module, "write_atomic", lambda path, text: written.append((path.name, text))
+    )
+    page_module._write(
+        RunDirectory(tmp_path), "report", {"low": -math.inf, "rows": (1.0, math.nan)}, "<html>"
+    )
+    assert [name for name, _ in written] == ["report.html", "report.json"]
+    assert json.loads(written[1][1], parse_constant=pytest.fail) == {
+        "low": None,
+        "rows": [1.0, None],
+    }
 
 
 def test_model_text_is_escaped_everywhere(page):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +144,30 @@ def test_sft_checkpoints_that_were_given(run, make_checkpoint):
     text = RECIPE.replace("{dataset: sft.jsonl, seeds: [0, 1]}", f"{{checkpoints: {given}}}")
     (run.path / "recipe.yaml").write_text(text)
     assert str(Run(run.path).checkpoint("sft[1]")) == given[1]
+
+
+@pytest.mark.parametrize(
+    ("reward", "wanted"),
+    [("{}", "reward"), ("{seeds: [0, 1]}", "reward-soup"), ("{paths: [a/b, c/d]}", "reward-soup")],
+)  # fmt: skip
+def test_the_reward_model_is_the_one_that_rl_maximises(reward, wanted, run):
+    pairs = "preferences: {dataset: pairs.jsonl}\n" if "paths" not in reward else ""
+    text = re.sub("reward: .*\n", f"{pairs}reward: {reward}\n", RECIPE)
+    (run.path / "recipe.yaml").write_text(text)
+    parts = stage(run, "reward-seed-0"), stage(run, "reward-seed-1")
+    made = stage(run, wanted)
+    assert Run(run.path).checkpoint("reward") == made
+    assert Run(run.path).checkpoint("reward seed 1") == parts[1]
+
+
+def test_a_finished_reward_model_and_a_path_that_begins_like_it(run, tmp_path, monkeypatch):
+    (run.path / "recipe.yaml").write_text(
+        re.sub("reward: .*\n", "reward: {paths: [rewards/mine]}\n", RECIPE)
+    )
+    (tmp_path / "rewards" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("reward", "rewards/mine"):
+        assert Run(run.path).checkpoint(name) == Path("rewards/mine")
 
 
 def test_reading_needs_no_torch(run):

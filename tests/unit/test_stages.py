@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import yaml
 
-from salsa.artifacts import Checkpoint
-from salsa.config import RewardFunction, RLConfig, SFTConfig
+from salsa.artifacts import Checkpoint, FileHashes
+from salsa.config import (
+    ForecastConfig,
+    LandscapeConfig,
+    Recipe,
+    RewardFunction,
+    RLConfig,
+    SFTConfig,
+)
 from salsa.config.expressions import ReferenceRule, identity_of
-from salsa.errors import CheckpointError, ConfigError
+from salsa.errors import CheckpointError, ConfigError, SalsaError
+from salsa.pipeline import remaining, stages_of
 from salsa.rewards import RewardSource
 from salsa.runtime.executors.local import ProcessPool
 from salsa.stages import directory as directory_module
@@ -20,6 +29,7 @@ from salsa.stages import jobs
 from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Graph, Node
 from salsa.stages.jobs import RLJob, SFTJob, SoupJob
+from salsa.stages.nodes import check_inputs
 
 DONE: list[str] = []
 
@@ -29,6 +39,7 @@ class Writes:
     """A job that writes a file and says so."""
 
     needs_engine: ClassVar[bool] = False
+    can_be_divided: ClassVar[bool] = False
     label: str
     text: str = "hello"
     inputs: dict = field(default_factory=dict)
@@ -130,18 +141,20 @@ def test_verify_hashes_also_what_looks_unchanged(tmp_path):
 
 def test_another_recipe_does_not_overwrite(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    with run.opened("beta: 1\n"):
+    with run.opened("rl: {beta: 1}\n"):
         for name in ("report.html", "landscape.json", "forecast.html"):
             (run.path / name).write_text("of beta 1")
     with (
-        pytest.raises(ConfigError, match=r"another recipe \(there 'beta: 1', now 'beta: 2'\)"),
-        run.opened("beta: 2\n"),
+        pytest.raises(ConfigError, match=r"another recipe \(rl.beta: 1 → 2, and 1 more\)"),
+        run.opened("rl: {beta: 2}\nseed: 1", decisive=yaml.safe_load),
     ):
         pass
-    assert (run.path / "recipe.yaml").read_text() == "beta: 1\n"
+    with pytest.raises(ConfigError, match="of another version of salsa"), run.opened("no recipe"):
+        pass
+    assert (run.path / "recipe.yaml").read_text() == "rl: {beta: 1}\n"
     assert (run.path / "report.html").exists()
-    with run.opened("beta: 2\n", force=True):
-        assert (run.path / "recipe.yaml").read_text() == "beta: 2\n"
+    with run.opened("rl: {beta: 2}\n", force=True):
+        assert (run.path / "recipe.yaml").read_text() == "rl: {beta: 2}\n"
         for name in ("report.html", "landscape.json", "forecast.html"):
             assert not (run.path / name).exists()  # a stop now leaves no report of beta 1
 
@@ -363,6 +376,69 @@ def test_all_that_decides_a_result_is_in_its_identity(kind):
     for change in COMPUTES.get(kind, []):
         changed = replace(job, **change)
         assert changed.identity() == seen[0] and changed.execution() != job.execution(), change
+
+
+def small_recipe(folder: Path, **sections) -> Recipe:
+    """One arm, a callable for a reward; its data are there."""
+    prompts, replies = folder / "prompts.jsonl", folder / "sft.jsonl"
+    prompts.write_text('{"prompt": "How are you?"}\n' * 4)
+    replies.write_text('{"prompt": "How are you?", "completion": "Well."}\n' * 4)
+    arm = {"init": "sft[0]", "reference": "sft[0]"}
+    values = {
+        "name": "small", "model": {"path": "embedded"}, "sft": {"dataset": str(replies)},
+        "reward": {"functions": [{"call": "salsa.demo:gold"}]},
+        "rl": {"arms": {"ppo": arm}, "prompts": str(prompts), "kl_coef": 0.1},
+        "eval": {"prompts": str(prompts), "baseline": "ppo"},
+    }  # fmt: skip
+    return Recipe.model_validate(values | sections)
+
+
+def test_what_only_looks_at_further_models_does_not_change_what_rl_logs(tmp_path):
+    """A forecast or landscape of sft[1] gave RL a KL to it, and so another digest."""
+    recipe = small_recipe(tmp_path)
+    needs = lambda one: [n.label for n in stages_of(one, FileHashes()).policies["ppo"][0].needs]
+    looking = {
+        "forecast": ForecastConfig(references=("sft[0]", "sft[1]")),
+        "landscape": LandscapeConfig(),
+    }
+    assert needs(recipe) == needs(recipe.model_copy(update=looking)) == ["sft[0]", "base"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"soup": {"method": "greedy", "score": "nowhere:score"}},
+        {"forecast": {"prompts": "nowhere.jsonl"}},
+        {"landscape": {"prompts": "nowhere.jsonl"}},
+        {"landscape": {"validation": "nowhere.jsonl"}},
+    ],
+)
+def test_what_is_not_there_is_told_before_any_work(change, tmp_path):
+    check_inputs(small_recipe(tmp_path))
+    with pytest.raises(SalsaError, match="nowhere"):
+        check_inputs(small_recipe(tmp_path, **change))
+
+
+@pytest.mark.parametrize(
+    ("reward", "label"),
+    [({}, "reward"), ({"seeds": [0, 1]}, "reward soup"), ({"paths": ["a/b", "c/d"]}, "reward soup"),
+     ({"paths": ["a/b"]}, None)],
+)  # fmt: skip
+def test_the_reward_model_is_found_under_the_label_that_its_stage_has(reward, label, tmp_path):
+    pairs = {} if "paths" in reward else {"preferences": {"dataset": "pairs.jsonl"}}
+    recipe = small_recipe(tmp_path, reward=reward, **pairs)
+    (node,) = stages_of(recipe, FileHashes()).reward
+    assert recipe.reward.stage == label and node.label == (label or "a/b")
+
+
+def test_what_is_left_is_what_until_needs(tmp_path):
+    recipe = small_recipe(tmp_path)
+    kinds = lambda until: sorted(remaining(recipe, RunDirectory(tmp_path / "run"), until).values())
+    sft, rl = ["sft[0]", "sft[1]"], [f"rl ppo seed {seed}" for seed in recipe.rl.seeds]
+    assert kinds("sft") == kinds("reward") == sft
+    assert kinds("rl") == [*rl, *sft]
+    assert kinds("report") == kinds("eval") and len(kinds("eval")) == len(sft) + 2 * len(rl) + 2
+    assert "landscape" in kinds("landscape") and not set(rl) & set(kinds("landscape"))
 
 
 def test_identity_of_a_plain_reference_is_its_digest():

@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from salsa.errors import CheckpointError, ConfigError, WorkFailed
+from salsa.runtime import store as store_module
 from salsa.runtime.executors.local import ProcessPool
 from salsa.runtime.store import MARKER, Store
 from salsa.stages.directory import RunDirectory
@@ -62,6 +63,22 @@ def test_what_is_fetched_is_what_was_uploaded(store, tmp_path):
     store.upload(stage)
     assert store.has(stage.name) and store.fetch(there)
     assert content(there) == content(stage)
+    assert [p.name for p in there.parent.iterdir()] == [stage.name]
+
+
+def test_two_workers_may_fetch_the_same_stage_at_once(tmp_path, monkeypatch):
+    """The slower one finds it there when it is about to rename its own copy."""
+    store, stage = Store(f"memory://runs/{tmp_path.name}"), a_stage(tmp_path / "here")
+    there = tmp_path / "there" / stage.name
+    store.upload(stage)
+    finish = store_module.finish_directory
+
+    def after_another(partial, final):
+        shutil.copytree(partial, final)
+        finish(partial, final)
+
+    monkeypatch.setattr(store_module, "finish_directory", after_another)
+    assert store.fetch(there) and content(there) == content(stage)
     assert [p.name for p in there.parent.iterdir()] == [stage.name]
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salsa.analysis.frontier import START
+from salsa.analysis.paths import START
 from salsa.analysis.policies import read_policies
-from salsa.analysis.sweep import effects_of, plan_lines, points_of, run_sweep
+from salsa.analysis.sweep import as_latex, effects_of, plan_lines, points_of, run_sweep
 from salsa.artifacts import digest_of, locked
 from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError
@@ -51,6 +51,13 @@ def worker(effects: dict[str, float], called: list[str]):
         return out
 
     return run
+
+
+def test_points_that_differ_in_where_a_landscape_looks_are_two(tmp_path):
+    grid = {"landscape.alphas": [[0, 1], [0, 0.5, 1]]}
+    values = {"grid": grid, "cluster": None, "margins": {}, "until": "landscape"}
+    points = config(tmp_path, **values).points()
+    assert [len(recipe.landscape.alphas) for _, recipe in points.values()] == [2, 3]
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "study").glob("*.yaml")), ids=lambda f: f.stem)
@@ -136,6 +143,26 @@ def test_sweeps_share_stages_and_do_not_write_there_at_once(tmp_path):
         run_sweep(made, runs / "two", worker({}, []))
 
 
+def test_stages_that_are_anothers_are_not_filled(tmp_path):
+    made = config(tmp_path, name="one", stages="shared")
+    (tmp_path / "runs" / "one" / "stages").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=r"one/stages: holds the stages of .*one, and the sweep's lie in"
+    ):
+        run_sweep(made, tmp_path / "runs" / "one", worker({}, []))
+    (tmp_path / "runs" / "one" / "stages").rmdir()
+    (tmp_path / "runs" / "one" / "stages").symlink_to(tmp_path / "gone")  # its target was deleted
+    effects = dict.fromkeys(made.points(), 1.0)
+    run_sweep(made, tmp_path / "runs" / "one", worker(effects, []), only="pair-0*")
+
+
+def test_a_table_for_latex_has_no_character_that_latex_lacks():
+    table = as_latex(
+        [{"at": "α=0.5", "arm": "a_b", "effect": -0.0123, "low": None, "note": "{±3 %}~^\\"}]
+    )
+    assert table.isascii() and r"$\alpha$=0.5 & a\_b & -0.0123 & -- & \{$\pm$3 \%\}" in table
+
+
 def test_a_forecast_gives_an_effect_per_comparison_and_column():
     e = {"mean": 0.1, "low": 0.0, "high": 0.2}
     rows = effects_of(
@@ -169,6 +196,8 @@ def test_a_landscape_gives_an_effect_per_place_and_column():
     [
         ({"grid": {"rl.kl_coef": [0.1, 0.1]}, "cluster": None, "margins": {}}, "grid.rl.kl_coef has a value twice"),
         ({"grid": {"engine.jobs": [1, 2]}, "cluster": None, "margins": {}}, "an axis changes nothing"),
+        ({"grid": {"x": {"a b": {"rl.kl_coef": 0.1}, "a-b": {"rl.kl_coef": 0.2}}}, "cluster": None, "margins": {}},
+         "pairs: two points would both be called a-b, as letters, digits"),
         ({"grid": {"rl.kl_koef": [1]}, "cluster": None, "margins": {}}, "Did you mean 'kl_coef'?"),
         ({"grid": {"rl.kl_coef": []}, "cluster": None, "margins": {}}, "grid.rl.kl_coef has no values"),
         ({"cluster": None}, "verdicts need both cluster and margins"),

@@ -57,7 +57,7 @@ def test_the_table_has_every_job_with_what_it_reached(screen):
         "stage",
         "state",
         "step",
-        "reward",
+        "score",
         "loss",
         "KL",
         "length",

@@ -127,15 +127,26 @@ def _tilt(
     weights = np.exp(exponent - shift)
     total, count = weights.sum(axis=1, keepdims=True), weights.shape[1]
     # The statistics of all replies in column 0, and of all but one in the others.
-    kept = np.concatenate([total, np.maximum(total - weights, 1e-300)], axis=1)
+    kept = np.concatenate([total, total - weights], axis=1)
     counts = np.concatenate([[count], np.full(count, count - 1)])
+    # Without the best reply, which may weigh more than all others together, a difference of sums has no digits left.
+    best = np.arange(len(weights)), exponent.argmax(axis=1)
+    without = best[0], best[1] + 1
+    others = exponent.copy()
+    others[best] = -np.inf
+    second = others.max(axis=1)
+    others = np.exp(others - second[:, None])
+    kept[without] = others.sum(axis=1)
 
     def mean(values: np.ndarray) -> np.ndarray:
         parts = weights * values
         whole = parts.sum(axis=1, keepdims=True)
-        return np.concatenate([whole, whole - parts], axis=1) / kept
+        sums = np.concatenate([whole, whole - parts], axis=1)
+        sums[without] = (others * values).sum(axis=1)
+        return sums / kept
 
     log_z = np.log(kept / counts) + shift
+    log_z[without] += second - shift[:, 0]
     columns = {name: mean(values) for name, values in replies.scores.items()}
     columns["length"] = mean(replies.lengths)
     columns["value"] = beta * log_z

@@ -16,7 +16,6 @@ The unit is the cluster: an SFT pair with its reward model. Each gives one effec
 a bootstrap; `verdicts.judge` has the last word over the clusters. Numpy and scipy only.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,57 +23,19 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from salsa.errors import DataError
+from salsa.analysis.paths import START, ArmPath, Policy, check, gather
 from salsa.evaluate.results import rounded
 from salsa.evaluate.winrate import cochran_cox, three_level_mean
 from salsa.runtime.tracking import round_metric
 
 BOOTSTRAPS = 1000
 """Resamples of the clusters and the prompts."""
-MIN_PROMPTS = 20
-"""Fewer prompts say nothing by resampling them."""
 MIN_REACHED = 0.9
 """The share of the resamples that must have the level, or the cluster is left out."""
 SQRT, LINEAR = 0.5, 1.0
 """Powers of the KL that are linear between two policies."""
-START = math.inf
-"""The β of an arm's init model."""
 GAUSS = tuple(zip(*np.polynomial.legendre.leggauss(2), strict=True))
 """(place in [−1, 1], weight): exact for cubics, which what is integrated is between two policies."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """One evaluated policy."""
-
-    point: str
-    """The run it is of, for messages."""
-    cluster: str
-    arm: str
-    beta: float
-    """KL coefficient; START for the arm's init model."""
-    seed: int
-    prompts: Sequence[str]
-    columns: Mapping[str, np.ndarray]
-    """Scores, `kl_own` and `kl_to_<yardstick>`, one value a prompt."""
-    rewards: Mapping[str, str]
-    """Score → digest of what scored; the first is the reward that was trained on."""
-    curve: Sequence[Mapping[str, float]] = ()
-    """Metrics of its training, a row an update."""
-
-    @property
-    def label(self) -> str:
-        """Names it in a message."""
-        return f"{self.point}, {self.arm} seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Path:
-    """One arm's policies in every cluster, by falling β."""
-
-    betas: tuple[float, ...]
-    columns: Mapping[str, np.ndarray]
-    """Column → [clusters, βs, seeds, prompts]."""
 
 
 def frontier(
@@ -109,31 +70,11 @@ def frontier(
     multiples = _resampled(rng, len(clusters), bootstraps)
     matched, rows = [], []
     for arm, path in paths.items():
-        if arm == baseline or baseline not in paths:
-            continue
-        other = paths[baseline]
-        for index in (*range(len(other.betas)), None):
-            if index is not None and other.betas[index] == START:
-                continue
-            found = [
-                _compare(_of(path, c), _of(other, c), yardstick, scores, index, weights)
-                for c in range(len(clusters))
-            ]
-            named = {
-                "subject": arm,
-                "baseline": baseline,
-                "at": f"equal {title(yardstick)}" + ("" if index is not None else ", average"),
-                "beta": None if index is None else other.betas[index],
-            }
-            for measure in found[0].effects:
-                rows += [
-                    named | {"cluster": cluster, "measure": measure} | one.row(measure, count)
-                    for cluster, one in zip(clusters, found, strict=True)
-                    if one.reached
-                ]
-                if any(one.reached for one in found):
-                    over = _over_clusters(found, measure, multiples, count)
-                    matched.append(named | {"measure": measure} | over)
+        if arm != baseline and baseline in paths:
+            pair = _Pair(arm, baseline, path, paths[baseline])
+            over, of_each = _at_equal_kl(pair, clusters, yardstick, scores, weights, multiples)
+            matched += over
+            rows += of_each
     return {
         "yardstick": yardstick,
         "title": title(yardstick),
@@ -158,86 +99,57 @@ def frontier(
     }
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """An arm and the baseline."""
+
+    arm: str
+    baseline: str
+    path: ArmPath
+    other: ArmPath
+
+
+def _at_equal_kl(
+    pair: _Pair,
+    clusters: Sequence[str],
+    yardstick: str,
+    scores: Sequence[str],
+    weights: np.ndarray,
+    multiples: np.ndarray,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(effects over the clusters, effects in each): at the KL of each of the baseline's β, and on average."""
+    matched: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    count, betas = weights.shape[1], pair.other.betas
+    for index in (*range(len(betas)), None):
+        if index is not None and betas[index] == START:
+            continue
+        found = [
+            _compare(_of(pair.path, c), _of(pair.other, c), yardstick, scores, index, weights)
+            for c in range(len(clusters))
+        ]
+        named = {
+            "subject": pair.arm,
+            "baseline": pair.baseline,
+            "at": f"equal {title(yardstick)}" + ("" if index is not None else ", average"),
+            "beta": None if index is None else betas[index],
+        }
+        for measure in found[0].effects:
+            rows += [
+                named | {"cluster": cluster, "measure": measure} | one.row(measure, count)
+                for cluster, one in zip(clusters, found, strict=True)
+                if one.reached
+            ]
+            if any(one.reached for one in found):
+                over = _over_clusters(found, measure, multiples, count)
+                matched.append(named | {"measure": measure} | over)
+    return matched, rows
+
+
 def title(yardstick: str) -> str:
     """A yardstick's column in words."""
     model = yardstick.removeprefix("kl_to_")
     return "KL to own reference" if yardstick == "kl_own" else f"KL to {model}"
-
-
-def check(policies: Sequence[Policy]) -> None:
-    """Refuse what cannot lie on one frontier.
-
-    Raises:
-        DataError: nothing to compare, other prompts, another reward within a cluster, or fewer than 20 prompts.
-    """
-    if not policies:
-        raise DataError("frontier: no evaluated policy. Finish the points of the sweep first.")
-    first = policies[0]
-    of_cluster: dict[str, Policy] = {}
-    for policy in policies:
-        if tuple(policy.prompts) != tuple(first.prompts):
-            raise DataError(
-                f"frontier: {policy.label} answered other prompts ({len(policy.prompts)}) than {first.label} "
-                f"({len(first.prompts)}). Give all points one eval.prompts, or make it an axis of its own."
-            )
-        other = of_cluster.setdefault(policy.cluster, policy)
-        for score in first.rewards:
-            if policy.rewards.get(score) != other.rewards.get(score):
-                raise DataError(
-                    f"frontier: {score} of {policy.label} is another reward than that of {other.label}. Rewards differ "
-                    "between clusters only: vary them along the cluster axis, or along an axis of their own."
-                )
-    if len(first.prompts) < MIN_PROMPTS:
-        raise DataError(
-            f"frontier: {len(first.prompts)} held-out prompts are too few to resample. Give eval.prompts "
-            f"{MIN_PROMPTS} or more."
-        )
-
-
-def gather(
-    policies: Sequence[Policy], yardstick: str
-) -> tuple[list[str], list[str], dict[str, Path]]:
-    """The complete clusters, the incomplete ones, and arm → its path in the complete ones.
-
-    Raises:
-        DataError: every cluster lacks something that another has.
-    """
-    known: dict[tuple[str, str, float, int], Policy] = {}
-    for policy in policies:
-        if yardstick in policy.columns:
-            known.setdefault((policy.cluster, policy.arm, policy.beta, policy.seed), policy)
-    every = list(dict.fromkeys(policy.cluster for policy in policies))
-    wanted = {key[1:] for key in known}
-    clusters = [c for c in every if all((c, *key) in known for key in wanted)]
-    if not clusters or not wanted:
-        raise DataError(
-            f"frontier: no cluster has every arm at every β with {yardstick}. Finish the points of the sweep first."
-        )
-    paths = {}
-    for arm in dict.fromkeys(policy.arm for policy in policies):
-        betas = sorted({beta for name, beta, _ in wanted if name == arm}, reverse=True)
-        seeds = {
-            b: sorted(s for name, beta, s in wanted if (name, beta) == (arm, b)) for b in betas
-        }
-        if not betas:
-            continue
-        if len({len(of_beta) for of_beta in seeds.values()}) > 1:
-            raise DataError(
-                f"frontier: {arm} has another number of RL seeds at one β than at another. Give every point the same "
-                "rl.seeds, or make them an axis of its own."
-            )
-        names = [*policies[0].rewards, yardstick]
-        columns = {
-            name: np.array(
-                [
-                    [[known[c, arm, b, s].columns[name] for s in seeds[b]] for b in betas]
-                    for c in clusters
-                ]
-            )
-            for name in names
-        }
-        paths[arm] = Path(tuple(betas), columns)
-    return clusters, [c for c in every if c not in clusters], paths
 
 
 def positions(kl: np.ndarray, level: np.ndarray, power: float = SQRT) -> np.ndarray:
@@ -425,7 +337,7 @@ def _over_clusters(
     }
 
 
-def _points(path: Path, yardstick: str, scores: Sequence[str]) -> list[dict[str, Any]]:
+def _points(path: ArmPath, yardstick: str, scores: Sequence[str]) -> list[dict[str, Any]]:
     """A row a β: means with intervals over clusters, seeds and prompts (`winrate.nested_mean`)."""
     return [
         {"beta": None if beta == START else beta}
@@ -458,7 +370,7 @@ def _training(
 
 
 def _parted(
-    path: Path,
+    path: ArmPath,
     yardstick: str,
     scores: Sequence[str],
     weights: np.ndarray,
@@ -494,7 +406,7 @@ def _parted(
     return rows
 
 
-def _of(path: Path, cluster: int) -> dict[str, np.ndarray]:
+def _of(path: ArmPath, cluster: int) -> dict[str, np.ndarray]:
     return {name: values[cluster] for name, values in path.columns.items()}
 
 

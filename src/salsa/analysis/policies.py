@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from salsa.analysis.frontier import START, Policy
+from salsa.analysis.paths import START, Policy
 from salsa.artifacts import read_jsonl
 from salsa.config import Recipe, RLConfig
 from salsa.config.expressions import parse_model, text_of

@@ -8,7 +8,6 @@ runs/<name>/sweep.json, .csv, .md, .tex, sweep.html     effects by point, fronti
 import csv
 import io
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -19,10 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from salsa.analysis.frontier import Policy, frontier
+from salsa.analysis.frontier import frontier
+from salsa.analysis.paths import Policy
 from salsa.analysis.policies import read_policies
 from salsa.analysis.verdicts import judge
-from salsa.artifacts import locked, write_atomic
+from salsa.artifacts import finite, locked, to_json, write_atomic
 from salsa.config.recipe import Recipe
 from salsa.config.sweep import SweepConfig
 from salsa.errors import ConfigError, DataError, accessing
@@ -186,7 +186,7 @@ def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> Non
         "notes": notes,
     }
     columns = [*config.grid, *COLUMNS]
-    write_atomic(out / "sweep.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "sweep.json", to_json(summary))
     write_atomic(out / "sweep.csv", as_csv(columns, rows))
     shown = verdicts or rows
     write_atomic(out / "sweep.md", as_markdown(shown))
@@ -309,7 +309,7 @@ def verdicts_of(config: SweepConfig, rows: Iterable[Mapping[str, Any]]) -> list[
     for key, effects in groups.items():
         named = dict(zip((*others, "subject", "baseline", "at", "measure"), key, strict=True))
         made = asdict(judge(effects, margin=config.margins[named["measure"]]))
-        verdicts.append(named | {name: _finite(value) for name, value in made.items()})
+        verdicts.append(named | finite({name: _rounded(value) for name, value in made.items()}))
     return verdicts
 
 
@@ -333,7 +333,11 @@ def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
     """A `tabular` for a paper."""
     names = list(rows[0]) if rows else []
     lines = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    special = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"β": r"$\beta$", "±": r"$\pm$"})
+    special = str.maketrans(
+        {c: f"\\{c}" for c in "_%&#${}"}
+        | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+        | {"α": r"$\alpha$", "β": r"$\beta$", "±": r"$\pm$", "–": "--"}
+    )
     body = "".join(" & ".join(c.translate(special) for c in cells) + " \\\\\n" for cells in lines)
     return f"\\begin{{tabular}}{{{'l' * len(names)}}}\n{body}\\end{{tabular}}\n"
 
@@ -359,11 +363,8 @@ def _effect(
     )
 
 
-def _finite(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: None."""
-    if not isinstance(value, float):
-        return value
-    return round_metric(value) if math.isfinite(value) else None
+def _rounded(value: Any) -> Any:
+    return round_metric(value) if isinstance(value, float) else value
 
 
 def _cell(value: Any) -> str:
@@ -371,8 +372,15 @@ def _cell(value: Any) -> str:
 
 
 def _link(run: Path, stages: Path) -> None:
-    """`run/stages` is a link to `stages`, unless it is there already."""
+    """`run/stages` is a link to `stages`; ConfigError if it is something else."""
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / "stages").exists():
-        target = os.path.relpath(stages, run)
-        (run / "stages").symlink_to(target, target_is_directory=True)
+    link = run / "stages"
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # what it led to is gone
+    if not link.exists():
+        link.symlink_to(os.path.relpath(stages, run), target_is_directory=True)
+    if not link.samefile(stages):
+        raise ConfigError(
+            f"{link}: holds the stages of {link.resolve().parent}, and the sweep's lie in {stages}. Give --out another "
+            "directory, or the `stages` that it was begun with."
+        )

@@ -39,6 +39,7 @@ class EngineConfig(Strict):
     address: Execution[str | None] = None
     """Of the Ray cluster: host:port, `auto` for the one that this machine is in, `local` to start one here."""
     slurm: Execution[SlurmConfig | None] = None
+    """What SLURM is told besides, with executor: slurm."""
     gpus: Execution[Annotated[int, Field(ge=0)]] = 0
     """GPUs that each process of a stage which computes with torch asks Ray or SLURM for."""
     memory_gib: Execution[Positive | None] = None
@@ -56,6 +57,9 @@ class EngineConfig(Strict):
                     f"{name} is for executor: {owner}, and executor is {self.executor}. Set executor: {owner} or "
                     f"drop {name}"
                 )
+        if self.executor == "local":
+            why = "with executor: local: all stages run on this machine as it is"
+            self.check_unset(("gpus", "memory_gib"), why)
         if self.artifacts is not None and "://" not in self.artifacts:
             raise ValueError(
                 f"artifacts={self.artifacts!r} is no URL. Write e.g. s3://bucket/runs; a path needs none, the run "

@@ -6,6 +6,17 @@ from pydantic import Field, model_validator
 
 from salsa.config.schema import Count, DataSource, Execution, Input, Models, RewardFunction, Strict
 
+_TAKEN = frozenset((
+    "proxy", "prompt", "response", "ended", "arm", "seed", "step", "score", "score_std", "reward", "kl", "entropy",
+    "length", "eos_rate", "value", "explained_variance", "policy_loss", "value_loss", "entropy_loss", "clip_fraction",
+    "value_clip_fraction", "approx_kl", "ratio", "importance_weight", "importance_capped", "grad_norm",
+    "critic_grad_norm",
+))  # fmt: skip
+"""What RL logs and evaluation writes (docs/metrics.md): a score of that name would stand in its place."""
+_TAKEN_PREFIXES = (
+    "kl_", "score_", "sampler_", "seconds_", "tokens_per_second_", "mfu_", "peak_memory_gb_",
+)  # fmt: skip
+
 
 class EvalConfig(Strict):
     """Every arm on the same held-out prompts."""
@@ -29,7 +40,13 @@ class EvalConfig(Strict):
 
     @model_validator(mode="after")
     def _each_score_has_its_name(self) -> Self:
-        if both := sorted({"proxy", *self.scores} & {*self.reward_models}):
+        for key in ("scores", "reward_models"):
+            for name in getattr(self, key):
+                if name in _TAKEN or name.startswith(_TAKEN_PREFIXES):
+                    raise ValueError(
+                        f"{key}.{name} is the name of a metric. Call it something else, e.g. gold"
+                    )
+        if both := sorted({*self.scores} & {*self.reward_models}):
             raise ValueError(f"reward_models.{both[0]} is a score already. Give it another name")
         return self
 

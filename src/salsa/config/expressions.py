@@ -115,12 +115,11 @@ def parse_model(text: str) -> Model:
         return Base() if text == "base" else RecipeSoup()
     if match := _SFT.fullmatch(text):
         return SFT(int(match[1]))
-    if match := _SOUP.fullmatch(text):
-        return Soup(tuple(SFT(int(index)) for index in match[1].split(",")))
     name, arguments = _call(text)
+    if match := _SOUP.fullmatch(text):
+        return _soup(text, tuple(SFT(int(index)) for index in match[1].split(",")), None)
     if name == "soup":
-        parts, weights = _weighted(text, arguments, "a soup")
-        return Soup(parts, weights)
+        return _soup(text, *_weighted(text, arguments, "a soup"))
     if name == "shrink" and len(arguments) == 3 and arguments[1] == "base":
         share = _number(arguments[2])
         if math.isnan(share):
@@ -204,6 +203,26 @@ def sft_indices(model: Model, recipe_soup: tuple[int, ...]) -> tuple[int, ...]:
         case _:
             return ()
     return tuple(dict.fromkeys(i for part in inner for i in sft_indices(part, recipe_soup)))
+
+
+def paths_in(model: Model) -> tuple[str, ...]:
+    """The directories and hub names that a model is made of."""
+    match model:
+        case Given(path):
+            return (path,)
+        case Soup(parts, _):
+            inner = parts
+        case Shrunk(of, share):
+            inner = (of,) if isinstance(share, float) else (of, share)
+        case _:
+            return ()
+    return tuple(dict.fromkeys(path for part in inner for path in paths_in(part)))
+
+
+def _soup(text: str, parts: tuple[Model, ...], weights: tuple[float, ...] | None) -> Soup:
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{text!r}: a model twice. Name each once")
+    return Soup(parts, weights)
 
 
 def _weighted(

@@ -35,17 +35,25 @@ class Recipe(Strict):
     name: Input[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]]
     """Name of the run; it lands in `runs/<name>`."""
     model: ModelConfig
+    """`base`: what SFT starts from."""
     sft: SFTConfig
+    """`sft[0]`, `sft[1]`, …: fine-tuned models of several seeds, or finished ones."""
     soup: SoupConfig = SoupConfig()
+    """`soup`: which SFT models are averaged, and how."""
     preferences: PreferencesConfig | None = None
+    """Pairs of replies for the reward model and DPO arms; None where nothing learns from any."""
     reward: RewardConfig = RewardConfig()
+    """What RL maximises."""
     rl: RLSection
+    """The arms that are compared, and their training."""
     eval: EvalConfig
+    """Held-out prompts, scores and the models that the KL is measured to."""
     forecast: Execution[ForecastConfig | None] = None
     """If given, `salsa run` forecasts before RL and the report shows it; it decides nothing of the other stages."""
     landscape: Execution[LandscapeConfig | None] = None
     """Where `salsa landscape` looks; it decides nothing of the other stages."""
     engine: EngineConfig = EngineConfig()
+    """Where and how much at once; it decides nothing of a result."""
     track: Execution[tuple[Literal["tensorboard", "wandb", "trackio"], ...]] = ()
     """Where metrics are sent besides the run directory, each an extra of that name; see `runtime.trackers`."""
 
@@ -57,12 +65,18 @@ class Recipe(Strict):
             )
         for name in self.rl.arms:
             config = self.rl.config_of(name)
-            known = ("reward", "score", *self.eval.scores)
+            known = ("reward", "score", *self.eval.score_names)
             if isinstance(config, RLConfig) and config.selection.metric not in known:
                 wrong = config.selection.metric
                 raise ValueError(
-                    f"rl.select.metric={wrong!r} is neither reward, score nor one of eval.scores. "
+                    f"rl.select.metric={wrong!r} is neither reward, score nor a name under eval.scores or "
+                    f"eval.reward_models. "
                     f"{nearest(wrong, known)}"
+                )
+            if isinstance(config, RLConfig) and config.vllm and self.engine.processes > 1:
+                raise ValueError(
+                    f"engine.processes={self.engine.processes}: weights are pushed to the server of rl.vllm by one "
+                    "process. Set processes to 1, or remove rl.vllm"
                 )
         for where, model in self.expressions():
             for index in sft_indices(model, self.soup.ingredients):
@@ -84,6 +98,14 @@ class Recipe(Strict):
 
     def expressions(self) -> Iterator[tuple[str, Model]]:
         """Every (place, model expression) of the recipe."""
+        yield from self.decisive_expressions()
+        for text in (self.forecast and self.forecast.references) or ():
+            yield "forecast.references", parse_model(text)
+        for text in self.landscape.models if self.landscape else ():
+            yield "landscape.models", parse_model(text)
+
+    def decisive_expressions(self) -> Iterator[tuple[str, Model]]:
+        """Those of the stages up to the evaluation; a forecast or landscape of other models changes none of them."""
         for name, arm in self.rl.arms.items():
             yield f"rl.arms.{name}.init", parse_model(arm.init)
             for model in arm.rule.models:
@@ -92,10 +114,6 @@ class Recipe(Strict):
             yield "eval.kl_to", parse_model(text)
         if self.reward.trains:
             yield "reward.init", parse_model(self.reward.init)
-        for text in (self.forecast and self.forecast.references) or ():
-            yield "forecast.references", parse_model(text)
-        for text in self.landscape.models if self.landscape else ():
-            yield "landscape.models", parse_model(text)
 
     def candidates(self) -> list[str]:
         """The references that a forecast compares, the first is the baseline."""
@@ -146,10 +164,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
     node = values
     *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
+    for number, parent in enumerate(parents):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+            above = ".".join(parents[: number + 1])
+            raise ConfigError(
+                f"override {override!r}: {above} is {node!r}, not a section. Set it whole: {above}={{{leaf}: …}}"
+            )
     try:
         node[leaf] = yaml_value(text)
     except ValueError as error:

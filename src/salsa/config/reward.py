@@ -33,6 +33,8 @@ class RewardConfig(Strict):
     """Peak of the cosine schedule (3 % warm-up)."""
     batch_size: Count = 16
     """Pairs per optimizer step."""
+    microbatch_size: Execution[Count | None] = None
+    """Pairs per forward pass; batch_size if not given."""
     max_length: Count = 512
     """Tokens of prompt and reply; longer pairs are dropped."""
     seeds: Input[Seeds] = (0,)
@@ -50,12 +52,20 @@ class RewardConfig(Strict):
     def _one_source(self) -> Self:
         if self.paths and self.functions:
             raise ValueError("give paths or functions, or neither to train on preferences")
+        self.check_divides("microbatch_size", "batch_size")
         return self
 
     @property
     def can_be_divided(self) -> bool:
         """Whether several processes may train one model: adapters are merged in one."""
         return self.lora is None
+
+    @property
+    def stage(self) -> str | None:
+        """Label of the stage that makes the reward model; None for functions, and for one finished model."""
+        if self.functions or len(self.paths) == 1:
+            return None
+        return "reward soup" if len(self.paths or self.seeds) > 1 else "reward"
 
     @property
     def trains(self) -> bool:

@@ -102,8 +102,8 @@ class Select(Strict):
     """Which checkpoint's policy the run returns: the best by a metric, within a KL budget if one is given."""
 
     metric: str = "reward"
-    """`reward` (the score minus penalties, what `best` goes by), `score`, or a function under `eval.scores`, which
-    nothing is trained on; its mean over the rollouts since the checkpoint before."""
+    """`reward` (the score minus penalties, what `best` goes by), `score`, or a name under `eval.scores` or
+    `eval.reward_models`, which nothing is trained on; its mean over the rollouts since the checkpoint before."""
     kl: Positive | None = None
     """Only among checkpoints whose KL to own reference, in their last rollout, is at most this; nats per response."""
 
@@ -279,10 +279,16 @@ class RLConfig(Strict):
 
         A vLLM server's numerics decide the result, its address does not.
         """
-        values = super().identity()
-        if self.select != "last" or (self.stop is not None and self.stop.patience):
-            values["checkpoint_every"] = self.checkpoint_every
-        return values | ({"vllm": self.vllm.identity()} if self.vllm else {})
+        server = {"vllm": self.vllm.identity()} if self.vllm else {}
+        return super().identity() | self._counted_checkpoints() | server
+
+    def decisive(self) -> dict[str, Any]:
+        """As of every section; checkpoints count where they do in the identity."""
+        return super().decisive() | self._counted_checkpoints()
+
+    def _counted_checkpoints(self) -> dict[str, Any]:
+        chosen = self.select != "last" or (self.stop is not None and self.stop.patience)
+        return {"checkpoint_every": self.checkpoint_every} if chosen else {}
 
     def execution(self) -> dict[str, Any]:
         """As of every section, and where a vLLM server is."""
@@ -334,6 +340,11 @@ class RLSection(RLConfig):
     def _arms_fit(self) -> Self:
         for name, arm in self.arms.items():
             config = self.config_of(name)
+            for key in ("kl_coef", "adaptive_kl"):
+                if not arm.rule.pulls and key in arm.settings:
+                    raise ValueError(
+                        f"arms.{name}.{key} changes nothing with reference: none, which does not pull. Remove it"
+                    )
             if isinstance(config, RLConfig) and len(arm.rule.models) > 1:
                 wanted = "k1" if config.kl_in == "reward" else "k2"
                 if config.kl_kind != wanted:
@@ -342,6 +353,15 @@ class RLSection(RLConfig):
                         f"not by {config.kl_kind}. Use that, or one reference"
                     )
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        """As of every section; an arm's own settings count as those of `rl:` do."""
+        arms = {}
+        for name, arm in self.arms.items():
+            own = self.config_of(name).decisive()
+            arms[name] = arm.model_dump(mode="json", include={"init", "reference", "method"})
+            arms[name] |= {key: own[key] for key in arm.settings if key in own}
+        return super().decisive() | {"arms": arms}
 
     def config_of(self, arm: str) -> RLConfig | DPOConfig:
         """The settings of one arm: those of `rl:` with its own in their place; DPO's for a DPO arm.

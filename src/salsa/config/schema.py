@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,8 +20,8 @@ Seeds = Annotated[tuple[int, ...], Field(min_length=1)]
 
 WORD, MAPPING = "a word", "a mapping"
 """Tags of a value that may be either."""
-_NO_KEYS = {"function-before[_from_string()", WORD, MAPPING}
-"""Parts of pydantic's locations that are no keys of the recipe."""
+LOCAL_DATA = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+"""Endings of the data files that are read here."""
 _CALL = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 T = TypeVar("T")
@@ -34,7 +35,10 @@ Input = Annotated[T, "input"]
 
 
 class Strict(BaseModel):
-    """Frozen, closed to unknown keys, read without coercing text to numbers."""
+    """Frozen and closed to unknown keys.
+
+    Text that is a number counts as that number: YAML reads 1e-6, which has no point, as text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -51,8 +55,7 @@ class Strict(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """Everything but the `Execution` fields, at any depth, as JSON values."""
         values = self.model_dump(mode="json", exclude=self._marked("execution"))
-        sections = {name: value for name, value in self if isinstance(value, Strict)}
-        return values | {name: sections[name].decisive() for name in sections.keys() & values}
+        return {name: _decisive(getattr(self, name), value) for name, value in values.items()}
 
     def check_unset(self, names: Sequence[str], why: str) -> None:
         """ValueError for a field that was set and, as `why` says, changes nothing."""
@@ -72,6 +75,18 @@ class Strict(BaseModel):
         """Names of the fields that carry one of the markers."""
         fields = type(self).model_fields.items()
         return {name for name, field in fields if set(markers) & set(map(str, field.metadata))}
+
+
+def _decisive(value: Any, dumped: Any) -> Any:
+    """`dumped`, the JSON of `value`, without what is `Execution` in the sections within."""
+    match value:
+        case Strict():
+            return value.decisive()
+        case dict():
+            return {key: _decisive(one, dumped[key]) for key, one in value.items()}
+        case tuple():
+            return [_decisive(one, json) for one, json in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def check_call(value: str) -> str:
@@ -122,6 +137,10 @@ class DataSource(Strict):
             raise ValueError("give exactly one of path and call")
         if self.call is not None:
             check_call(self.call)
+        if self.call is not None or str(self.path).endswith(LOCAL_DATA):
+            self.check_unset(("name", "split"), "where rows do not come from a hub data set")
+        if self.limit is None:
+            self.check_unset(("shuffle_seed",), "without limit: all rows are kept as they come")
         return self
 
 
@@ -156,6 +175,27 @@ def nearest(word: str, words: Any) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(words))}."
 
 
+def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """`key: old → new` of all that is not the same in two nested values; another model or data set by its name."""
+    if isinstance(before, dict) and isinstance(after, dict) and _name(before) == _name(after):
+        for key in dict.fromkeys([*before, *after]):
+            inner = f"{where}.{key}" if where else str(key)
+            yield from differences(before.get(key), after.get(key), inner)
+    elif before != after:
+        yield f"{where}: {_short(before)} → {_short(after)}"
+
+
+def _name(value: dict[str, Any]) -> Any:
+    return value.get("path") or value.get("call")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        value = _name(value) or value
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 80 else text[:80] + "…"
+
+
 def validated(kind: type[S], values: dict[str, Any], path: Path) -> S:
     """The values of the file at `path` as a section; ConfigError, in one line, for a wrong one."""
     try:
@@ -168,10 +208,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem in one line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in _NO_KEYS)
+    keys, above = _keys(first["loc"], root)
+    where = ".".join(map(str, keys))
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1], root)
-        text = f"unknown key {where!r}. {nearest(str(first['loc'][-1]), known)}"
+        known = [name for model in above for name in getattr(model, "model_fields", ())]
+        text = f"unknown key {where!r}. {nearest(str(keys[-1]), known)}"
     elif first["type"] == "unknown_key":
         key, known = first["ctx"]["key"], first["ctx"]["known"]
         text = f"unknown key '{where}.{key}'. {nearest(key, known)}"
@@ -184,23 +225,41 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         got = repr(first["input"])
         got = got if len(got) <= 200 else got[:200] + "…"
         text = f"{where}={got}: {first['msg'][0].lower()}{first['msg'][1:]}."
-    return text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    places = {tuple(_keys(problem["loc"], root)[0]) for problem in problems}
+    return text + (f" (and {len(places) - 1} more)" if len(places) > 1 else "")
 
 
-def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    """Names of the keys that are valid at a place under `root`."""
-    model: Any = root
+def _keys(location: Sequence[str | int], root: Any) -> tuple[list[str | int], list[Any]]:
+    """The keys and indices of one of pydantic's locations, and what may stand where the last of them is looked up.
+
+    A location has, after a value of several types, the name of the one that was tried; that is no key of the recipe.
+    """
+    keys: list[str | int] = []
+    above: list[Any] = []
+    types, told = _types(root), False
     for part in location:
-        if part in model.model_fields:
-            model = _model_in(model.model_fields[str(part)].annotation)
-    return list(model.model_fields)
+        if len(types) > 1 and not told:
+            told = True
+            continue
+        keys.append(part)
+        inner = [one for one in (_under(one, part) for one in types) if one is not None]
+        above, types, told = types, [kind for one in inner for kind in _types(one)], False
+    return keys, above
 
 
-def _model_in(annotation: Any) -> Any:
-    """The pydantic model inside an annotation such as `dict[str, ArmConfig]` or `DataSource | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (model := _model_in(argument)) is not None:
-            return model
-    return None
+def _types(annotation: Any) -> list[Any]:
+    """What a value may be, None left out."""
+    if get_origin(annotation) is Annotated:
+        return _types(annotation.__origin__)
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for one in get_args(annotation) for kind in _types(one)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _under(kind: Any, part: str | int) -> Any:
+    """The annotation of what stands under a key or an index of a value of that type; None if nothing does."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(str(part))
+        return field.annotation if field is not None else None
+    arguments = get_args(kind)
+    return arguments[-1 if get_origin(kind) is dict else 0] if arguments else None

@@ -30,12 +30,20 @@ class SoupConfig(Strict):
             raise ValueError(f"method={self.method} finds the weights itself. Leave weights out")
         if self.score is not None:
             check_call(self.score)
+        if len(set(self.ingredients)) < len(self.ingredients):
+            raise ValueError(
+                f"ingredients={list(self.ingredients)} has a model twice. Name each once"
+            )
+        if self.method == "model_stock" and len(self.ingredients) < 2:
+            raise ValueError("method=model_stock compares ingredients. Give two or more")
         if self.weights == "uniform":
             return self
         if len(self.weights) != len(self.ingredients):
             raise ValueError(
                 f"has {len(self.weights)} weights for {len(self.ingredients)} ingredients; give one each"
             )
+        if min(self.weights) < 0:
+            raise ValueError(f"weights={list(self.weights)}: one is negative; give 0 or more")
         if abs(sum(self.weights) - 1) > 1e-6:
             raise ValueError(f"weights sum to {sum(self.weights):g}, not to 1; scale them")
         return self

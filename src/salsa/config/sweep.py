@@ -93,8 +93,14 @@ class SweepConfig(Strict):
                 f"{k}={json.dumps(v)}" for own in settings for k, v in own.items()
             ]  # JSON is YAML
             recipe = Recipe.load(self.recipe, overrides).model_copy(update={"name": name})
-            text = str(recipe.decisive() | {"name": "", "forecast": str(recipe.forecast)})
-            if (other := seen.setdefault(text, name)) != name or name in points:
+            looks = {"forecast": str(recipe.forecast), "landscape": str(recipe.landscape)}
+            text = str(recipe.decisive() | {"name": ""} | looks)
+            if name in points:
+                raise ConfigError(
+                    f"{self.name}: two points would both be called {name}, as letters, digits, . _ and - are what a "
+                    "directory's name has of a value. Name the values: grid.AXIS={NAME: {KEY: VALUE}, …}."
+                )
+            if (other := seen.setdefault(text, name)) != name:
                 raise ConfigError(
                     f"{self.name}: the points {other} and {name} are the same recipe, so an axis changes nothing. "
                     "Remove the axis, or the repeated value."

@@ -1,8 +1,9 @@
 """Gates of rewards and advantages: the score at the right token, the recursion, and how much of it is signal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -144,10 +145,9 @@ def _gae(rewards: np.ndarray, values: np.ndarray, gamma: float, decay: float) ->
     return powers @ deltas
 
 
-def _misfit(ours: np.ndarray, expected: np.ndarray, config: object) -> float:
-    """Largest difference over the spread, after the best rising line where they are whitened."""
-    whitened = isinstance(config, dict) and config.get("algorithm", "ppo") == "ppo"
-    if whitened:
+def _misfit(ours: np.ndarray, expected: np.ndarray, config: Mapping[str, Any]) -> float:
+    """Root mean square difference over the spread, after the best rising line where they are whitened."""
+    if config["algorithm"] == "ppo":  # the only one that whitens
         spread = expected.std()
         if spread == 0:
             return 0.0

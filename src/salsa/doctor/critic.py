@@ -6,11 +6,9 @@ import numpy as np
 
 from salsa.doctor.evidence import Episodes, RLRun
 from salsa.doctor.findings import SUSPICIOUS, Finding, Verdict, p_mean_above
+from salsa.doctor.reward import same_limit
 from salsa.doctor.rollout import gap
 
-SAME = 0.02
-"""Share of the values' spread by which two computations may differ; see `reward.SAME`."""
-SAME_BF16 = 0.2
 FEW = 6
 """Updates below which a t test of the explained variance could hardly say anything."""
 
@@ -26,7 +24,7 @@ def start(episodes: Sequence[Episodes]) -> Finding | None:
         gaps[id(one)] = gap(one.values, one.again["values"]) / max(spread, 1e-9)
     off = max(known, key=lambda e: gaps[id(e)])
     value = gaps[id(off)]
-    limit = SAME if off.precision == "fp32" else SAME_BF16
+    limit = same_limit(off.precision)
     verdict: Verdict = "faulty" if value > limit else "sound"
     says = f"{off.run}: the first values and those computed anew differ by {value:.2g} of their spread."
     if verdict == "faulty" and off.late_values is not None:

@@ -148,7 +148,7 @@ def leaks(data: Data) -> Finding | None:
     if not held_out or not others:
         return None
     counts = Counter(held_out)
-    again = sum(count > 1 for text in held_out if (count := counts[text]))
+    again = sum(counts[text] > 1 for text in held_out)
     tests = {}
     for role, prompts in others.items():
         there = set(prompts)
@@ -254,7 +254,7 @@ def labels_follow_labeller(data: Data) -> Finding | None:
     flipped = (expected - share) / (2 * expected - 1) if expected > 0.5 else math.nan
     shown = [
         f"chosen {c!r}, rejected {r!r}"
-        for c, r, s in zip(pairs.chosen, pairs.rejected, pairs.scores, strict=True)
+        for c, r, s in zip(pairs.chosen, pairs.rejected, pairs.scores, strict=False)
         if s[0] < s[1] - 2 * pairs.noise
     ]
     return Finding(

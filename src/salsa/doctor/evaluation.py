@@ -7,7 +7,7 @@ import numpy as np
 
 from salsa.doctor.evidence import Samples
 from salsa.doctor.findings import POWER_Z, SUSPICIOUS, Finding, Verdict, p_mean_above, percent
-from salsa.doctor.reward import SAME_BF16, explain_scores, score_gap
+from salsa.doctor.reward import explain_scores, same_limit, score_gap
 
 
 def scores(samples: Sequence[Samples], precision: str) -> Finding | None:
@@ -18,7 +18,7 @@ def scores(samples: Sequence[Samples], precision: str) -> Finding | None:
     recorded = {s.arm: _head(s) for s in known}
     gaps = {s.arm: score_gap(recorded[s.arm], s.proxy_again) for s in known}
     off = max(known, key=lambda s: gaps[s.arm])
-    limit = 0.02 if precision == "fp32" else SAME_BF16
+    limit = same_limit(precision)
     verdict: Verdict = "faulty" if gaps[off.arm] > limit else "sound"
     says = f"Scores of {off.arm} in the samples and computed anew differ by {percent(gaps[off.arm])} of their spread."
     if verdict == "faulty":

@@ -50,7 +50,7 @@ class Pairs:
     chosen: Sequence[str]
     rejected: Sequence[str]
     scores: np.ndarray | None = None
-    """[pairs, 2] of chosen and rejected by the labeller, where the preferences are synthetic."""
+    """[pairs, 2] of chosen and rejected by the labeller, where the preferences are synthetic; of the first pairs."""
     noise: float = 1.0
     """The labels follow sigmoid(difference / noise), where there is a labeller."""
     tokens: Sequence[int] = ()
@@ -144,6 +144,13 @@ class Episodes:
     """The critic's values one position late, where the values are not what they should be."""
     other_scores: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What was scored → scores, where the scores are not what they should be."""
+
+    @property
+    def unfined(self) -> np.ndarray:
+        """The scores before `missing_eos_penalty`, which training subtracts after scaling and clipping them."""
+        ends = set(self.eos_ids)
+        missing = np.array([not reply or reply[-1] not in ends for reply in self.responses])
+        return self.scores + float(self.config.get("missing_eos_penalty", 0)) * missing
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from salsa.doctor import (
 from salsa.doctor.evidence import Evidence
 from salsa.doctor.findings import Diagnosis, diagnosis
 from salsa.runtime.tracking import say
+from salsa.stages.directory import RunDirectory
 
 SMALL = 10**9
 """Bytes of a base model up to which the end of a run may load it and its descendants in fp32 without asking."""
@@ -74,12 +75,8 @@ def judge(seen: Evidence) -> Diagnosis:
     return diagnosis(seen.name, findings, seen.not_measured)
 
 
-def examine_run(path: Path, *, largest: int | None = None) -> Diagnosis:
+def examine_run(path: Path) -> Diagnosis:
     """Diagnose a run directory, as far as the run got.
-
-    Args:
-        path: the run directory.
-        largest: bytes of a base model beyond which no model is loaded, so that what needs a forward pass is left out.
 
     Raises:
         ConfigError: it holds no run.
@@ -88,13 +85,17 @@ def examine_run(path: Path, *, largest: int | None = None) -> Diagnosis:
     from salsa.doctor.files import RunFiles
     from salsa.doctor.gather import after
 
-    return judge(after(RunFiles.open(path), largest=largest))
+    return judge(after(RunFiles.open(path)))
 
 
-def diagnosed(path: Path) -> dict[str, Any] | None:
+def diagnosed(run: RunDirectory) -> dict[str, Any] | None:
     """The diagnosis at the end of a run, for its report; None, and a line that says why, where it could not be made."""
+    from salsa.doctor.files import RunFiles
+    from salsa.doctor.gather import after
+
     try:
-        found = examine_run(path, largest=SMALL)
+        own = {stage.label: stage for stage in run.finished}
+        found = judge(after(RunFiles.open(run.path, own), largest=SMALL))
     except Exception as error:  # whatever it is, it must not cost the run its report
         say(f"doctor: could not look at the run ({type(error).__name__}: {error})")
         return None

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ class RunFiles:
     hashes: FileHashes
 
     @classmethod
-    def open(cls, path: Path) -> "RunFiles":
+    def open(cls, path: Path, stages: Mapping[str, Stage] | None = None) -> "RunFiles":
         """Read a run directory.
+
+        Args:
+            path: the run directory.
+            stages: label → stage, where the run knows which are its own; several runs may share a directory of stages.
 
         Raises:
             ConfigError: it is none, or its recipe is of another version.
@@ -46,7 +51,8 @@ class RunFiles:
         hashes = FileHashes(path / "hashes.json")
         base = nodes.base(recipe, hashes)
         sft = [nodes.sft(recipe, base, index, hashes) for index in range(recipe.sft.count)]
-        return cls(path, recipe, _stages(path), Models(recipe, base, sft, hashes), hashes)
+        own = dict(stages) if stages is not None else _stages(path)
+        return cls(path, recipe, own, Models(recipe, base, sft, hashes), hashes)
 
     def trained(self, label: str) -> Stage | None:
         """An RL stage; if it has not finished (it is going on, was killed, or failed), as far as it got."""

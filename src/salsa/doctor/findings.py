@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from salsa.artifacts import finite
+
 Verdict = Literal["sound", "suspicious", "faulty"]
 
 STAGES = (
@@ -97,7 +99,8 @@ class Diagnosis:
             "culprit": self.culprit,
             "headline": self.headline,
             "findings": [
-                r | {"numbers": {k: _short(v) for k, v in r["numbers"].items()}} for r in rows
+                r | {"numbers": finite({k: _short(v) for k, v in r["numbers"].items()})}
+                for r in rows
             ],
             "not_measured": list(self.not_measured),
         }
@@ -148,5 +151,5 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _short(value: float) -> float | None:
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -3,6 +3,7 @@
 Forward passes are few: SAMPLE rows of each kind, through `salsa.doctor.replay`. torch is imported only for them.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from salsa.doctor.evidence import (
     Episodes,
     Evidence,
     Likelihood,
+    Pairs,
     Reward,
     RLRun,
     Samples,
@@ -56,15 +58,22 @@ def before(recipe: Recipe) -> Evidence:
 
 def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
     """The evidence of a run, as far as it got; without forward passes where the base has more than `largest` bytes."""
+    from salsa.doctor import replay
+
+    try:
+        return _after(run, largest)
+    finally:
+        replay.forget()
+
+
+def _after(run: RunFiles, largest: int | None) -> Evidence:
     recipe, missing = run.recipe, []
     base = run.model("base")
     if base is None:
         return Evidence(recipe.name, not_measured=("everything: the base model is not there",))
-    from salsa.doctor import replay
     from salsa.models import load_tokenizer
 
     quiet_libraries()
-    replay.forget()
     passes = (
         largest is None or sum(f.stat().st_size for f in base.path.glob("*.safetensors")) <= largest
     )
@@ -106,7 +115,7 @@ def after(run: RunFiles, *, largest: int | None = None) -> Evidence:
         evals = next((s for s in data.sources if s.role == "eval"), None)
         num_eval = len(evals.prompts) * len(recipe.rl.seeds) if evals else 1
     return Evidence(
-        recipe.name, data, sft, reward, episodes, runs, samples, recipe.eval.baseline, tuple(recipe.eval.scores),
+        recipe.name, data, sft, reward, episodes, runs, samples, recipe.eval.baseline, recipe.eval.score_names,
         num_eval, missing,
     )  # fmt: skip
 
@@ -185,12 +194,12 @@ def _renderings(rows: Sequence[Row], tokenizer: Any, model: Any) -> dict[str, np
 def _reward(run: RunFiles, data: Data, pairs: Sequence[Row] | None) -> Reward | None:
     from salsa.doctor import replay
 
-    config, stage = run.recipe.reward, run.stages.get("reward")
-    if stage is None or not config.trains or pairs is None:
+    config, model = run.recipe.reward, _proxy(run)
+    if model is None or not config.trains or pairs is None:
         return None
     numbers = list(range(len(pairs)))
     random.Random(config.split_seed).shuffle(numbers)
-    count = -int(-len(pairs) * config.holdout // 1) if config.holdout else 0
+    count = math.ceil(len(pairs) * config.holdout)  # as salsa.reward keeps them back
     held_out, seen = numbers[:count][: 4 * SAMPLE], numbers[count:][: 2 * SAMPLE]
 
     def scored(rows: Sequence[int]) -> np.ndarray:
@@ -202,14 +211,18 @@ def _reward(run: RunFiles, data: Data, pairs: Sequence[Row] | None) -> Reward | 
                 (_messages(pairs[i]["prompt"]), words(pairs[i]["prompt"]), words(pairs[i][side]))
                 for i in rows
             ]
-            sides.append(replay.scores(stage.path, shown))
+            sides.append(replay.scores(model.path, shown))
         return np.stack(sides, axis=1)
 
-    ceiling = None
-    if data.pairs is not None and data.pairs.scores is not None and held_out:
-        d = np.diff(data.pairs.scores[[i for i in held_out if i < len(data.pairs.scores)]], axis=1)
-        ceiling = float((1 / (1 + np.exp(-np.abs(d) / data.pairs.noise))).mean())
-    return Reward(scored(held_out), scored(seen), ceiling)
+    return Reward(scored(held_out), scored(seen), _ceiling(data.pairs, held_out))
+
+
+def _ceiling(pairs: Pairs | None, numbers: Sequence[int]) -> float | None:
+    """Accuracy on these pairs of someone who knows the labeller's score."""
+    if pairs is None or pairs.scores is None:
+        return None
+    d = np.diff(pairs.scores[[i for i in numbers if i < len(pairs.scores)]], axis=1)
+    return float((1 / (1 + np.exp(-np.abs(d) / pairs.noise))).mean()) if len(d) else None
 
 
 def _messages(prompt: Any) -> Any:
@@ -263,12 +276,9 @@ def _runs(run: RunFiles, vocabulary: int) -> list[RLRun]:
 def _proxy(run: RunFiles) -> Checkpoint | None:
     """The reward model, if the reward is one."""
     config = run.recipe.reward
-    if config.functions:
-        return None
-    for label in ("reward", "reward soup"):
-        if label in run.stages:
-            return run.stages[label].checkpoint
-    return run.model(config.paths[0]) if len(config.paths) == 1 else None
+    if config.stage is not None:
+        return run.stages[config.stage].checkpoint if config.stage in run.stages else None
+    return run.model(config.paths[0]) if config.paths else None
 
 
 def _critic_init(run: RunFiles, arm: str, config: RLConfig) -> Checkpoint | None:
@@ -370,7 +380,7 @@ def _replayed(
     proxy = _proxy(run)
     if proxy is None or not one.known_prompts:
         return one
-    return _scored(one, proxy.path, [known[tuple(p)] for p in one.prompts], config)
+    return _scored(one, proxy.path, [known[tuple(p)] for p in one.prompts])
 
 
 def _explained_logprobs(run: RunFiles, one: Episodes, under: Callable[..., Any]) -> Episodes:
@@ -389,19 +399,17 @@ def _explained_logprobs(run: RunFiles, one: Episodes, under: Callable[..., Any])
     return one
 
 
-def _scored(one: Episodes, proxy: Path, prompts: Sequence[Prompt], config: RLConfig) -> Episodes:
+def _scored(one: Episodes, proxy: Path, prompts: Sequence[Prompt]) -> Episodes:
     from salsa.doctor import replay
 
-    fine = config.missing_eos_penalty * reward_gates.missing_eos(one)
     asked = [(p.messages, p.text, text) for p, text in zip(prompts, one.texts, strict=True)]
-    again = replay.scores(proxy, asked)
-    one = replace(one, scores_again=again - fine)
-    if reward_gates.score_gap(one.scores, one.scores_again, one.config) > reward_gates.SAME:
+    one = replace(one, scores_again=replay.scores(proxy, asked))
+    if reward_gates.score_gap(one.unfined, one.scores_again, one.config) > reward_gates.SAME:
         last = [words(list(p.messages)[-1:]) if p.messages else p.text for p in prompts]
         turn = replay.scores(
             proxy, [(p.messages, p.text, t) for p, t in zip(prompts, last, strict=True)]
         )
-        one = replace(one, other_scores={"the user's last turn in place of the reply": turn - fine})
+        one = replace(one, other_scores={"the user's last turn in place of the reply": turn})
     return one
 
 

@@ -39,7 +39,7 @@ def tokenizer_of(path: Path) -> Any:
 
 
 def forget() -> None:
-    """Drop the models in memory: another run may have others at the same place."""
+    """Drop the models in memory: they would lie beside those of whatever trains next."""
     for cached in (language_model, classifier, tokenizer_of):
         cached.cache_clear()
 
@@ -129,8 +129,8 @@ def _hidden(
         yield batch, trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-def weights_differ(one: Path, other: Path) -> bool:
-    """Whether any tensor that both directories hold under one name differs."""
+def weights_differ(one: Path, other: Path) -> bool | None:
+    """Whether any tensor that both directories hold under one name differs; None if they share no name."""
     from safetensors import safe_open
 
     def tensors(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -141,8 +141,11 @@ def weights_differ(one: Path, other: Path) -> bool:
         return found
 
     ours, theirs = tensors(one), tensors(other)
-    return any(
-        not torch.equal(ours[n]().float(), theirs[n]().float()) for n in ours.keys() & theirs.keys()
+    shared = ours.keys() & theirs.keys()
+    return (
+        any(not torch.equal(ours[n]().float(), theirs[n]().float()) for n in shared)
+        if shared
+        else None
     )
 
 

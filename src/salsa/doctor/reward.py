@@ -1,6 +1,7 @@
 """Gates of the reward: what it learned, and whether RL and the evaluation got the scores that it gives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -124,18 +125,18 @@ def constant(episodes: Sequence[Episodes]) -> Finding | None:
     told = [e for e in episodes if len(e.scores) > 1 and len(set(e.texts)) > 1]
     if not told:
         return None
-    flat = [e.run for e in told if np.ptp(e.scores) == 0]
+    flat = [e for e in told if np.ptp(e.scores) == 0]
     return Finding(
         "reward",
         "tells replies apart",
         "faulty" if flat else "sound",
-        f"{flat[0]}: every reply scores {told[0].scores[0]:.4g}."
+        f"{flat[0].run}: every reply scores {flat[0].scores[0]:.4g}."
         if flat
         else "Different replies score differently.",
         ""
         if not flat
         else "There is nothing to learn from a constant: look at what the reward returns for two replies.",
-        {"runs with one score": float(len(set(flat)))},
+        {"runs with one score": float(len({e.run for e in flat}))},
     )
 
 
@@ -144,20 +145,20 @@ def scores_in_training(episodes: Sequence[Episodes]) -> Finding | None:
     known = [e for e in episodes if e.scores_again is not None]
     if not known:
         return None
-    gaps = {id(e): score_gap(e.scores, e.scores_again, e.config) for e in known}
+    gaps = {id(e): score_gap(e.unfined, e.scores_again, e.config) for e in known}
     off = max(known, key=lambda e: gaps[id(e)])
     gap = gaps[id(off)]
-    verdict: Verdict = "faulty" if gap > _limit(off.precision) else "sound"
+    verdict: Verdict = "faulty" if gap > same_limit(off.precision) else "sound"
     says = f"Scores of {off.run} in training and computed anew differ by {percent(gap)} of their spread."
     todo = ""
     if verdict == "faulty":
-        says += f" {explain_scores(off.scores, off.scores_again, off.other_scores, list(map(len, off.responses)))}"
+        says += f" {explain_scores(off.unfined, off.scores_again, off.other_scores, list(map(len, off.responses)))}"
         todo = "RL saw other scores than the model on disk gives: look at what is passed to it and in what order."
     shown = []
     if verdict == "faulty" and off.scores_again is not None:
-        rows = np.argsort(-np.abs(off.scores - off.scores_again))[:3]
+        rows = np.argsort(-np.abs(off.unfined - off.scores_again))[:3]
         shown = [
-            f"{off.texts[i]!r}: {off.scores[i]:.3f} in training, {off.scores_again[i]:.3f} anew"
+            f"{off.texts[i]!r}: {off.unfined[i]:.3f} in training, {off.scores_again[i]:.3f} anew"
             for i in rows
         ]
     return Finding("reward", "scores in training", verdict, says, todo, {"difference": gap}, shown)
@@ -189,16 +190,25 @@ def drift(samples: Sequence[Samples]) -> Finding | None:
     )
 
 
-def score_gap(scores: np.ndarray, again: np.ndarray | None, config: object = None) -> float:
-    """Median |difference| over the spread of the scores; scaled scores are compared after scaling both alike."""
+def score_gap(
+    scores: np.ndarray, again: np.ndarray | None, settings: Mapping[str, Any] | None = None
+) -> float:
+    """Mean |difference| over the spread of the scores.
+
+    Scaled scores are compared after scaling both alike, without those that were clipped: the scale of that moment is
+    not known.
+    """
     assert again is not None
     scores, again = np.asarray(scores, float), np.asarray(again, float)
-    settings = config if isinstance(config, dict) else {}
+    settings = settings or {}
+    clip = settings.get("score_clip") or np.inf
     if settings.get("normalize_scores"):
-        scores, again = (_standard(x) for x in (scores, again))
-    clip = settings.get("score_clip")
-    if clip is not None:
+        free = np.abs(scores) < clip * (1 - 1e-6)
+        scores, again = (_standard(x[free]) for x in (scores, again))
+    else:
         again = again.clip(-clip, clip)
+    if not len(scores):
+        return 0.0
     spread = again.std()
     return (
         float(np.mean(np.abs(scores - again)) / spread) if spread > 0 else float(np.ptp(scores) > 0)
@@ -208,14 +218,14 @@ def score_gap(scores: np.ndarray, again: np.ndarray | None, config: object = Non
 def explain_scores(
     scores: np.ndarray,
     again: np.ndarray | None,
-    others: dict[str, np.ndarray] | object,
+    others: Mapping[str, np.ndarray],
     lengths: Sequence[int],
 ) -> str:
     """In words, what the scores are if they are not what the reward model gives."""
     assert again is not None
     if np.ptp(scores) == 0:
         return "They are all the same."
-    for name, other in others.items() if isinstance(others, dict) else ():
+    for name, other in others.items():
         if score_gap(scores, other) < SAME_BF16:
             return f"They are those of {name}."
     for shift in (1, -1):
@@ -239,11 +249,6 @@ def _standard(x: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / (x.std() or 1.0)
 
 
-def _limit(precision: str) -> float:
+def same_limit(precision: str) -> float:
+    """Share of the spread by which two computations of a score may differ in this arithmetic."""
     return SAME if precision == "fp32" else SAME_BF16
-
-
-def missing_eos(episodes: Episodes) -> np.ndarray:
-    """1 for replies that did not end, which the settings may fine."""
-    ends = set(episodes.eos_ids)
-    return np.array([not r or r[-1] not in ends for r in episodes.responses], dtype=float)

@@ -59,6 +59,8 @@ def ends(episodes: Sequence[Episodes], runs: Sequence[RLRun]) -> Finding | None:
     wrong = open_ + beyond
     verdict: Verdict = "faulty" if wrong or short else "sound"
     says = f"All of {total} replies end where their mask ends."
+    if not total:
+        says = "By length and share of ended replies, none is cut before its end."
     if beyond:
         says = f"{beyond} of {total} replies go on after their end: the mask counts padding."
     elif open_ or short:

@@ -26,6 +26,8 @@ SAMPLE = 64
 """Rows of a kind that are run through a model."""
 READ = 5000
 """Rows of a data set that are looked at, the first ones."""
+LABELLED = 1000
+"""Pairs whose labeller is asked again: it may be a server that costs something."""
 KNOWN_MARKS = (
     "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|start_header_id|>", "<|eot_id|>", "<start_of_turn>",
     "<end_of_turn>", "<|endoftext|>",
@@ -96,8 +98,7 @@ def data_of(recipe: Recipe, sources: Sources, pairs: Sequence[Row] | None) -> Da
         found = _pairs(recipe, pairs[:READ], tokenizer)
         if not any(one.role == "preferences" for one in roles):
             roles.insert(0, Source("preferences", found.prompts))
-    marks = sorted({t for t in tokenizer.all_special_tokens if len(t) > 2} | set(KNOWN_MARKS))
-    own = [mark for mark in marks if mark not in KNOWN_MARKS]
+    own = sorted({t for t in tokenizer.all_special_tokens if len(t) > 2} - set(KNOWN_MARKS))
     in_use = own + [mark for mark in KNOWN_MARKS if any(mark in text for text in contents)]
     return Data(
         roles, replies, tokens, reply_tokens, recipe.sft.max_length, found, in_use, contents
@@ -140,9 +141,9 @@ def _pairs(recipe: Recipe, rows: Sequence[Row], tokenizer: Any) -> Pairs:
     config = recipe.preferences
     if config is None or config.labeller is None:
         return found
-    asked = [_as_prompt(row["prompt"]) for row in rows]
+    asked = [_as_prompt(row["prompt"]) for row in rows[:LABELLED]]
     score = FunctionScorer([config.labeller])
-    both = np.array([score(asked, chosen), score(asked, rejected)]).T
+    both = np.array([score(asked, replies[:LABELLED]) for replies in (chosen, rejected)]).T
     return replace(found, scores=both, noise=config.noise)
 
 

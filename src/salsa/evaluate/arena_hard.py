@@ -140,7 +140,11 @@ def _label(game: Any, reparse: bool, counts: Counter[str]) -> str | None:
 
 
 def load_questions(path: Path | str, temperature: float = 0.0) -> list[Question]:
-    """Upstream's `question.jsonl`: `uid` and `prompt` (v2.0, and v0.1 since then), or `question_id` and `turns`."""
+    """Upstream's `question.jsonl`: `uid` and `prompt` (v2.0, and v0.1 since then), or `question_id` and `turns`.
+
+    Raises:
+        DataError: no such file, a row without these columns, or a question twice.
+    """
     known: dict[Any, Question] = {}
     for row in _rows(path, "questions", "question.jsonl"):
         values = row.values
@@ -149,7 +153,12 @@ def load_questions(path: Path | str, temperature: float = 0.0) -> list[Question]
             key, text = values["uid"], values["prompt"]
         else:
             judgments.need(row, "Arena-Hard question", "question_id", "category", "turns")
-            key, text = values["question_id"], values["turns"][0]["content"]
+            try:
+                key, text = values["question_id"], values["turns"][0]["content"]
+            except (LookupError, TypeError):
+                raise DataError(
+                    f"{row.where}: turns is no list of {{content}}. Take question.jsonl from {ARENA_HARD_SOURCE}."
+                ) from None
         if key in known:
             raise DataError(f"{row.where}: question {key} is there twice. Remove one.")
         known[key] = Question(key, str(values["category"]), (text,), temperature)
@@ -232,6 +241,10 @@ class ArenaHard:
     def judged(self, answers: Answers, match: Match) -> Bench:
         """Rows of v2.0's `model_judgment/<judge>/<model>.jsonl`; in the first game the baseline is assistant A."""
         pairs = [pair for pair in match.pairs if pair[1] in match.baseline]
+        if clash := sorted(self._baseline.keys() & answers.keys()):
+            raise DataError(
+                f"Arena-Hard: {clash[0]!r} names a model and, by its file, the baseline. Rename the file or the model."
+            )
         if self._baseline:
             pairs = [(model, name) for model in answers for name in self._baseline]
             answers = {**answers, **self._baseline}

@@ -24,7 +24,7 @@ from salsa.errors import ConfigError, DataError
 from salsa.evaluate.answers import LocalJudge
 from salsa.evaluate.arena_hard import ArenaHard
 from salsa.evaluate.benchmarks import Answers, Bench, Benchmark, Match, Question, pairings
-from salsa.evaluate.judge import EndpointJudge, Judge, JudgmentCache, ReplayJudge, Totals, judge_all
+from salsa.evaluate.judge import EndpointJudge, Judge, JudgmentCache, ReplayJudge, judge_all
 from salsa.evaluate.mtbench import MTBench, load_judge_prompts
 from salsa.evaluate.results import Arm, Results
 from salsa.evaluate.spec import EvalSpec, JudgeConfig
@@ -92,7 +92,7 @@ class _Evaluation:
             scores=tuple(spec.rewards) if samples else (),
             kl_to=(spec.kl_to,) if samples and spec.kl_to else (),
             benches=benches,
-            judge=judge_record(spec.judge, match.totals) if spec.judge and match else None,
+            judge=judge_record(spec.judge, match) if spec.judge and match else None,
             stages=self.run.finished,
         )
 
@@ -207,12 +207,12 @@ class _Evaluation:
         return self.graph[node]
 
 
-def judge_record(config: JudgeConfig, totals: Totals) -> dict[str, Any]:
+def judge_record(config: JudgeConfig, match: Match) -> dict[str, Any]:
     """The judge's name and parameters, and what judging took."""
-    cost = totals.cost(config.price)
+    cost = match.totals.cost(config.price)
     return {
-        "model": config.model or config.path or config.replay,
-        "parameters": config.request,
-        **{key: value for key, value in vars(totals).items() if key not in ("asked", "reused")},
+        "model": match.judge,
+        "parameters": {} if config.replay else config.request,
+        **{k: value for k, value in vars(match.totals).items() if k not in ("asked", "reused")},
         "cost": None if cost is None else round_metric(cost),
     }

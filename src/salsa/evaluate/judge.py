@@ -240,7 +240,7 @@ class EndpointJudge(Judge):
         for attempt in range(self._retries + 1):
             try:
                 response = await self._client.chat.completions.create(
-                    model=self.model, messages=list(messages), **self.parameters
+                    model=self.model, messages=list(messages), extra_body=self.parameters
                 )
                 return [self._reply(response)]
             except self._openai.APIStatusError as error:
@@ -249,7 +249,8 @@ class EndpointJudge(Judge):
                 raise Unreachable(self._clean(f"{self._host}: {error}")) from None
             except (self._openai.APIError, ValueError, TypeError, LookupError, AttributeError) as e:
                 reason = self._clean(f"{self._host}: unusable reply, {type(e).__name__}: {e}")
-            await asyncio.sleep(min(GARBAGE_SECONDS * 2**attempt, 8.0))
+            if attempt < self._retries:
+                await asyncio.sleep(min(GARBAGE_SECONDS * 2**attempt, 8.0))
         raise Unreachable(reason)
 
     async def close(self) -> None:
@@ -293,7 +294,6 @@ class ReplayJudge(Judge):
 
     def __init__(self, source: PathOrRows, model: str | None = None) -> None:
         self.model = model or str(source)
-        self.parameters: dict[str, Any] = {"replay": True}
         self._texts: dict[str, str] = {}
         for row in read_rows(source):
             for prompt, text in _judged_texts(row.values):
@@ -303,6 +303,8 @@ class ReplayJudge(Judge):
                     )
         if not self._texts:
             raise DataError(f"{source}: no row holds a prompt and the judge's text.")
+        # part of what cached judgments are found by: another file, or a line put right, has others
+        self.parameters: dict[str, Any] = {"replay": digest_of(self._texts)}
 
     async def ask(self, batch: Sequence[Sequence[Message]]) -> Sequence[Reply | Refusal]:
         """The file's text for each conversation's last message."""
@@ -314,7 +316,7 @@ class ReplayJudge(Judge):
 def _judged_texts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(the judge's prompt, its text) of a row in FastChat's or Arena-Hard's format."""
     games = [(row.get(f"{g}user_prompt"), row.get(f"{g}judgment")) for g in ("", "g1_", "g2_")]
-    for game in row.get("games") or []:
+    for game in filter(lambda game: isinstance(game, Mapping), row.get("games") or []):
         prompt, text = game.get("user_prompt", game.get("prompt")), game.get("judgment")
         prompt = prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt
         games.append((prompt, text.get("answer") if isinstance(text, Mapping) else text))

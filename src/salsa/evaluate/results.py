@@ -276,6 +276,8 @@ def rounded(estimate: Any) -> dict[str, Any]:
 def _shortened(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _shortened(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(each) for each in value]
     return round_metric(value) if isinstance(value, float) else value
 
 
@@ -387,8 +389,8 @@ def _pair(pair: PairSummary) -> dict[str, Any]:
         "baseline": pair.baseline,
         **_rate(pair.win_rate),
         "sign_test": short["sign"],
-        "position": asdict(pair.position),
-        "length": asdict(pair.length) if pair.length else None,
+        "position": rounded(pair.position),
+        "length": rounded(pair.length) if pair.length else None,
         "by_category": short["by_category"],
         "by_turn": short["by_turn"],
     }

@@ -58,6 +58,10 @@ class JudgeConfig(Strict):
             raise ValueError("give exactly one of url, path and replay")
         if self.url is not None and self.model is None:
             raise ValueError("an endpoint needs the name of its model; give model")
+        if self.parameters and self.url is None:
+            raise ValueError(
+                "parameters are those of an endpoint's request. Give url, or leave them out"
+            )
         return self
 
     @property

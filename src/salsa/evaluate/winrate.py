@@ -1,8 +1,8 @@
 """Win rates and differences with intervals. The unit is the prompt; seeds are a second level, clusters a third.
 
-Every interval is a t interval over independent units (`clustered_mean`), except where Wilson's is allowed: one
-comparison per prompt and no tie. An outcome that never varies has no spread to estimate, so its interval is Wilson's
-for as many prompts: thirty wins of thirty are no proof of 100 %.
+Intervals are t intervals over independent units (`clustered_mean`; over clusters and prompts, `nested_mean`), except
+where Wilson's is allowed: one comparison per prompt and no tie. An outcome that never varies has no
+spread to estimate, so its interval is Wilson's for as many prompts: thirty wins of thirty are no proof of 100 %.
 """
 
 import math

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from salsa.config import DataSource, DPOConfig, Recipe, RLConfig
+from salsa.config import DataSource, DPOConfig, Recipe, RewardConfig, RLConfig, SFTConfig
 from salsa.config.expressions import parse_model
 from salsa.planner import memory, work
 from salsa.planner.hardware import Hardware
-from salsa.planner.memory import Memory, Place
+from salsa.planner.memory import Memory, Rank
 from salsa.planner.shapes import Shape, shape_of, shape_or
 from salsa.planner.work import Work
 
@@ -29,7 +29,7 @@ PUBLISHED_ROWS = {
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """One kind of stage, as one rank sees it."""
 
     name: str
@@ -54,25 +54,25 @@ class Stage:
         return max(self.phases.values(), key=lambda one: one.total)
 
 
-def stages_of(recipe: Recipe, hardware: Hardware) -> list[Stage]:
+def planned_stages(recipe: Recipe, hardware: Hardware) -> list[PlannedStage]:
     """Every kind of stage that computes with torch, in the order of the pipeline.
 
     Raises:
         ConfigError: a model's shape is not known.
     """
-    place, shape = hardware.place(recipe.model.precision), shape_of(recipe.model.path)
-    found = [*_sft(recipe, shape, place, hardware), *_reward(recipe, shape, place, hardware)]
+    rank, shape = hardware.rank(recipe.model.precision), shape_of(recipe.model.path)
+    found = [*_sft(recipe, shape, rank, hardware), *_reward(recipe, shape, rank, hardware)]
     for name in recipe.rl.arms:
         config = recipe.rl.config_of(name)
         runs = len(recipe.rl.seeds)
         if isinstance(config, DPOConfig):
-            found.append(_dpo(recipe, name, config, shape, place, hardware, runs))
+            found.append(_dpo(recipe, name, config, shape, rank, hardware, runs))
             continue
-        found.append(_rl(recipe, name, config, shape, place, hardware, runs))
+        found.append(_rl(recipe, name, config, shape, rank, hardware, runs))
     return [*found, _evaluation(recipe, shape, hardware)]
 
 
-def rows_of(source: DataSource | None) -> int | None:
+def num_rows(source: DataSource | None) -> int | None:
     """Rows of a source: its limit, a published number, or the lines of a .jsonl file; None if it has to be read."""
     if source is None:
         return None
@@ -83,60 +83,65 @@ def rows_of(source: DataSource | None) -> int | None:
     return min((n for n in (known, source.limit) if n is not None), default=None)
 
 
-def _sft(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iterator[Stage]:
+def _sft(recipe: Recipe, shape: Shape, rank: Rank, hardware: Hardware) -> Iterator[PlannedStage]:
     sft, assumed = recipe.sft, hardware.assumed
     if sft.dataset is None:
         return
     divided = sft.can_be_divided
-    place = place if divided else replace(place, ranks=1)
-    micro = -(-(sft.microbatch_size or sft.batch_size) // place.ranks)
-    peak = memory.trainer_memory(shape, place, micro, sft.max_length, head=True)
-    rows, done = rows_of(sft.dataset), None
+    rank = rank if divided else replace(rank, world_size=1)
+    micro = -(-(sft.microbatch_size or sft.batch_size) // rank.world_size)
+    peak = memory.trainer_memory(shape, rank, micro, sft.max_length, head=True)
+    rows, done = num_rows(sft.dataset), None
     if rows is not None:
         epochs = sum(sft.epochs) / sft.count if isinstance(sft.epochs, tuple) else sft.epochs
         replies = assumed.replies if "ultrachat" in str(sft.dataset.path) else 1.0
         done = work.sft_work(
-            shape, rows * replies, sft.max_length * assumed.fill, epochs, micro * place.ranks, place
+            shape,
+            rows * replies,
+            sft.max_length * assumed.fill,
+            epochs,
+            micro * rank.world_size,
+            rank,
         )
-    yield Stage("sft", {"update": peak}, done, sft.count, divided)
+    yield PlannedStage("sft", {"update": peak}, done, sft.count, divided)
 
 
-def _reward(recipe: Recipe, shape: Shape, place: Place, hardware: Hardware) -> Iterator[Stage]:
+def _reward(recipe: Recipe, shape: Shape, rank: Rank, hardware: Hardware) -> Iterator[PlannedStage]:
     reward = recipe.reward
     if not reward.trains or recipe.preferences is None:
         return
     divided = reward.can_be_divided
-    place = place if divided else replace(place, ranks=1)
-    micro = 2 * -(-reward.batch_size // place.ranks)
-    peak = memory.trainer_memory(shape, place, micro, reward.max_length, head=False)
-    pairs = rows_of(recipe.preferences.dataset or recipe.preferences.prompts)
-    done = _pairs_work(shape, pairs, reward, micro, place, hardware)
-    yield Stage("reward", {"update": peak}, done, len(reward.seeds), divided)
+    rank = rank if divided else replace(rank, world_size=1)
+    micro = 2 * -(-(reward.microbatch_size or reward.batch_size) // rank.world_size)
+    peak = memory.trainer_memory(shape, rank, micro, reward.max_length, head=False)
+    pairs = num_rows(recipe.preferences.dataset or recipe.preferences.prompts)
+    done = _pairs_work(shape, pairs, reward, micro, rank, hardware)
+    yield PlannedStage("reward", {"update": peak}, done, len(reward.seeds), divided)
 
 
 def _dpo(
-    recipe: Recipe, name: str, config: DPOConfig, shape: Shape, place: Place, hardware: Hardware, runs: int
-) -> Stage:  # fmt: skip
+    recipe: Recipe, name: str, config: DPOConfig, shape: Shape, rank: Rank, hardware: Hardware, runs: int
+) -> PlannedStage:  # fmt: skip
     assert recipe.preferences is not None  # the schema
-    micro = 2 * -(-(config.microbatch_size or config.batch_size) // place.ranks)
-    peak = memory.trainer_memory(shape, place, micro, config.max_length, head=True, frozen=shape)
-    pairs = rows_of(recipe.preferences.dataset or recipe.preferences.prompts)
-    done = _pairs_work(shape, pairs, config, micro, place, hardware)
-    return Stage(name, {"update": peak}, None if done is None else done * (4 / 3), runs)
+    micro = 2 * -(-(config.microbatch_size or config.batch_size) // rank.world_size)
+    peak = memory.trainer_memory(shape, rank, micro, config.max_length, head=True, frozen=shape)
+    pairs = num_rows(recipe.preferences.dataset or recipe.preferences.prompts)
+    done = _pairs_work(shape, pairs, config, micro, rank, hardware)
+    return PlannedStage(name, {"update": peak}, None if done is None else done * (4 / 3), runs)
 
 
 def _pairs_work(
-    shape: Shape, pairs: int | None, config: Any, micro: int, place: Place, hardware: Hardware
+    shape: Shape, pairs: int | None, config: Any, micro: int, rank: Rank, hardware: Hardware
 ) -> Work | None:
     if pairs is None:
         return None
     length = config.max_length * hardware.assumed.fill
-    return work.sft_work(shape, 2 * pairs, length, config.epochs, micro * place.ranks, place)
+    return work.sft_work(shape, 2 * pairs, length, config.epochs, micro * rank.world_size, rank)
 
 
 def _rl(
-    recipe: Recipe, name: str, config: RLConfig, shape: Shape, place: Place, hardware: Hardware, runs: int
-) -> Stage:  # fmt: skip
+    recipe: Recipe, name: str, config: RLConfig, shape: Shape, rank: Rank, hardware: Hardware, runs: int
+) -> PlannedStage:  # fmt: skip
     arm, reward = recipe.rl.arms[name], reward_shape(recipe, shape)
     models = set(arm.rule.models)
     if config.lora is not None and not arm.rule.moves:
@@ -147,14 +152,14 @@ def _rl(
     )  # fmt: skip
     fill = hardware.assumed.fill
     lengths = config.max_prompt_tokens * fill, config.max_new_tokens * fill
-    done = work.rl_work(shape, config, *lengths, len(arm.rule.models), reward, place)
-    return Stage(name, memory.rl_memory(one, place), done, runs)
+    done = work.rl_work(shape, config, *lengths, len(arm.rule.models), reward, rank)
+    return PlannedStage(name, memory.rl_memory(one, rank), done, runs)
 
 
-def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> Stage:
+def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> PlannedStage:
     """By one rank: the policy and the reward model, then the policy and one model that its KL is measured to."""
-    config, place = recipe.eval, hardware.single.place(recipe.model.precision)
-    e, limit = place.bytes, config.max_new_tokens or recipe.rl.max_new_tokens
+    config, rank = recipe.eval, hardware.single.rank(recipe.model.precision)
+    e, limit = rank.bytes, config.max_new_tokens or recipe.rl.max_new_tokens
     prompt, slots = recipe.rl.max_prompt_tokens, min(memory.SLOTS, config.batch_size)
     reward = reward_shape(recipe, shape)
     one = memory.Pass(slots * (prompt + limit), slots, prompt + limit, prompt + limit)
@@ -163,23 +168,23 @@ def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> Stage:
         activations=memory.forward_bytes(shape, one, e),
         logits=2 * memory.LOGITS_CHUNK * shape.vocabulary * 4 * memory.FP32,
     )
-    cache = memory.kv_cache_bytes(shape, slots, prompt, limit, place)
+    cache = memory.kv_cache_bytes(shape, slots, prompt, limit, rank)
     scored = (reward.trunk if reward else 0) * e
     phases = {
         "rollout": replace(held, frozen=scored, kv_cache=cache),
         "KL": replace(held, frozen=shape.parameters * e),
     }
-    rows, done, fill = rows_of(config.prompts), None, hardware.assumed.fill
+    rows, done, fill = num_rows(config.prompts), None, hardware.assumed.fill
     measured = {parse_model(text) for text in config.kl_to}
     others = max(len(measured | set(arm.rule.models)) for arm in recipe.rl.arms.values())
     if rows is not None:
         lengths = prompt * fill, limit * fill
-        done = work.generation_work(shape, rows, *lengths, place)
+        done = work.generation_work(shape, rows, *lengths, rank)
         flops = work.forward_flops(shape, rows * sum(lengths), sum(lengths), rows * limit * fill)
         done += Work(flops=flops * (1 + others))
     runs = (len(recipe.rl.arms) + 1) * len(recipe.rl.seeds)
-    resident = {name: memory.resident(one, place) for name, one in phases.items()}
-    return Stage("eval", resident, done, runs, divided=False)
+    resident = {name: memory.resident(one, rank) for name, one in phases.items()}
+    return PlannedStage("eval", resident, done, runs, divided=False)
 
 
 def reward_shape(recipe: Recipe, shape: Shape) -> Shape | None:
@@ -206,7 +211,7 @@ class Change:
         return settings or f"--on {self.hardware.text}"
 
 
-def smallest_change(recipe: Recipe, hardware: Hardware, stage: Stage) -> list[Change]:
+def smallest_change(recipe: Recipe, hardware: Hardware, stage: PlannedStage) -> list[Change]:
     """What makes the one `stage` fit: the smallest change of settings, and of the number of cards. May be empty."""
     fits = lambda one, on: _peak(one, on, stage.name) <= on.budget
     found = []
@@ -223,17 +228,14 @@ def smallest_change(recipe: Recipe, hardware: Hardware, stage: Stage) -> list[Ch
 
 
 def _settings(
-    recipe: Recipe, hardware: Hardware, stage: Stage
+    recipe: Recipe, hardware: Hardware, stage: PlannedStage
 ) -> Iterator[tuple[dict[str, str], bool]]:
     """Changes to try, the smallest first: of how it is computed, then of what is trained."""
-    if stage.name == "sft":
-        size = recipe.sft.microbatch_size or recipe.sft.batch_size
-        for smaller in _divisors(recipe.sft.batch_size, below=size):
-            yield {"sft.microbatch_size": str(smaller)}, True
-        return
-    if stage.name == "reward":
-        for smaller in _divisors(recipe.reward.batch_size, below=recipe.reward.batch_size):
-            yield {"reward.batch_size": str(smaller)}, False
+    trainers: dict[str, SFTConfig | RewardConfig] = {"sft": recipe.sft, "reward": recipe.reward}
+    if (trainer := trainers.get(stage.name)) is not None:
+        size = trainer.microbatch_size or trainer.batch_size
+        for smaller in _divisors(trainer.batch_size, below=size):
+            yield {f"{stage.name}.microbatch_size": str(smaller)}, True
         return
     if stage.name == "eval":
         for smaller in (recipe.eval.batch_size >> k for k in range(1, 6)):
@@ -243,15 +245,16 @@ def _settings(
         return
     config = recipe.rl.config_of(stage.name)
     assert isinstance(config, RLConfig)
+    own = recipe.rl.arms[stage.name].settings
+    key = lambda name: f"rl.arms.{stage.name}.{name}" if name in own else f"rl.{name}"
     sizes = [config.microbatch_tokens >> k for k in range(1, 6)]
     length = config.max_prompt_tokens + config.max_new_tokens
-    micro = [{"rl.microbatch_tokens": str(size)} for size in sizes if size >= length]
-    again = {} if config.gradient_checkpointing else {"rl.gradient_checkpointing": "true"}
-    bf16 = {} if hardware.place(recipe.model.precision).bytes == 2 else {"model.precision": "bf16"}
-    head = (
-        {"rl.critic": "head"} if config.algorithm == "ppo" and config.critic == "separate" else {}
-    )
-    lora = {} if config.lora is not None else {"rl.lora": "{rank: 16}"}
+    micro = [{key("microbatch_tokens"): str(size)} for size in sizes if size >= length]
+    again = {} if config.gradient_checkpointing else {key("gradient_checkpointing"): "true"}
+    bf16 = {} if hardware.rank(recipe.model.precision).bytes == 2 else {"model.precision": "bf16"}
+    separate = config.algorithm == "ppo" and config.critic == "separate"
+    head = {key("critic"): "head"} if separate else {}
+    lora = {} if config.lora is not None else {key("lora"): "{rank: 16}"}
     computed = [one for one in (again, *micro, *(again | m for m in micro if again)) if one]
     for one in computed:
         yield one, True
@@ -278,4 +281,4 @@ def _changed(recipe: Recipe, settings: dict[str, str]) -> Recipe | None:
 
 
 def _peak(recipe: Recipe, hardware: Hardware, name: str) -> float:
-    return next(s.peak.total for s in stages_of(recipe, hardware) if s.name == name)
+    return next(s.peak.total for s in planned_stages(recipe, hardware) if s.name == name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from salsa.errors import ConfigError
-from salsa.planner.memory import Place
+from salsa.planner.memory import Rank
 
 GIB = 2**30
 PRICED = "2025-06"
@@ -85,11 +85,11 @@ class Hardware:
         one_machine = self.count <= self.assumed.cards_per_machine
         return 1e9 * (self.assumed.link if one_machine else self.assumed.network)
 
-    def place(self, precision: str) -> Place:
+    def rank(self, precision: str) -> Rank:
         """How a rank computes; `auto` is bf16 on a card and counted as fp32 on a CPU."""
         if precision == "auto":
             precision = "fp32" if self.on_cpu else "bf16"
-        return Place(precision, self.ranks, self.on_cpu)
+        return Rank(precision, self.ranks, self.on_cpu)
 
     @property
     def single(self) -> "Hardware":

@@ -14,7 +14,7 @@ FP32, BF16 = 4, 2
 MOMENTS = 8
 """Two Adam moments in fp32."""
 SLOTS = 64
-"""`runtime.sampler.MAX_SEQUENCES`."""
+"""`runtime.sampler.local.MAX_SEQUENCES`."""
 SPARE_COLUMNS = 64
 """`runtime.packing.SPARE_COLUMNS`."""
 SHORT = 2**22
@@ -57,12 +57,12 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """Where and how one rank computes."""
 
     precision: str
     """`fp32` or `bf16`."""
-    ranks: int = 1
+    world_size: int = 1
     on_cpu: bool = False
 
     @property
@@ -110,28 +110,28 @@ class Pass:
         return 0 if self.by_kernel or number > SHORT else number
 
 
-def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
+def rl_memory(work: RLWork, rank: Rank) -> dict[str, Memory]:
     """Phase → bytes of one rank: `rollout`, `experience`, `update`; `load` and `save` where they may need most."""
-    shape, config, e = work.policy, work.config, place.bytes
-    stored = _stored(work, place)
+    shape, config, e = work.policy, work.config, rank.bytes
+    stored = _stored(work, rank)
     length = work.prompt_tokens + work.response_tokens
-    rows = -(-config.rollout_size // place.ranks)
-    micro = _micro_pass(work, place)
+    rows = -(-config.rollout_size // rank.world_size)
+    micro = _micro_pass(work, rank)
     slots = min(SLOTS, rows)
     prompts = Pass(slots * work.prompt_tokens, slots, work.prompt_tokens, work.prompt_tokens)
-    whole = shape.parameters * e if place.ranks > 1 else 0
+    whole = shape.parameters * e if rank.world_size > 1 else 0
     rollout = replace(
         stored,
         weights=stored.weights + whole,
         activations=forward_bytes(shape, prompts, e),
-        kv_cache=kv_cache_bytes(shape, slots, work.prompt_tokens, work.response_tokens, place),
+        kv_cache=kv_cache_bytes(shape, slots, work.prompt_tokens, work.response_tokens, rank),
         logits=slots * shape.vocabulary * (4 * FP32 + 8 + (BF16 if e == BF16 else 0)),
     )
     scoring = 0.0
     if work.reward is not None:
         fitting = max(1, min(rows, SCORING_TOKENS // length))
         scoring = forward_bytes(work.reward, Pass(fitting * length, fitting, length, length), e)
-    others = shape.parameters * e / place.ranks if work.monitored else 0
+    others = shape.parameters * e / rank.world_size if work.monitored else 0
     chunk = min(LOGITS_CHUNK, micro.rows * work.response_tokens)
     experience = replace(
         stored,
@@ -141,9 +141,9 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
     )
     learning = _trained(work)
     shared_head = config.algorithm == "ppo" and config.critic == "head"
-    gradients = FP32 * (sum(learning) if shared_head else max(learning)) / place.ranks
+    gradients = FP32 * (sum(learning) if shared_head else max(learning)) / rank.world_size
     if config.lora is None:  # the embedding's and the head's, before they are added up or scattered
-        gradients += shape.embedding * (2 * e if shape.tied or place.ranks > 1 else 0)
+        gradients += shape.embedding * (2 * e if shape.tied or rank.world_size > 1 else 0)
     again, lora = config.gradient_checkpointing, config.lora is not None
     passes = 2 if shared_head else 1  # its values are a second pass, differentiated with the first
     layers = 1 if again else passes * shape.layers
@@ -152,24 +152,24 @@ def rl_memory(work: RLWork, place: Place) -> dict[str, Memory]:
         stored,
         gradients=gradients,
         activations=training_bytes(shape, micro, e, recompute=again, lora=lora, passes=passes),
-        process=holes if place.on_cpu else 0.0,
+        process=holes if rank.on_cpu else 0.0,
         logits=chunk * shape.vocabulary * (3 * FP32 + (BF16 if e == BF16 else 0)),
     )
     phases = {"rollout": rollout, "experience": experience, "update": update}
-    if config.lora is not None and not place.on_cpu and place.ranks == 1:
+    if config.lora is not None and not rank.on_cpu and rank.world_size == 1:
         # the base's fp32 masters leave the card only after the reference is loaded
         whole = shape.parameters * (FP32 + (BF16 if e == BF16 else 0))
         phases = {"load": Memory(weights=whole, frozen=stored.frozen)} | phases
-    phases = {name: resident(one, place) for name, one in phases.items()}
-    if place.on_cpu:  # whole weights, which fit where activations were: no further holes
+    phases = {name: resident(one, rank) for name, one in phases.items()}
+    if rank.on_cpu:  # whole weights, which fit where activations were: no further holes
         saving = replace(stored, activations=_saving_bytes(work), process=LIBRARIES)
         phases["save"] = saving
     return phases
 
 
-def resident(memory: Memory, place: Place) -> Memory:
+def resident(memory: Memory, rank: Rank) -> Memory:
     """With what a process on a CPU holds besides tensors; a card's share for that is set aside by the hardware."""
-    if not place.on_cpu:
+    if not rank.on_cpu:
         return memory
     return replace(memory, process=memory.process + LIBRARIES + HEAP * memory.total)
 
@@ -181,10 +181,10 @@ def _saving_bytes(work: RLWork) -> float:
     return FP32 * (critic + (shape.matrices if config.lora is not None else 0))
 
 
-def _micro_pass(work: RLWork, place: Place) -> Pass:
+def _micro_pass(work: RLWork, rank: Rank) -> Pass:
     """The largest pack of `microbatch_tokens`; rows are counted as if they shared nothing."""
     length = work.prompt_tokens + work.response_tokens
-    rows = -(-work.config.minibatch // place.ranks)
+    rows = -(-work.config.minibatch // rank.world_size)
     rows = max(1, min(rows, work.config.microbatch_tokens // length))
     return Pass(rows * length, rows, length, length)
 
@@ -202,45 +202,45 @@ def _trained(work: RLWork) -> list[int]:
     return [own, shape.hidden if config.critic == "head" else critic]
 
 
-def _stored(work: RLWork, place: Place) -> Memory:
+def _stored(work: RLWork, rank: Rank) -> Memory:
     """What is there in every phase."""
-    shape, config, e = work.policy, work.config, place.bytes
+    shape, config, e = work.policy, work.config, rank.bytes
     learning = _trained(work)
-    each = FP32 + (BF16 if e == BF16 and place.ranks == 1 else 0)
+    each = FP32 + (BF16 if e == BF16 and rank.world_size == 1 else 0)
     held = sum(learning) * each
     if config.lora is not None:
-        held += shape.parameters * _frozen_base(place)
+        held += shape.parameters * _frozen_base(rank)
     frozen = work.references * shape.parameters * (each if work.moves else e)
     if work.reward is not None:
         frozen += (work.reward.trunk + work.reward.hidden) * e
     return Memory(
-        weights=held / place.ranks + gathered_bytes(shape, place),
-        optimizer=MOMENTS * sum(learning) / place.ranks,
-        frozen=frozen / place.ranks,
+        weights=held / rank.world_size + gathered_bytes(shape, rank),
+        optimizer=MOMENTS * sum(learning) / rank.world_size,
+        frozen=frozen / rank.world_size,
     )
 
 
-def _frozen_base(place: Place) -> int:
+def _frozen_base(rank: Rank) -> int:
     """Bytes of a parameter under adapters: a card's fp32 master is in the host's memory; shares of ranks are fp32."""
-    if place.ranks > 1:
+    if rank.world_size > 1:
         return FP32
-    return place.bytes + (FP32 if place.on_cpu and place.precision == "bf16" else 0)
+    return rank.bytes + (FP32 if rank.on_cpu and rank.precision == "bf16" else 0)
 
 
-def gathered_bytes(shape: Shape, place: Place) -> float:
+def gathered_bytes(shape: Shape, rank: Rank) -> float:
     """What FSDP2 holds besides a rank's share: embedding and head, a layer, and the next one on its way."""
-    if place.ranks == 1:
+    if rank.world_size == 1:
         return 0.0
     root = shape.embedding * (1 if shape.tied else 2)
-    return (root + 2 * shape.layer) * place.bytes
+    return (root + 2 * shape.layer) * rank.bytes
 
 
-def kv_cache_bytes(shape: Shape, slots: int, prompt: int, response: int, place: Place) -> float:
+def kv_cache_bytes(shape: Shape, slots: int, prompt: int, response: int, rank: Rank) -> float:
     """Keys and values of `slots` sequences; a slot doubles its columns when it is full. fp32 on a CPU."""
     columns, needed = prompt + SPARE_COLUMNS, prompt + response
     while columns < needed:
         columns += max(columns, needed - columns)
-    size = FP32 if place.on_cpu else place.bytes
+    size = FP32 if rank.on_cpu else rank.bytes
     return 2.0 * shape.layers * slots * columns * shape.kv_heads * shape.head_size * size
 
 
@@ -296,24 +296,25 @@ def forward_bytes(shape: Shape, one: Pass, e: int) -> float:
 
 
 def trainer_memory(
-    shape: Shape, place: Place, rows: int, length: int, *, head: bool, frozen: Shape | None = None
+    shape: Shape, rank: Rank, rows: int, length: int, *, head: bool, frozen: Shape | None = None
 ) -> Memory:
     """One rank of TRL's trainers at its peak: fp32 weights, gradients and moments, bf16 by autocast.
 
     `rows` sequences of `length` tokens, padded, a pass. With a `head` logits are made, LOGITS_CHUNK at once. A `frozen`
     reference (DPO) is fp32 too.
     """
-    e, count = place.bytes, shape.parameters if head else shape.trunk + shape.hidden
+    e, count = rank.bytes, shape.parameters if head else shape.trunk + shape.hidden
     one = Pass(rows * length, rows, length, length, by_kernel=True)
-    gathered = gathered_bytes(shape, place)
-    cast = BF16 if e == BF16 and place.ranks == 1 else 0  # autocast keeps its copies for a pass
+    gathered = gathered_bytes(shape, rank)
+    cast = BF16 if e == BF16 and rank.world_size == 1 else 0  # autocast keeps its copies for a pass
     stream = 6 * one.tokens * shape.hidden * shape.layers * (FP32 - e)  # between layers it is fp32
     peak = Memory(
-        weights=count * (FP32 + cast) / place.ranks + gathered,
-        gradients=count * FP32 / place.ranks + (2 * e * shape.embedding if place.ranks > 1 else 0),
-        optimizer=count * MOMENTS / place.ranks,
-        frozen=(frozen.parameters * FP32 / place.ranks) if frozen is not None else 0,
+        weights=count * (FP32 + cast) / rank.world_size + gathered,
+        gradients=count * FP32 / rank.world_size
+        + (2 * e * shape.embedding if rank.world_size > 1 else 0),
+        optimizer=count * MOMENTS / rank.world_size,
+        frozen=(frozen.parameters * FP32 / rank.world_size) if frozen is not None else 0,
         activations=training_bytes(shape, one, e, recompute=False, lora=False) + stream,
         logits=min(LOGITS_CHUNK, one.tokens) * shape.vocabulary * 4 * FP32 if head else 0,
     )
-    return resident(peak, place)
+    return resident(peak, rank)

@@ -1,22 +1,18 @@
-"""What a recipe will do: stages, batch arithmetic, the memory of weights. No torch."""
+"""What a recipe will do: stages, batch arithmetic, the memory without activations. No torch."""
 
 from pathlib import Path
 
 from salsa.artifacts import EMBEDDED, resolve
 from salsa.config import DPOConfig, Recipe
-from salsa.planner.shapes import PUBLISHED, shape_of
+from salsa.errors import ConfigError
+from salsa.planner.estimate import planned_stages
+from salsa.planner.hardware import GIB, hardware_of
+from salsa.planner.shapes import is_known, shape_of
 from salsa.untrusted import parameter_count
-
-_BYTES_TRAINED = 12
-"""fp32 weight and two Adam moments."""
-_BYTES_STEPPING = 6
-"""fp32 gradient and bf16 copy of the model that steps; policy and critic take turns."""
-_BYTES_FROZEN = {"fp32": 4, "auto": 4, "bf16": 2}
-"""A reference or reward model; `auto` is counted as if the device had no bf16."""
 
 
 def plan(recipe: Recipe) -> str:
-    """Stages, batch arithmetic and the memory that weights and optimizers need."""
+    """Stages, batch arithmetic, and the memory that is held beside activations."""
     rl, forecast = recipe.rl, recipe.forecast
     steps = rl.num_updates * rl.num_epochs * (rl.rollout_size // rl.minibatch)
     prompts = rl.rollout_size // rl.group_size
@@ -73,27 +69,31 @@ def _own(recipe: Recipe, arm: str) -> str:
 
 
 def _memory_line(recipe: Recipe) -> str:
-    """What learns and what stands still; activations come on top."""
-    path, rl = recipe.model.path, recipe.rl
+    """Parameters, and what is held beside activations by the stage that holds most, planned for one process."""
+    path = recipe.model.path
     if (count := _parameters(path)) is None:
         return f"memory   unknown until {path} is here"
-    trained = 2 if rl.algorithm == "ppo" and rl.critic == "separate" else 1
-    frozen = max(len(arm.rule.models) for arm in rl.arms.values())
-    frozen += not recipe.reward.functions
-    if rl.lora is not None:
-        trained, frozen = 0, frozen + 1
-    frozen_bytes = frozen * _BYTES_FROZEN[recipe.model.precision]
-    gigabytes = count * (trained * _BYTES_TRAINED + _BYTES_STEPPING + frozen_bytes) / 1e9
-    adapters = ", adapters and" if rl.lora is not None else ","
+    line = f"memory   {count / 1e6:.1f} M parameters"
+    try:
+        stages = planned_stages(recipe, one := hardware_of("cpu:1"))
+    except ConfigError:  # a family whose shape is not known
+        return line
+    held = {
+        stage.name: max(
+            m.weights + m.gradients + m.optimizer + m.frozen for m in stage.phases.values()
+        )
+        for stage in stages
+    }
+    most = max(held, key=lambda name: held[name])
     return (
-        f"memory   {count / 1e6:.1f} M parameters; weights and optimizers of RL take {gigabytes:.2f} GB"
-        f"{adapters} activations come on top"
+        f"{line}; weights, gradients, optimizer and frozen models take up to {held[most] / GIB:.2f} GiB ({most}, "
+        f"{one.rank(recipe.model.precision).precision}), activations come on top (--on)"
     )
 
 
 def _parameters(path: str) -> int | None:
-    """From the files' headers where they are here, else from the published shape; None if neither is known."""
+    """From the files' headers where they are here, else from the shape; None if neither is known."""
     here = path == EMBEDDED or Path(path).is_dir()
     if here and (count := parameter_count(resolve(path))) is not None:
         return count
-    return shape_of(path).parameters if path in PUBLISHED else None
+    return shape_of(path).parameters if is_known(path) else None

@@ -5,7 +5,6 @@ the paper are known by name, so that a plan needs no download; `tests/unit/test_
 transformers.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from salsa.artifacts import EMBEDDED, EMBEDDED_PATH
 from salsa.errors import ConfigError
+from salsa.untrusted import read_json
 
 FAMILIES = ("llama", "mistral", "gemma")
 
@@ -41,29 +41,37 @@ class Shape:
         """The shape that a config.json describes.
 
         Raises:
-            ConfigError: a family that is not known here, or a key that is missing.
+            ConfigError: a family that is not known here, or a size that is missing or no positive whole number.
         """
         family = values.get("model_type")
         if family not in FAMILIES:
             raise ConfigError(
                 f"{where}: model_type={family!r} cannot be planned. Known: {', '.join(FAMILIES)}."
             )
-        try:
-            hidden, heads = values["hidden_size"], values["num_attention_heads"]
-            kv_heads = values.get("num_key_value_heads") or heads
-            size = values.get("head_dim") or hidden // heads
-            intermediate = values["intermediate_size"]
-            biases = 0
-            if values.get("attention_bias"):
-                biases += (heads + 2 * kv_heads) * size + hidden
-            if values.get("mlp_bias"):
-                biases += 2 * intermediate + hidden
-            return cls(
-                family, hidden, values["num_hidden_layers"], intermediate, heads, kv_heads, size,
-                values["vocab_size"], values.get("tie_word_embeddings", family == "gemma"), biases,
-            )  # fmt: skip
-        except KeyError as error:
-            raise ConfigError(f"{where}: has no {error.args[0]}, which a plan needs.") from None
+
+        def size(key: str, otherwise: int | None = None) -> int:
+            number = otherwise if values.get(key) is None else values[key]
+            if number is None:
+                raise ConfigError(f"{where}: has no {key}, which a plan needs.")
+            if type(number) is not int or number < 1:
+                raise ConfigError(
+                    f"{where}: {key}={number!r} is no positive whole number. Copy or save it again."
+                )
+            return number
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        head_size = size("head_dim", hidden // heads)
+        intermediate = size("intermediate_size")
+        biases = 0
+        if values.get("attention_bias"):
+            biases += (heads + 2 * kv_heads) * head_size + hidden
+        if values.get("mlp_bias"):
+            biases += 2 * intermediate + hidden
+        return cls(
+            family, hidden, size("num_hidden_layers"), intermediate, heads, kv_heads, head_size,
+            size("vocab_size"), values.get("tie_word_embeddings", family == "gemma"), biases,
+        )  # fmt: skip
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -126,11 +134,12 @@ def shape_of(path: str) -> Shape:
 
     Raises:
         ConfigError: it is none of them, or a family that is not known here.
+        CheckpointError: its config.json is not JSON.
     """
     directory = EMBEDDED_PATH if path == EMBEDDED else Path(path)
     file = directory / "config.json"
     if file.is_file():
-        return Shape.from_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return Shape.from_config(read_json(file), str(file))
     if (known := PUBLISHED.get(path.partition("@")[0])) is not None:
         return known
     raise ConfigError(
@@ -141,6 +150,9 @@ def shape_of(path: str) -> Shape:
 
 def shape_or(path: str, other: Shape) -> Shape:
     """The shape of a model that may not be here yet; then it counts as `other`."""
-    if not Path(path).is_dir() and path not in PUBLISHED:
-        return other
-    return shape_of(path)
+    return shape_of(path) if is_known(path) else other
+
+
+def is_known(path: str) -> bool:
+    """Whether a model is here or its shape is published, so that `shape_of` need not guess."""
+    return path == EMBEDDED or Path(path).is_dir() or path.partition("@")[0] in PUBLISHED

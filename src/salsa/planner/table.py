@@ -1,13 +1,12 @@
 """A plan as a person reads it in the terminal. No torch."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from salsa.config import Recipe
-from salsa.planner.estimate import Stage, smallest_change, stages_of
+from salsa.planner.estimate import PlannedStage, planned_stages, smallest_change
 from salsa.planner.hardware import GIB, PRICED, Hardware
 from salsa.planner.memory import Memory
-from salsa.planner.shapes import PUBLISHED
+from salsa.planner.shapes import is_known
 from salsa.planner.work import Work
 
 _PARTS = {
@@ -30,20 +29,20 @@ def on_hardware(recipe: Recipe, hardware: Hardware) -> str:
     Raises:
         ConfigError: a model's shape is not known.
     """
-    stages = stages_of(recipe, hardware)
-    precision = hardware.place(recipe.model.precision).precision
+    stages = planned_stages(recipe, hardware)
+    precision = hardware.rank(recipe.model.precision).precision
     ranks = hardware.ranks
     who = "of the process" if ranks == 1 else f"of each of {ranks} ranks (FSDP2)"
     lines = [f"on {hardware.text} in {precision}: GiB {who} at the peak of each phase", ""]
     lines += [*_memory_table(recipe, stages, hardware), "", *_work_table(stages, hardware), ""]
     lines += [*_verdicts(recipe, hardware, stages), "", *_assumptions(hardware)]
     for path in recipe.reward.paths[:1]:
-        if not Path(path).is_dir() and path not in PUBLISHED:
+        if not is_known(path):
             lines.append(f"{path} is not here: planned as if it had the base's shape.")
     return "\n".join(lines)
 
 
-def _memory_table(recipe: Recipe, stages: Sequence[Stage], hardware: Hardware) -> list[str]:
+def _memory_table(recipe: Recipe, stages: Sequence[PlannedStage], hardware: Hardware) -> list[str]:
     """A column a phase; of RL's arms the one that needs most, and a line for the others."""
     arms = [stage for stage in stages if stage.name in recipe.rl.arms]
     most = max(arms, key=lambda stage: stage.peak.total)
@@ -66,7 +65,7 @@ def _memory_table(recipe: Recipe, stages: Sequence[Stage], hardware: Hardware) -
     return _aligned(rows) + ([f"peaks of the other arms: {others}"] if others else [])
 
 
-def _work_table(stages: Sequence[Stage], hardware: Hardware) -> list[str]:
+def _work_table(stages: Sequence[PlannedStage], hardware: Hardware) -> list[str]:
     rows = [["", "runs", "tokens", "FLOPs", "hours", "cost"]]
     total, hours = Work(), 0.0
     for stage in stages:
@@ -98,7 +97,7 @@ def _work_cells(work: Work, hours: float, hardware: Hardware) -> list[str]:
     ]
 
 
-def _verdicts(recipe: Recipe, hardware: Hardware, stages: Sequence[Stage]) -> list[str]:
+def _verdicts(recipe: Recipe, hardware: Hardware, stages: Sequence[PlannedStage]) -> list[str]:
     """A line for what does not fit; one in all if every stage does."""
     budget, found = hardware.budget, dict[str, list[str]]()
     for stage in stages:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from salsa.config import RLConfig
 from salsa.planner.hardware import Hardware
-from salsa.planner.memory import SLOTS, Place
+from salsa.planner.memory import SLOTS, Rank
 from salsa.planner.shapes import Shape
 
 
@@ -50,25 +50,25 @@ def forward_flops(shape: Shape, tokens: float, length: float, logits: float) -> 
     return 2.0 * shape.matrices * tokens + attention + 2.0 * shape.embedding * logits
 
 
-def traffic(shape: Shape, place: Place, passes: float, *, gathers: int, scatters: bool) -> float:
+def traffic(shape: Shape, rank: Rank, passes: float, *, gathers: int, scatters: bool) -> float:
     """Bytes a rank sends under FSDP2: weights gathered, once each way of a pass; fp32 gradients scattered."""
-    others = (place.ranks - 1) / place.ranks
-    return passes * others * shape.parameters * (gathers * place.bytes + (4 if scatters else 0))
+    others = (rank.world_size - 1) / rank.world_size
+    return passes * others * shape.parameters * (gathers * rank.bytes + (4 if scatters else 0))
 
 
 def sft_work(
-    shape: Shape, rows: float, length: float, epochs: float, steps_rows: int, place: Place
+    shape: Shape, rows: float, length: float, epochs: float, steps_rows: int, rank: Rank
 ) -> Work:
     """One SFT model: `rows` of `length` tokens, `steps_rows` of them a pass."""
     tokens = rows * length * epochs
     flops = 3 * forward_flops(shape, tokens, length, tokens)
     passes = max(1, round(rows * epochs / steps_rows))
-    return Work(tokens, flops, 0.0, traffic(shape, place, passes, gathers=2, scatters=True))
+    return Work(tokens, flops, 0.0, traffic(shape, rank, passes, gathers=2, scatters=True))
 
 
 def rl_work(
     shape: Shape, config: RLConfig, prompt: float, response: float, references: int,
-    reward: Shape | None, place: Place,
+    reward: Shape | None, rank: Rank,
 ) -> Work:  # fmt: skip
     """One RL run, from the rollouts to the last update."""
     rows, length = config.rollout_size, prompt + response
@@ -81,33 +81,33 @@ def rl_work(
     learning = (2 if config.lora is not None else 3) + again
     training = config.num_epochs * learning * (own + critic)
     flops = own + (1 + references) * own + critic + scored + monitored + training
-    passes = max(1, round(rows * length / config.microbatch_tokens / place.ranks))
+    passes = max(1, round(rows * length / config.microbatch_tokens / rank.world_size))
     scoring = (1 + references + bool(critic)) * passes
     steps = config.num_epochs * passes * (2 if critic else 1)
     one = Work(
         tokens * (2 + config.num_epochs),
         flops,
-        generation_bytes(shape, rows / place.ranks, prompt, response, place),
-        traffic(shape, place, scoring, gathers=1, scatters=False)
-        + traffic(shape, place, steps, gathers=2, scatters=config.lora is None),
+        generation_bytes(shape, rows / rank.world_size, prompt, response, rank),
+        traffic(shape, rank, scoring, gathers=1, scatters=False)
+        + traffic(shape, rank, steps, gathers=2, scatters=config.lora is None),
     )
     return one * config.num_updates
 
 
-def generation_work(
-    shape: Shape, rows: float, prompt: float, response: float, place: Place
-) -> Work:
+def generation_work(shape: Shape, rows: float, prompt: float, response: float, rank: Rank) -> Work:
     """Sampling one response to each of `rows` prompts."""
     tokens = rows * (prompt + response)
     flops = forward_flops(shape, tokens, prompt + response, rows * response)
-    return Work(tokens, flops, generation_bytes(shape, rows / place.ranks, prompt, response, place))
+    return Work(
+        tokens, flops, generation_bytes(shape, rows / rank.world_size, prompt, response, rank)
+    )
 
 
 def generation_bytes(
-    shape: Shape, rows: float, prompt: float, response: float, place: Place
+    shape: Shape, rows: float, prompt: float, response: float, rank: Rank
 ) -> float:
     """What a rank reads to decode its rows, SLOTS at once: all weights a step, and every sequence's keys and values."""
     steps = response * max(1.0, rows / SLOTS)
-    size = 4 if place.on_cpu else place.bytes
+    size = 4 if rank.on_cpu else rank.bytes
     cache = 2.0 * shape.layers * shape.kv_heads * shape.head_size * size * (prompt + response / 2)
-    return steps * (shape.parameters * place.bytes + min(SLOTS, rows) * cache)
+    return steps * (shape.parameters * rank.bytes + min(SLOTS, rows) * cache)

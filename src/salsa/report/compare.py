@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from salsa.artifacts import write_atomic
+from salsa.artifacts import to_json, write_atomic
 from salsa.errors import ConfigError
 from salsa.evaluate.results import pairs_of
 from salsa.report import figures
@@ -22,11 +22,14 @@ def compare_runs(directories: Sequence[Path], out: Path, *, force: bool = False)
     """Write the page `out`, and beside it the same as JSON.
 
     Raises:
-        ConfigError: fewer than two runs, or `out` is there and `force` is off.
+        ConfigError: fewer than two runs, `out` is no .html, or it or the JSON is there and `force` is off.
         CheckpointError: a run has no report yet.
     """
-    if out.exists() and not force:
-        raise ConfigError(f"{out}: exists. Name another with --out, or --force to replace it.")
+    if out.suffix != ".html":
+        raise ConfigError(f"{out}: the page is HTML, and JSON goes beside it. End --out in .html.")
+    for file in (out, out.with_suffix(".json")):
+        if file.exists() and not force:
+            raise ConfigError(f"{file}: exists. Name another with --out, or --force to replace it.")
     if len(set(directories)) < 2:
         raise ConfigError("report: give two or more run directories to compare, or one recipe.")
     runs = {name: Run(path) for name, path in zip(_names(directories), directories, strict=True)}
@@ -60,8 +63,7 @@ def compare_runs(directories: Sequence[Path], out: Path, *, force: bool = False)
         order=order,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(comparison, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(out.with_suffix(".json"), text)
+    write_atomic(out.with_suffix(".json"), to_json(comparison))
     write_atomic(out, html)
 
 
@@ -158,7 +160,8 @@ def _unlike(
 
 def _shared_scores(report: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Scores that mean the same in both: functions that are equal, and a reward model of equal bytes."""
-    functions = [r["recipe"].get("eval", {}).get("scores", {}) for r in (report, other)]
+    evals = [r["recipe"].get("eval", {}) for r in (report, other)]
+    functions = [one.get("scores", {}) | one.get("reward_models", {}) for one in evals]
     shared = [name for name in functions[0] if functions[0][name] == functions[1].get(name)]
     outputs = [
         {s["stage"]: s["output"] for s in r["stages"] if s["stage"].startswith("reward")}

@@ -31,12 +31,17 @@ def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
         if any(name in row for seeds in curves.values() for row in seeds[0][:1])
     }
     return figures | {
-        f"histogram-{score}": _histogram(score, rows, arms) for score in summary["scores"]
+        f"histogram-{score}": histogram(
+            {arm: np.array([row[score] for seed in rows[arm] for row in seed]) for arm in arms},
+            score,
+            score,
+        )
+        for score in summary["scores"]
     }
 
 
 def colour(arm: str, arms: Sequence[str]) -> str:
-    """The arm's colour slot: `slot-0` is the SFT model's grey."""
+    """The colour slot of a model; `slot-0`, grey, is the first one's: in a run's report the SFT model's."""
     return f"slot-{arms.index(arm)}"
 
 
@@ -46,7 +51,7 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     for arm, seeds in curves.items():
         if not any(name in row for row in seeds[0][:1]):  # DPO logs other metrics, a short run none
             continue
-        own = [thinned(seed, POINTS) for seed in seeds]
+        own = [thinned(seed, POINTS) for seed in shared_updates(seeds, name)]
         steps = [row["step"] for row in own[0]]
         values = np.array([[row[name] for row in seed] for seed in own])
         if len(seeds) > 1:
@@ -55,19 +60,17 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     return {"data": data, "layout": layout(title, "update", "")}
 
 
-def _histogram(score: str, rows: Runs, arms: Sequence[str]) -> Figure:
-    """Shares per bin as outlines, so that arms can be told apart where they overlap."""
-    values = {
-        arm: np.array([row[score] for seed in seeds for row in seed]) for arm, seeds in rows.items()
-    }
+def histogram(values: Mapping[str, np.ndarray], title: str, x: str) -> Figure:
+    """Shares per bin of each model's values as outlines, so that models can be told apart where they overlap."""
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=24)
     data = []
-    for arm, own in values.items():
+    for name, own in values.items():
         shares = np.histogram(own, bins=edges)[0] / len(own)
-        line = _line(edges, [*shares, shares[-1]], colour(arm, arms), width=2, name=arm)
+        slot = colour(name, list(values))
+        line = _line(edges, [*shares, shares[-1]], slot, width=2, name=name)
         line["line"]["shape"] = "hv"
         data.append(line)
-    return {"data": data, "layout": layout(score, score, "share of replies")}
+    return {"data": data, "layout": layout(title, x, "share of replies")}
 
 
 def _seeds(steps: Sequence[int], values: np.ndarray, slot: str) -> dict[str, Any]:
@@ -96,6 +99,14 @@ def _line(
 def short(value: float) -> float:
     """Five significant digits: a plot shows no more, and a hundred runs must fit a page."""
     return float(f"{value:.5g}")
+
+
+def shared_updates(seeds: Sequence[Sequence[Row]], column: str) -> list[list[Row]]:
+    """Of every seed the updates in which all seeds logged `column`: `rl.stop` ends each by itself."""
+    updates = [
+        update for update in zip(*seeds, strict=False) if all(column in row for row in update)
+    ]
+    return [list(rows) for rows in zip(*updates, strict=True)] or [[] for _ in seeds]
 
 
 def thinned(rows: Sequence[Row], most: int) -> list[Row]:

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from salsa.report.figures import Figure, colour, error_bar, layout, short, thinned
+from salsa.report.figures import (
+    Figure,
+    colour,
+    error_bar,
+    layout,
+    shared_updates,
+    short,
+    thinned,
+)
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Sequence[Sequence[Row]]]
@@ -123,7 +131,7 @@ def _frontier(
             }
         )
     for arm, seeds in curves.items():
-        ways = [_way(rows, yardstick, [score]) for rows in seeds]
+        ways = [_way(rows, yardstick, [score]) for rows in shared_updates(seeds, yardstick.logged)]
         if not ways[0]["step"] or ways[0]["values"][0] is None:
             continue
         data.append(

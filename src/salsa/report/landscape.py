@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from salsa.report.figures import Figure, colour, error_bar, layout
+from salsa.report.figures import Figure, error_bar, histogram, layout
 
 
 def all_figures(landscape: Mapping[str, Any]) -> dict[str, Figure]:
@@ -17,7 +17,11 @@ def all_figures(landscape: Mapping[str, Any]) -> dict[str, Figure]:
         for name in landscape["columns"]
         if name not in ("length", "loss") and not name.startswith("kl_to_")
     ]
-    return maps | {f"replies-{name}": _histogram(landscape, name) for name in scores}
+    of_replies = lambda name: {m: np.array(own[name]) for m, own in landscape["replies"].items()}
+    return maps | {
+        f"replies-{name}": histogram(of_replies(name), f"{name} of single replies", name)
+        for name in scores
+    }
 
 
 def title(column: str) -> str:
@@ -74,23 +78,3 @@ def _heat_map(landscape: Mapping[str, Any], name: str) -> Figure:
         "marker": {"color": "#ffffff", "size": 9, "line": {"color": "#000000", "width": 1}},
     }
     return {"data": [heat, models], "layout": layout(title(name), "x", "y")}
-
-
-def _histogram(landscape: Mapping[str, Any], name: str) -> Figure:
-    """Shares of single replies by score, a model a line."""
-    models, data = list(landscape["replies"]), []
-    values = {model: np.array(landscape["replies"][model][name]) for model in models}
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=24)
-    for model, own in values.items():
-        shares = np.histogram(own, bins=edges)[0] / len(own)
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": model,
-                "x": edges.tolist(),
-                "y": [*shares.tolist(), float(shares[-1])],
-                "line": {"color": colour(model, models), "width": 2, "shape": "hv"},
-            }
-        )
-    return {"data": data, "layout": layout(f"{name} of single replies", name, "share of replies")}

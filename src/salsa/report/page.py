@@ -1,7 +1,6 @@
 """One self-contained HTML page: no network, phone and desktop, light and dark. Model text is always escaped."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from salsa.analysis.gap import gaps
-from salsa.artifacts import read_jsonl, write_atomic
+from salsa.artifacts import finite, read_jsonl, to_json, write_atomic
 from salsa.evaluate.results import Results, summarise, verdict_rows
 from salsa.report import alarms, figures, frontier, judged_figures
 from salsa.report import forecast as forecast_view
@@ -64,9 +63,9 @@ def write_landscape(name: str, landscape: Mapping[str, Any], run: RunDirectory) 
 
 
 def _write(run: RunDirectory, name: str, record: Mapping[str, Any], html: str) -> None:
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(run.path / f"{name}.json", text)
     write_atomic(run.path / f"{name}.html", html)
+    # after the page, for it has the key by which a report is known to be there
+    write_atomic(run.path / f"{name}.json", to_json(record))
 
 
 def render(
@@ -225,13 +224,5 @@ def packed(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def script_json(value: Any) -> str:
     """JSON that cannot end the script element it stands in; what is not finite, which JSON has no word for, is null."""
-    text = json.dumps(_finite(value)).replace("<", "\\u003c")
+    text = json.dumps(finite(value)).replace("<", "\\u003c")
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,7 +34,7 @@ def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any
     """
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     config, on_cpu = job.config, engine.device.type == "cpu"
-    microbatch = getattr(config, "microbatch_size", None) or config.batch_size
+    microbatch = config.microbatch_size or config.batch_size
     return {
         "output_dir": str(directory / "resume"),
         "seed": job.seed,
@@ -59,14 +59,14 @@ def common_arguments(job: Any, directory: Path, engine: Engine) -> dict[str, Any
 
 
 def divided(trainer: Any, engine: Engine, *, pairs: bool = False) -> Any:
-    """A class of trainers whose models the engine's processes share by FSDP2; itself in one process.
+    """A class of trainers whose models the engine's processes share by FSDP2.
 
     Every process reads the whole of a batch and computes its own rows. A loss is a mean over rows (`pairs`: of pairs,
     all chosen ones before all rejected ones), or, of SFT, is divided by the tokens of the whole batch; FSDP2 takes the
     mean over processes.
     """
     if engine.world_size == 1:
-        return trainer
+        return _by_rows(trainer) if pairs else trainer
 
     class Divided(trainer):  # type: ignore[misc]
         def create_accelerator_and_postprocess(self) -> None:
@@ -102,7 +102,27 @@ def divided(trainer: Any, engine: Engine, *, pairs: bool = False) -> Any:
             )
             return loss * (engine.world_size * share)
 
-    return Divided
+    return _by_rows(Divided) if pairs else Divided
+
+
+def _by_rows(trainer: Any) -> Any:
+    """A class of trainers that weighs the passes of a batch by their rows: the last batch's may have different numbers.
+
+    The Trainer takes the mean over passes, unless a loss is divided by the batch's tokens, as SFT's is.
+    """
+
+    class ByRows(trainer):  # type: ignore[misc]
+        def get_batch_samples(self, *args: Any) -> Any:
+            batches, tokens = super().get_batch_samples(*args)
+            counts = [len(one["input_ids"]) for one in batches]
+            self._mean_rows = sum(counts) / max(1, len(counts))
+            return batches, tokens
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **named: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **named)
+            return loss * (len(inputs["input_ids"]) / self._mean_rows)
+
+    return ByRows
 
 
 def _gather_rows(accelerator: Any, gather: Any, x: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ _VARIABLES = (
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
-Work = Callable[[Any, Any, "Engine"], None]
+SharedWork = Callable[[Any, Any, "Engine"], None]
 """`work(place, job, engine)`: picklable, and so are place and job."""
 
 
@@ -82,15 +82,15 @@ class Member:
 
 
 _world: Member | None = None
-"""This process as torchrun started it, once it was asked for."""
+"""torchrun's description of this process, read once."""
 _member: Member | None = None
-"""The same, while it leads the others."""
+"""The same, set on rank 0 while the others wait for its calls."""
 _calls = 0
 """Calls that were made or followed."""
 
 
 def spread(
-    work: Work, place: Any, job: Any, engine: "Engine", *, processes: int, timeout: float
+    work: SharedWork, place: Any, job: Any, engine: "Engine", *, processes: int, timeout: float
 ) -> None:
     """Do `work(place, job, engine)` in all processes that torchrun started, else in `processes` new ones.
 
@@ -112,7 +112,13 @@ def spread(
 
 
 def run_in_processes(
-    work: Work, place: Any, job: Any, engine: "Engine", *, processes: int, timeout: float = TIMEOUT
+    work: SharedWork,
+    place: Any,
+    job: Any,
+    engine: "Engine",
+    *,
+    processes: int,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Do `work(place, job, engine)` in new `processes`, one or more, on this machine, the threads divided among them.
 
@@ -218,7 +224,13 @@ def joined(engine: "Engine", member: Member, timeout: float) -> Iterator["Engine
 
 
 def _take_part(
-    member: Member, name: str, work: Work, place: Any, job: Any, engine: "Engine", timeout: float
+    member: Member,
+    name: str,
+    work: SharedWork,
+    place: Any,
+    job: Any,
+    engine: "Engine",
+    timeout: float,
 ) -> None:
     """Do this process's part of one job; each has a corner of the store to itself."""
     from torch.distributed import PrefixStore
@@ -257,7 +269,7 @@ def _follow(member: Member) -> None:
 
 
 def _worker(
-    work: Work, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
+    work: SharedWork, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
 ) -> None:
     """What a process that was started for a job does; `threads` are those of the process that started it."""
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -266,7 +278,7 @@ def _worker(
 
 
 def _recorded(
-    work: Work, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
+    work: SharedWork, place: Any, job: Any, engine: "Engine", threads: int, timeout: float
 ) -> None:
     from salsa.runtime.engine import Engine
     from salsa.runtime.tracking import mute, publish, quiet_libraries

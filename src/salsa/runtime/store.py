@@ -88,8 +88,12 @@ class Store:
                         f"{self.url}/{directory.name}: {name} is not what was uploaded. Delete {MARKER} there, and the "
                         "stage is computed anew."
                     )
-            if not directory.exists():  # else another process has fetched it meanwhile
+            try:
                 finish_directory(partial, directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+                # another process has fetched it meanwhile
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return True

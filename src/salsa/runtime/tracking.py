@@ -104,7 +104,7 @@ class Jobs:
     """A table of all stages, for a terminal: what runs first, then what failed, waits and is done."""
 
     COLUMNS = (
-        ("reward", "score"), ("loss", "loss"), ("KL", "kl"), ("length", "length"),
+        ("score", "score"), ("loss", "loss"), ("KL", "kl"), ("length", "length"),
         ("tokens/s", "tokens_per_second_rollout"),
     )  # fmt: skip
     _ORDER = ("running", "failed", "queued", "waiting", "done", "reused")

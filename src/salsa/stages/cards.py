@@ -52,6 +52,9 @@ WHAT = {
     "base": "the base model as an ordinary checkpoint",
 }
 
+_UNTRAINED = {"base": "fp32: read, de-quantized if it was GGUF, and written"}
+"""How what needs no engine is made, where that is no soup."""
+
 
 def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     """Write `README.md` into a finished stage's directory if it is a model's and has none.
@@ -78,7 +81,7 @@ def write_card(directory: Path, record: Mapping[str, Any]) -> None:
         place=directory.name.removesuffix(".partial"),
         output=record["output"],
         digest=record["digest"],
-        precision=record.get("precision", "float64 sums, without torch"),
+        precision=record.get("precision", _UNTRAINED.get(stem, "float64 sums, without torch")),
         inputs="\n".join(inputs),
         settings=json.dumps(record["config"], indent=1, default=str),
         versions=versions,

@@ -32,6 +32,7 @@ from salsa.artifacts import (
     versions,
     write_atomic,
 )
+from salsa.config.schema import differences
 from salsa.errors import ConfigError, accessing
 from salsa.runtime.store import Store
 from salsa.stages.cards import write_card
@@ -175,10 +176,11 @@ class RunDirectory:
     def _take_recipe(self, text: str, force: bool, decisive: Callable[[str], Any]) -> None:
         file = self.path / "recipe.yaml"
         before = file.read_text(encoding="utf-8") if file.exists() else None
-        if before is not None and before != text and decisive(before) != decisive(text):
+        there, now = (None, None) if before in (None, text) else (decisive(before), decisive(text))
+        if there != now:
             if not force:
                 raise ConfigError(
-                    f"{self.path}: made by another recipe ({_first_difference(before, text)}). "
+                    f"{self.path}: made by another recipe ({_what_differs(there, now)}). "
                     "Give --out another directory, or --force to replace the recipe and report there "
                     "(finished stages are kept and reused where they still apply)."
                 )
@@ -261,8 +263,9 @@ def _cpu() -> str:
     return next(names, platform.machine())
 
 
-def _first_difference(before: str, after: str) -> str:
-    old, new = before.splitlines(), after.splitlines()
-    pairs = ((a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b)
-    found = (f"there {there!r}, now {here!r}" for there, here in pairs)
-    return next(found, f"there {len(old)} lines, now {len(new)}")
+def _what_differs(there: Any, now: Any) -> str:
+    """The first setting that is not the same, and how many more there are; both read from a recipe's text."""
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return "of another version of salsa"
+    first, *others = differences(there, now)
+    return first + (f", and {len(others)} more" if others else "")

@@ -1,4 +1,4 @@
-"""Jobs under way where an executor put them: started, followed, started again if they are lost."""
+"""Jobs that an executor runs: started, followed, and started again when they are lost."""
 
 import os
 import time
@@ -33,7 +33,7 @@ class _Job(Generic[N]):
 
 
 class Elsewhere(Generic[N]):
-    """The jobs of some nodes, as long as they are not done here."""
+    """Jobs that an executor runs: started, followed, restarted when lost."""
 
     def __init__(
         self,

@@ -80,7 +80,8 @@ def policy(
     if isinstance(config, DPOConfig):
         return Node.of(jobs.DPOJob, label, init, *reference.models, pairs, config, seed)
     soup = recipe.soup.ingredients
-    used = {index for _, model in recipe.expressions() for index in sft_indices(model, soup)}
+    decisive = recipe.decisive_expressions()
+    used = {index for _, model in decisive for index in sft_indices(model, soup)}
     return Node.of(
         jobs.RLJob,
         label,
@@ -192,10 +193,15 @@ def check_inputs(recipe: Recipe) -> None:
     model, longest = recipe.model, recipe.rl.max_prompt_tokens
     path = resolve(model.path, revision=model.revision)
     tokenizer = load_tokenizer(path, gguf_file=model.gguf_file, chat_template=model.chat_template)
-    if (source := recipe.sft.dataset) is not None:
-        rows, whole = data.load_rows(source, data.SFT_COLUMNS), recipe.sft.assistant_only_loss
-        data.sft_rows(rows, tokenizer, data.describe(source), whole=whole)
+    looks = [look for look in (recipe.forecast, recipe.landscape) if look is not None]
+    validation = recipe.landscape.validation if recipe.landscape else None
+    conversations = ((recipe.sft.dataset, recipe.sft.assistant_only_loss), (validation, False))
+    for source, whole in conversations:
+        if source is not None:
+            rows = data.load_rows(source, data.SFT_COLUMNS)
+            data.sft_rows(rows, tokenizer, data.describe(source), whole=whole)
     prompts = [recipe.rl.prompts, recipe.eval.prompts]
+    prompts += [look.prompts for look in looks if look.prompts is not None]
     functions = [*recipe.reward.functions, *recipe.eval.scores.values()]
     if (pairs := recipe.preferences) is not None:
         if pairs.dataset is not None:
@@ -205,8 +211,9 @@ def check_inputs(recipe: Recipe) -> None:
             assert pairs.prompts is not None and pairs.labeller is not None  # the schema
             prompts.append(pairs.prompts)
             functions.append(pairs.labeller)
-    for function in functions:
-        data.import_callable(function.call)
+    calls = [function.call for function in functions]
+    for call in [*calls, recipe.soup.score] if recipe.soup.score is not None else calls:
+        data.import_callable(call)
     for source in prompts:
         data.load_prompts(source, tokenizer, max_tokens=longest)
 

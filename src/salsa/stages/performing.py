@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from salsa.artifacts import locked
-from salsa.errors import ConfigError, WorkFailed
+from salsa.errors import ConfigError, InUse, WorkFailed
 from salsa.runtime.launch import TIMEOUT, led, spread
 from salsa.runtime.store import Store
 from salsa.stages.directory import Place, filling
@@ -57,14 +57,14 @@ def perform(
                 if store is not None and not store.has(place.final.name):
                     store.upload(place.final)
                 return
-        except ConfigError as error:
-            if error.args[0].find("in use by another") < 0 or time.monotonic() > deadline:
+        except InUse:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
 
 def _fill(place: Place, job: Job, engine: "Engine | None", processes: int, timeout: float) -> None:
-    divided = getattr(job, "can_be_divided", False)
+    divided = job.can_be_divided
     execution = {"processes": led() if led() > 1 else processes} if divided else {}
     try:
         with filling(place, job, engine, execution) as directory:

@@ -6,7 +6,7 @@ from pathlib import Path
 from salsa.config import Recipe
 from salsa.config.engine import EngineConfig, SlurmConfig
 from salsa.errors import ConfigError
-from salsa.planner.estimate import stages_of as planned_stages
+from salsa.planner.estimate import planned_stages
 from salsa.planner.hardware import GIB, hardware_of
 from salsa.planner.memory import LIBRARIES
 from salsa.planner.shapes import shape_of
@@ -53,7 +53,7 @@ def request_of(job: Job, recipe: Recipe, executor: Executor | None) -> Request:
         cpus=engine.threads or 1,
         gpus=gpus,
         memory_gib=engine.memory_gib or _memory_gib(job, recipe, gpus),
-        processes=engine.processes if getattr(job, "can_be_divided", False) else 1,
+        processes=engine.processes if job.can_be_divided else 1,
     )
 
 

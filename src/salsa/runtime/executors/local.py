@@ -59,9 +59,11 @@ class ProcessPool:
 
     def close(self) -> None:
         """Stop the processes; the last checkpoints of what they were at stay."""
-        for process in multiprocessing.active_children():
-            process.terminate()
-        for pool in (*self._free, *self._busy.values()):
+        pools = (*self._free, *self._busy.values())
+        for pool in pools:  # terminate_workers() is in Python 3.14 only
+            for process in tuple((pool._processes or {}).values()):
+                process.terminate()
+        for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
         self._free, self._busy = [], {}
 
