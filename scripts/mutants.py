@@ -38,6 +38,7 @@ MODULES = {
     "soup/blend": ["soup"],
     "soup/diagnostics": ["soup"],
     "soup/methods": ["soup"],
+    "soup/rounding": ["soup"],
     "soup/lora": ["soup"],
     "analysis/forecast": ["test_forecast"],
     "analysis/frontier": ["test_frontier", "test_sweep"],

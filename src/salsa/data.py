@@ -34,6 +34,7 @@ PREFERENCE_COLUMNS = [("chosen", "rejected")]
 MAX_UNPACKED_BYTES = 1_000_000_000
 """Of a .gz file; more only up to a hundred times its size (text shrinks by 3 to 20)."""
 
+_REPLIES = "Give `messages` in which an assistant answers, or rows of prompt + completion."
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -68,7 +69,9 @@ def import_callable(call: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(f"{call}: {module_name} has no function {function_name!r}.")
+        raise ConfigError(
+            f"{call}: {module_name} has no function {function_name!r}. Check the name after the colon."
+        )
     return function
 
 
@@ -141,13 +144,14 @@ def load_prompts(source: DataSource, tokenizer: Any, *, max_tokens: int | None) 
 def as_prompt(row: Row, tokenizer: Any, where: str = "prompt") -> Prompt:
     """A row's prompt, tokenized through the chat template (bare text if the model has none)."""
     value: Any = row.get("prompt")
-    if value is None:
+    whole = value is None
+    if whole:
         value = row["messages"]
-        if value and value[-1].get("role") == "assistant":
-            value = value[:-1]
     messages = as_messages(value, tokenizer, where)
     if messages is None:
         return Prompt(tuple(tokenizer(value)["input_ids"]), None, value)
+    if whole and messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
     text = render(messages, tokenizer, where, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     turns = [f"{turn['role']}: {turn['content']}" for turn in messages]
@@ -208,8 +212,8 @@ def sft_rows(rows: Sequence[Row], tokenizer: Any, where: str, *, whole: bool = F
             if message["role"] == "assistant" and turn > 0:
                 pairs.append({"prompt": row["messages"][:turn], "completion": [message]})
     if not pairs:
-        raise DataError(f"{where}: no row has an assistant's reply to learn from.")
-    _try_template(pairs, ("completion",), tokenizer, where)
+        raise DataError(f"{where}: no row has an assistant's reply to learn from. {_REPLIES}")
+    _try_template([(pair["prompt"], pair["completion"]) for pair in pairs], tokenizer, where)
     return pairs
 
 
@@ -228,7 +232,8 @@ def _whole_conversations(rows: Sequence[Row], tokenizer: Any, where: str) -> lis
             whole.append({"messages": as_messages(row["messages"], tokenizer, where)})
     whole = [row for row in whole if any(m["role"] == "assistant" for m in row["messages"])]
     if not whole:
-        raise DataError(f"{where}: no row has an assistant's reply to learn from.")
+        raise DataError(f"{where}: no row has an assistant's reply to learn from. {_REPLIES}")
+    _try_template([(None, row["messages"]) for row in whole], tokenizer, where)
     return whole
 
 
@@ -247,7 +252,13 @@ def _marks_replies(tokenizer: Any) -> bool:
 
 
 def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:
-    """Prompt/chosen/rejected rows for TRL, conversational wherever the model has a chat template."""
+    """Prompt/chosen/rejected rows for TRL, conversational wherever the model has a chat template.
+
+    Two conversations are no pair where one of them adds nothing to what they share: dropped, and counted.
+
+    Raises:
+        DataError: rows of the wrong shape, none that is a pair, or the chat template refuses one.
+    """
     result = []
     for row in rows:
         prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -261,22 +272,34 @@ def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row
             )
         pair, other = (_pair(prompt, reply, tokenizer, where) for reply in (chosen, rejected))
         chosen, rejected = pair["completion"], other["completion"]
-        result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
-    _try_template(result, ("chosen", "rejected"), tokenizer, where)
+        if chosen != [] and rejected != []:
+            result.append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+    if dropped := len(rows) - len(result):
+        what = "chosen or rejected adds no reply to what they share"
+        if not result:
+            raise DataError(f"{where}: none of {dropped} rows is a pair: {what}. Give two replies.")
+        say(f"{where}: {dropped} of {len(rows)} pairs dropped: {what}")
+    sides = [(row["prompt"], row[side]) for row in result for side in ("chosen", "rejected")]
+    _try_template(sides, tokenizer, where)
     return result
 
 
-def _try_template(rows: Sequence[Row], replies: Sequence[str], tokenizer: Any, where: str) -> None:
-    """Render one row of each sequence of roles within bounds: TRL renders them all, and has none."""
+def _try_template(turns: Sequence[tuple[Any, Any]], tokenizer: Any, where: str) -> None:
+    """Render one (prompt, reply) of each sequence of roles within bounds: TRL renders them all, and has none.
+
+    Bare text is not rendered; a prompt of None belongs to a conversation that is rendered as a whole only.
+    """
     seen: set[tuple[str, ...]] = set()
-    for row in rows:
-        for reply in replies if isinstance(row["prompt"], list) else ():
-            whole = [*row["prompt"], *row[reply]]
-            roles = tuple(str(message.get("role")) for message in whole)
-            if roles not in seen:
-                seen.add(roles)
-                render(row["prompt"], tokenizer, where, add_generation_prompt=True)
-                render(whole, tokenizer, where)
+    for prompt, reply in turns:
+        if isinstance(prompt, str):
+            continue
+        conversation = [*(prompt or []), *reply]
+        roles = tuple(str(message.get("role")) for message in conversation)
+        if roles not in seen:
+            seen.add(roles)
+            if prompt is not None:
+                render(prompt, tokenizer, where, add_generation_prompt=True)
+            render(conversation, tokenizer, where)
 
 
 def draw_prompts(
@@ -342,18 +365,25 @@ def _read_file(path: Path) -> list[Row]:
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path}: not a parquet file ({error}).") from error
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{path}: cannot be read as parquet ({error}). Copy or save it again."
+            ) from error
     if not path.name.endswith(LOCAL_DATA):
         raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(LOCAL_DATA)}.")
     try:
         text = _unpacked(path) if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-        if ".jsonl" not in path.name:
-            return json.loads(text)
-        lines = text.split("\n")
+        rows = None if ".jsonl" in path.name else json.loads(text)
     except (ValueError, OSError, EOFError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
-    return [row for _, row in parse_jsonl(lines, str(path))]
+    if ".jsonl" in path.name:
+        return [row for _, row in parse_jsonl(text.split("\n"), str(path))]
+    if not isinstance(rows, list):
+        kind = "an object" if isinstance(rows, dict) else repr(rows)[:40]
+        raise DataError(
+            f"{path}: holds {kind}, not a list of rows. Put the rows into [ ], or one a line into a .jsonl file."
+        )
+    return rows
 
 
 def _unpacked(path: Path) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from salsa.artifacts import read_jsonl
 from salsa.data import preference_rows
-from salsa.errors import CheckpointError
-from salsa.models import load_policy, load_tokenizer, same_vocabulary, save_checkpoint
+from salsa.models import check_vocabulary, load_policy, load_tokenizer, save_checkpoint
 from salsa.runtime.engine import Engine
 from salsa.runtime.hf_trainer import common_arguments, divided, known_to_accelerate, learned, train
 from salsa.stages.jobs import DPOJob
@@ -26,12 +25,9 @@ def train_dpo(job: DPOJob, directory: Path, engine: Engine) -> None:
     import datasets
     import trl
 
-    if not same_vocabulary(job.init.path, job.reference.path):
-        raise CheckpointError(
-            f"{job.label}: the reference's tokenizer is not the policy's. Use models of one family."
-        )
-    job.reference.verify()
     tokenizer = load_tokenizer(job.init.path)
+    check_vocabulary(tokenizer, job.reference.path, "reference")
+    job.reference.verify()
     where = job.pairs.path / "pairs.jsonl"
     rows = preference_rows(read_jsonl(where), tokenizer, str(where))
     arguments = common_arguments(job, directory, engine)

@@ -7,7 +7,7 @@ Departures from the papers' notation are named in each docstring.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,11 +21,12 @@ Mask = Bool[Tensor, "B R"] | Int[Tensor, "B R"] | Float[Tensor, "B R"]
 
 
 class PolicyLoss(NamedTuple):
-    """Scalars: the loss to minimise, the share of clipped tokens, and the k3 estimate of KL(old ‖ new)."""
+    """Scalars: the loss to minimise, the share of clipped tokens, the k3 estimate of KL(old ‖ new), the mean ratio."""
 
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
     approx_kl: Float[Tensor, ""]
+    ratio: Float[Tensor, ""]
 
 
 class ValueLoss(NamedTuple):
@@ -74,6 +75,9 @@ def kl_estimate(
 
     With d = log π − log π_ref:  k1 = d;  k2 = d²/2;  k3 = e^(−d) − 1 + d.
     k1 and k3 are unbiased, k2 and k3 are never negative. (Schulman's r is e^(−d).)
+
+    Raises:
+        ValueError: another `kind`.
     """
     difference = logprobs - ref_logprobs
     if kind == "k1":
@@ -177,12 +181,21 @@ def estimate_advantages(
 
     PPO: GAE with the critic's `values`, whitened over the batch's real tokens. RLOO and GRPO: the sum of the episode's
     rewards against its group's, the same for each of its tokens; they have no critic, and returns of 0.
+
+    Raises:
+        ValueError: another `algorithm`, or `group_size` does not divide the number of episodes.
     """
     if algorithm == "ppo":
         advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
         return whiten(advantages, mask), returns
-    of_episodes = rloo_advantages if algorithm == "rloo" else grpo_advantages
-    per_episode = of_episodes(rewards.sum(dim=1), group_size)
+    if algorithm == "rloo":
+        per_episode = rloo_advantages(rewards.sum(dim=1), group_size)
+    elif algorithm == "grpo":
+        per_episode = grpo_advantages(rewards.sum(dim=1), group_size)
+    else:
+        raise ValueError(
+            f"estimate_advantages: algorithm={algorithm!r} is unknown. Use 'ppo', 'rloo' or 'grpo'."
+        )
     return per_episode[:, None] * mask, torch.zeros_like(values)
 
 
@@ -190,6 +203,9 @@ def rloo_advantages(scores_with_kl: Float[Tensor, " B"], group_size: int) -> Flo
     """A_i = R_i − mean of the other R_j in its group (Ahmadian et al. 2024); groups are consecutive rows.
 
     `scores_with_kl` is the whole sequence's reward, KL penalty included.
+
+    Raises:
+        ValueError: `group_size` is below 2 or does not divide B.
     """
     groups = _groups(scores_with_kl, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
@@ -197,7 +213,11 @@ def rloo_advantages(scores_with_kl: Float[Tensor, " B"], group_size: int) -> Flo
 
 
 def grpo_advantages(scores: Float[Tensor, " B"], group_size: int) -> Float[Tensor, " B"]:
-    """A_i = (R_i − mean) / (std + 1e-4) within its group (Shao et al. 2024); std has ddof 1, as in TRL."""
+    """A_i = (R_i − mean) / (std + 1e-4) within its group (Shao et al. 2024); std has ddof 1, as in TRL.
+
+    Raises:
+        ValueError: `group_size` is below 2 or does not divide B.
+    """
     groups = _groups(scores, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     return (centred / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
@@ -227,6 +247,7 @@ def policy_loss(
         loss=-masked_mean(terms if weights is None else weights * terms, mask),
         clip_fraction=masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach(),
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask).detach(),
+        ratio=masked_mean(ratio, mask).detach(),
     )
 
 
@@ -312,7 +333,13 @@ def schedule(kind: Schedule, number: int, total: int, *, warmup: int = 0) -> flo
 
     w(n) = min(1, (n+1)/W) rises over the W `warmup` updates, so that the first one moves; s is held at s(0) meanwhile.
     linear: s(x) = 1 − x;  cosine: s(x) = (1 + cos πx)/2 (Loshchilov and Hutter 2017, eq. 5);  constant: s(x) = 1.
+
+    Raises:
+        ValueError: another `kind`.
     """
+    if kind not in get_args(Schedule):
+        known = ", ".join(map(repr, get_args(Schedule)))
+        raise ValueError(f"schedule: kind={kind!r} is unknown. Use one of {known}.")
     if number < warmup:
         return (number + 1) / warmup
     done = (number - warmup) / (total - warmup)

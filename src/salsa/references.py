@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from salsa.artifacts import Checkpoint
-from salsa.config.expressions import ReferenceRule
+from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.errors import CheckpointError
 from salsa.models import LanguageModel
 from salsa.runtime.engine import Engine
 from salsa.runtime.sharding import whole_on_main
-from salsa.stages.jobs import identity_of
 
 
 class Reference:
@@ -60,10 +59,10 @@ class Reference:
         if self.rule.ema is not None:
             self.models[0].follow(policy, self.rule.ema)
 
-    def after_update(self, policy: LanguageModel, num_updates: int) -> bool:
+    def after_update(self, policy: LanguageModel, updates_done: int) -> bool:
         """Reset: θ ← θ_policy after every `reset_every` updates (TR-DPO, Gorbatovski et al. 2024); whether it did."""
         period = self.rule.reset_every
-        if due := period is not None and num_updates % period == 0:
+        if due := period is not None and updates_done % period == 0:
             self.models[0].follow(policy, 1.0)
         return due
 
@@ -90,7 +89,7 @@ class Reference:
         if state["identity"] != (here := identity_of(self.rule)):
             raise CheckpointError(
                 f"{where}: was pulled towards reference {state['identity']}, now it is {here}. "
-                "Delete that directory to start this arm anew."
+                f"Delete {where.parent} to start this arm anew."
             )
         if not self.rule.moves:
             return

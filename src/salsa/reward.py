@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from salsa.artifacts import read_jsonl, write_atomic
-from salsa.data import Prompt, Row, preference_rows
+from salsa.data import Row, preference_rows
 from salsa.errors import DataError
 from salsa.models import RewardModel, load_classifier, load_tokenizer, save_checkpoint
-from salsa.rewards import Scorer
+from salsa.models.scalar import SCORING_TOKENS
 from salsa.runtime.engine import Engine
 from salsa.runtime.hf_trainer import (
     adapters,
@@ -19,6 +19,7 @@ from salsa.runtime.hf_trainer import (
     learned,
     train,
 )
+from salsa.runtime.lora import finding_targets
 from salsa.stages.jobs import RewardJob
 
 
@@ -26,7 +27,8 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     """Train a sequence classifier on preferences; write it and its held-out accuracy to `directory`; resumable.
 
     Raises:
-        DataError: fewer than two pairs, or rows of the wrong shape.
+        ConfigError: no layer is called what `lora.target_modules` says.
+        DataError: no pair is left to train on, or rows of the wrong shape.
     """
     import datasets
     import trl
@@ -38,7 +40,8 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     num_held_out = math.ceil(len(rows) * config.holdout) if config.holdout else 0
     if len(rows) - num_held_out < 1:
         raise DataError(
-            f"{where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back."
+            f"{where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back. "
+            "Give more pairs, or set reward.holdout=0."
         )
     random.Random(config.split_seed).shuffle(rows)
     arguments = common_arguments(job, directory, engine)
@@ -46,13 +49,14 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
     )
     with known_to_accelerate(engine):
-        trainer = divided(trl.RewardTrainer, engine, pairs=True)(
-            model=model,
-            args=trl.RewardConfig(**arguments, disable_dropout=True),
-            train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
-            processing_class=tokenizer,
-            peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
-        )
+        with finding_targets(config.lora, "reward"):
+            trainer = divided(trl.RewardTrainer, engine, pairs=True)(
+                model=model,
+                args=trl.RewardConfig(**arguments, disable_dropout=True),
+                train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
+                processing_class=tokenizer,
+                peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
+            )
         train(trainer, directory, job.label, ("loss", "accuracy", "margin"), engine)
         model, weights = learned(trainer, model, engine)
     if engine.is_main:
@@ -63,12 +67,11 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         write_atomic(directory / "accuracy.txt", text)
 
 
-def _accuracy(score: Scorer, rows: Sequence[Row]) -> float:
-    asked = [row["prompt"] for row in rows]
-    prompts = [Prompt((), tuple(a) if isinstance(a, list) else None, str(a)) for a in asked]
+def _accuracy(model: RewardModel, rows: Sequence[Row]) -> float:
+    """Share of the pairs whose chosen reply, of however many turns, scores higher than the rejected one."""
 
-    def texts(column: str) -> list[str]:
-        return [r[column] if isinstance(r[column], str) else r[column][0]["content"] for r in rows]
+    def scores(side: str) -> list[float]:
+        return model.scores([model.token_ids(r["prompt"], r[side]) for r in rows], SCORING_TOKENS)
 
-    pairs = zip(score(prompts, texts("chosen")), score(prompts, texts("rejected")), strict=True)
+    pairs = zip(scores("chosen"), scores("rejected"), strict=True)
     return sum(chosen > rejected for chosen, rejected in pairs) / len(rows)

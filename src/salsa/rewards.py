@@ -53,6 +53,11 @@ class RewardSource:
 
         return {"model": RewardModel.load(self.checkpoint.path, engine)}
 
+    def load_one(self, engine: "Engine") -> Scorer:
+        """The scorer of a source that has one; `sum_of` would hide from `begin` that several processes compute it."""
+        (scorer,) = self.load(engine).values()
+        return scorer
+
 
 def sum_of(scorers: Mapping[str, Scorer]) -> Scorer:
     """One scorer that returns the sum of several."""
@@ -157,9 +162,12 @@ async def _tried(
 
 
 def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
-    """The call under way: in the event loop if it is async, else in a thread."""
+    """The call under way: in the event loop if it is async, else in a thread.
+
+    What is no Exception becomes a RuntimeError: `sys.exit()` would end the event loop, and no score would ever come.
+    """
     if any(map(inspect.iscoroutinefunction, (call, type(call).__call__))):
-        return call(*arguments)
+        return _as_exceptions(call(*arguments))
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()  # from here on nobody can cancel it: its result is at most ignored
 
@@ -167,10 +175,28 @@ def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
         try:
             future.set_result(call(*arguments))
         except BaseException as error:
-            future.set_exception(error)
+            future.set_exception(_as_exception(error))
 
     threading.Thread(target=work, name="salsa-reward", daemon=True).start()
     return asyncio.wrap_future(future)
+
+
+async def _as_exceptions(work: Awaitable[Any]) -> Any:
+    try:
+        return await work
+    except (
+        asyncio.CancelledError,
+        GeneratorExit,
+    ):  # given up: it took too long, or the process ends
+        raise
+    except BaseException as error:
+        raise _as_exception(error) from error
+
+
+def _as_exception(error: BaseException) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _checked(name: str, result: Any, responses: Sequence[str]) -> list[float]:

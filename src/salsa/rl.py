@@ -4,14 +4,15 @@
 
 PPO, RLOO and GRPO are one loop: only `objectives.estimate_advantages` differs. The KL penalty is part of the per-token
 reward, or a term of the loss. What an update draws depends on (seed, update) only, so k updates + kill + resume equal a
-straight run, bit for bit on a CPU. Old logprobs are recomputed by the very forward pass that scores the reference:
-equal weights give a KL of exactly 0.
+straight run, bit for bit on a CPU. Old logprobs are recomputed, in the arithmetic that scores the reference: equal
+weights give a KL of exactly 0.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from salsa import objectives
 from salsa.alarms import Alarms
+from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig, Select
 from salsa.data import Prompt, draw_prompts
 from salsa.errors import WorkFailed
-from salsa.models import LanguageModel
+from salsa.models import LanguageModel, ValueModel
 from salsa.objectives import Moments
 from salsa.rewards import begin
 from salsa.rl_models import (
@@ -76,9 +78,10 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             )
             metrics["sampler_gap"] = sampler_gap(generation, experience)
             _require_finite(setup.label, number, metrics)
-            if number % config.monitor_kl_every == 0 or number + 1 == config.num_updates:
+            last = may_be_last(progress, config, metrics["kl"])
+            if number % config.monitor_kl_every == 0 or last:
                 metrics |= measure_kl(models, experience, setup, engine)
-            if number in (0, config.num_updates - 1):
+            if number == 0 or last:
                 trace = partial(write_trace, directory, number + 1, experience, generation.logprobs)
                 engine.from_main(trace)
             meter.phase_done("experience")
@@ -142,9 +145,8 @@ def compute_experience(
     config, mask = setup.config, rollout.response_mask
     texts = rollout.texts(source.tokenizer)
     engine = models.policy.engine
-    pending = {
-        name: begin(scorer, prompts, texts, engine) for name, scorer in setup.rewards.items()
-    }
+    begin_all = lambda scorers: {n: begin(s, prompts, texts, engine) for n, s in scorers.items()}
+    pending, watched = begin_all(setup.rewards), begin_all(setup.monitors)
     logprobs, entropy, ref_logprobs, values = _forward(models, rollout, config)
     ended = rollout.ended(source.sampling.eos_ids)
     parts = {
@@ -174,8 +176,7 @@ def compute_experience(
         metrics["explained_variance"] = objectives.explained_variance(values, returns, mask)
     if len(parts) > 1:
         metrics |= {f"score_{name}": part.mean().item() for name, part in parts.items()}
-    for name, monitor in setup.monitors.items():
-        metrics[name] = sum(begin(monitor, prompts, texts, engine)()) / len(texts)
+    metrics |= {name: sum(scores()) / len(texts) for name, scores in watched.items()}
     return experience, metrics, moments
 
 
@@ -215,25 +216,32 @@ def _importance(
     }
 
 
-@torch.no_grad()
 def measure_kl(
     models: RLModels, experience: Experience, setup: RLSetup, engine: Engine
 ) -> dict[str, float]:
     """KL of the rollout's policy to every model of `setup.kl_to`, in nats per response; one more model in memory."""
-    loaded, temperature = models.reference.by_digest, setup.config.temperature
     metrics = {}
     for name, checkpoint in setup.kl_to.items():
-        if (model := loaded.get(checkpoint.digest)) is None:
-            model = LanguageModel.load(checkpoint.path, engine)
-            engine.shard(model)
-
-        def of(micro: Rollout, model: LanguageModel = model) -> list[Tensor]:
-            return [model.logprobs(micro, temperature)]
-
-        (theirs,) = _of_every_row(experience.rollout, setup.config, engine, of)
+        theirs = _logprobs_under(checkpoint, models, experience.rollout, setup.config, engine)
         kl = objectives.kl_estimate(experience.logprobs, theirs, "k1").sum(dim=1)
         metrics[f"kl_to_{name}"] = kl.mean().item()
     return metrics
+
+
+@torch.no_grad()
+def _logprobs_under(
+    checkpoint: Checkpoint, models: RLModels, rollout: Rollout, config: RLConfig, engine: Engine
+) -> Tensor:
+    """Logprobs [B, R] of the responses under a model, which is in memory no longer than that."""
+    if (model := models.reference.by_digest.get(checkpoint.digest)) is None:
+        model = LanguageModel.load(checkpoint.path, engine)
+        engine.shard(model)
+
+    def of(micro: Rollout) -> list[Tensor]:
+        return [model.logprobs(micro, config.temperature)]
+
+    (theirs,) = _of_every_row(rollout, config, engine, of)
+    return theirs
 
 
 def update(
@@ -253,44 +261,14 @@ def update(
         norms: dict[str, float] = {}
         for group in models.groups(warming_up=progress.update < config.critic_warmup):
             for micro, share in microbatches(minibatch, config, engine):
-                mask, losses = micro.rollout.response_mask, []
-                parts: dict[str, Tensor] = {}
+                found = []
                 if "policy" in group:
-                    if config.entropy_coef:
-                        logprobs, entropy = models.policy.logprobs_and_entropy(
-                            micro.rollout, config.temperature
-                        )
-                        parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
-                        losses.append(config.entropy_coef * parts["entropy_loss"])
-                    else:
-                        logprobs = models.policy.logprobs(micro.rollout, config.temperature)
-                    clipped = objectives.policy_loss(
-                        logprobs, micro.logprobs, micro.advantages, mask,
-                        clip_range=config.clip_range, weights=micro.weights,
-                    )  # fmt: skip
-                    losses.append(clipped.loss)
-                    parts |= {
-                        "policy_loss": clipped.loss,
-                        "clip_fraction": clipped.clip_fraction,
-                        "approx_kl": clipped.approx_kl,
-                        "ratio": objectives.masked_mean((logprobs - micro.logprobs).exp(), mask),
-                    }
-                    if config.kl_in == "loss":
-                        parts["kl_loss"] = objectives.kl_loss(
-                            logprobs, micro.logprobs, micro.ref_logprobs, mask,
-                            kl_kind=config.kl_kind, importance=config.weighs_kl(epoch),
-                            weights=micro.weights,
-                        )  # fmt: skip
-                        losses.append(progress.kl_coef * parts["kl_loss"])
+                    kl_coef = progress.kl_coef
+                    found.append(_policy_losses(models.policy, micro, config, kl_coef, epoch))
                 if "critic" in group and models.critic is not None:
-                    value = objectives.value_loss(
-                        models.critic.values(micro.rollout), micro.values, micro.returns, mask,
-                        value_clip_range=config.value_clip_range,
-                    )  # fmt: skip
-                    losses.append(config.value_weight * value.loss)
-                    parts |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-                (sum(losses[1:], start=losses[0]) * share).backward()
-                for name, part in parts.items():
+                    found.append(_value_losses(models.critic, micro, config))
+                (sum(loss for loss, _ in found) * share).backward()
+                for name, part in chain.from_iterable(parts.items() for _, parts in found):
                     metrics[name] = metrics.get(name, 0) + part.detach() * share
             for name in group:
                 norm = models.learners[name].step(config.max_grad_norm)
@@ -301,6 +279,49 @@ def update(
         steps.append(dict(zip(metrics, totals, strict=True)) | norms)
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return UpdateStats(**means)
+
+
+def _policy_losses(
+    policy: LanguageModel, micro: Experience, config: RLConfig, kl_coef: float, epoch: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the policy minimises: the clipped loss, with entropy bonus and KL where asked for; its parts by metric."""
+    rollout, mask = micro.rollout, micro.rollout.response_mask
+    losses: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
+    if config.entropy_coef:
+        logprobs, entropy = policy.logprobs_and_entropy(rollout, config.temperature)
+        parts["entropy_loss"] = objectives.entropy_loss(entropy, mask)
+        losses.append(config.entropy_coef * parts["entropy_loss"])
+    else:
+        logprobs = policy.logprobs(rollout, config.temperature)
+    clipped = objectives.policy_loss(
+        logprobs, micro.logprobs, micro.advantages, mask,
+        clip_range=config.clip_range, weights=micro.weights,
+    )  # fmt: skip
+    losses.append(clipped.loss)
+    parts |= {
+        "policy_loss": clipped.loss, "clip_fraction": clipped.clip_fraction,
+        "approx_kl": clipped.approx_kl, "ratio": clipped.ratio,
+    }  # fmt: skip
+    if config.kl_in == "loss":
+        parts["kl_loss"] = objectives.kl_loss(
+            logprobs, micro.logprobs, micro.ref_logprobs, mask, kl_kind=config.kl_kind,
+            importance=config.weighs_kl(epoch), weights=micro.weights,
+        )  # fmt: skip
+        losses.append(kl_coef * parts["kl_loss"])
+    return sum(losses[1:], start=losses[0]), parts
+
+
+def _value_losses(
+    critic: ValueModel, micro: Experience, config: RLConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the critic minimises, and its parts by metric."""
+    value = objectives.value_loss(
+        critic.values(micro.rollout), micro.values, micro.returns, micro.rollout.response_mask,
+        value_clip_range=config.value_clip_range,
+    )  # fmt: skip
+    parts = {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+    return config.value_weight * value.loss, parts
 
 
 def minibatches(
@@ -366,6 +387,15 @@ def stop_reason(progress: Progress, config: RLConfig) -> str | None:
     return None
 
 
+def may_be_last(progress: Progress, config: RLConfig, kl: float) -> bool:
+    """Whether the run may end with the update under way, whose rollout has this KL.
+
+    It goes on where the checkpoint after it turns out to be the best one.
+    """
+    after = replace(progress, update=progress.update + 1, kl=kl)
+    return after.update == config.num_updates or stop_reason(after, config) is not None
+
+
 def _forward(
     models: RLModels, rollout: Rollout, config: RLConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -422,7 +452,7 @@ def _return_to_best(
             say(f"{label}: no checkpoint is within select.kl={rule.kl:g}: returns the last policy")
         return
     update, value = progress.best
-    # without an update since the newest checkpoint, that one lost or it is the best one
+    # right after a checkpoint there is nothing newer to compare
     since = progress.reward if progress.rewards and not over else -math.inf
     if update != progress.update and value > since:
         say(f"{label}: returns to update {update}, mean {rule.metric} {value:.4g}")

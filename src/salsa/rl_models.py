@@ -13,8 +13,8 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RLConfig
 from salsa.config.expressions import ReferenceRule
 from salsa.data import Prompt
-from salsa.errors import CheckpointError, ConfigError, WorkFailed
-from salsa.models import LanguageModel, ValueModel, load_tokenizer, same_vocabulary, sampling_for
+from salsa.errors import ConfigError, WorkFailed
+from salsa.models import LanguageModel, ValueModel, check_vocabulary, load_tokenizer, sampling_for
 from salsa.objectives import Moments
 from salsa.references import Reference
 from salsa.rewards import Scorer
@@ -112,16 +112,18 @@ class Learner:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back `state()`, in any number of processes."""
         trained = self.model.trained()
+        weights = list(trained.values())
         for name, weight in trained.items():
             local(weight).copy_(local(divided_like(state["weights"][name], weight)))
         self.model.sync()
         moments = {
             number: {
-                k: divided_like(v, weight) if v.shape == weight.shape else v for k, v in of.items()
+                key: divided_like(value, weights[number])
+                if value.shape == weights[number].shape
+                else value
+                for key, value in of.items()
             }
-            for (number, of), weight in zip(
-                state["optimizer"]["state"].items(), trained.values(), strict=False
-            )
+            for number, of in state["optimizer"]["state"].items()
         }
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
@@ -180,23 +182,21 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     """The run's models, with adapters where `config.lora` says so, and how its policy is sampled.
 
     Raises:
-        CheckpointError: the models do not share a vocabulary, one cannot be loaded or is not what its digest says.
+        CheckpointError: the models do not share a vocabulary, one cannot be loaded, or a reference is not what its
+            digest says.
     """
     init, critic_init, config, seed = setup.init, setup.critic_init, setup.config, setup.seed
     named = {"critic": critic_init} | {
         f"reference {i}" if i else "reference": c for i, c in enumerate(setup.rule.models)
     }
-    for name, checkpoint in named.items():
-        if not same_vocabulary(init.path, checkpoint.path):
-            raise CheckpointError(
-                f"{setup.label}: the {name}'s tokenizer is not the policy's. Use models of one family."
-            )
     tokenizer, length = load_tokenizer(init.path), config.max_new_tokens
+    for name, checkpoint in named.items():
+        check_vocabulary(tokenizer, checkpoint.path, name)
     sampling = sampling_for(
         init.path, tokenizer, max_new_tokens=length, temperature=config.temperature
     )
-    recompute, lora = config.gradient_checkpointing, config.lora
-    policy = LanguageModel.load(init.path, engine, learns=True, recompute=recompute)
+    lora, again = config.lora, config.gradient_checkpointing
+    policy = LanguageModel.load(init.path, engine, learns=True, gradient_checkpointing=again)
     shared = {init.digest: policy.shared()} if lora and not setup.rule.moves else {}
     reference = Reference(setup.rule, engine, shared)
     critic = None
@@ -207,7 +207,7 @@ def load(setup: RLSetup, engine: Engine) -> tuple[RLModels, PolicySampler]:
     elif config.algorithm == "ppo":
         critic = ValueModel.load(
             critic_init.path, engine, pad_id=sampling.pad_id, new_head_seed=seed,
-            recompute=recompute,
+            gradient_checkpointing=again,
         )  # fmt: skip
     if lora is not None:
         policy.add_adapters(lora, seed)

@@ -13,6 +13,7 @@ from salsa.runtime.hf_trainer import (
     learned,
     train,
 )
+from salsa.runtime.lora import finding_targets
 from salsa.stages.jobs import SFTJob
 
 
@@ -20,6 +21,7 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     """Fine-tune `job.base` and write the model to `directory`; resumable.
 
     Raises:
+        ConfigError: no layer is called what `lora.target_modules` says.
         DataError: see `salsa.data`.
     """
     import datasets
@@ -35,13 +37,14 @@ def train_sft(job: SFTJob, directory: Path, engine: Engine) -> None:
     }
     model = load_policy(job.base.path)
     with known_to_accelerate(engine):
-        trainer = divided(trl.SFTTrainer, engine)(
-            model=model,
-            args=trl.SFTConfig(**arguments),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),
-        )
+        with finding_targets(config.lora, "sft"):
+            trainer = divided(trl.SFTTrainer, engine)(
+                model=model,
+                args=trl.SFTConfig(**arguments),
+                train_dataset=datasets.Dataset.from_list(rows),
+                processing_class=tokenizer,
+                peft_config=adapters(config.lora, "CAUSAL_LM", job.seed),
+            )
         train(trainer, directory, job.label, ("loss", "mean_token_accuracy"), engine)
         model, weights = learned(trainer, model, engine)
     if engine.is_main:

@@ -1,7 +1,7 @@
 """A few episodes of an RL run as the loop saw them, token by token: what `salsa doctor` computes anew and compares.
 
-Written for the first update, whose models are all on disk, and for the last. It lies in a directory of its own below
-the stage, `trace/`, so that it is no part of the stage's output.
+Written for the first update, whose models are all on disk, and for the last, or what might have been the last under
+`rl.stop`. It lies in a directory of its own below the stage, `trace/`, so that it is no part of the stage's output.
 """
 
 from pathlib import Path

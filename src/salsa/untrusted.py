@@ -120,6 +120,15 @@ def parameter_count(directory: Path) -> int | None:
     return total or None
 
 
+def refuse_pickles(directory: Path) -> None:
+    """CheckpointError if a directory without safetensors has pickles."""
+    if any(file for kind in _PICKLES for file in directory.glob(kind)):
+        raise CheckpointError(
+            f"{directory}: has pickled weights only, and a pickle can run any code when it is opened. "
+            "Load it where you trust it and save_pretrained(..., safe_serialization=True)."
+        )
+
+
 def check_model(directory: Path) -> None:
     """Refuse a model directory before a library builds what it describes.
 
@@ -136,11 +145,8 @@ def check_model(directory: Path) -> None:
             "Merge the adapter (salsa soup … --base …) or remove that file."
         )
     weights = sorted(directory.glob("*.safetensors"))
-    if not weights and any(file for kind in _PICKLES for file in directory.glob(kind)):
-        raise CheckpointError(
-            f"{directory}: has pickled weights only, and a pickle can run any code when it is opened. "
-            "Load it where you trust it and save_pretrained(..., safe_serialization=True)."
-        )
+    if not weights:
+        refuse_pickles(directory)
     tensors = 0
     for file in weights:
         with reading(file, "not a sound safetensors file"):

@@ -12,12 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from salsa.artifacts import Checkpoint, write_jsonl
+from salsa.config import DataSource, RewardFunction, RLConfig
+from salsa.config.expressions import ReferenceRule
 from salsa.errors import WorkFailed
 from salsa.models import load_classifier
+from salsa.rewards import RewardSource
 from salsa.runtime.checkpoint import load_state, saved_steps, state_file
+from salsa.runtime.launch import run_in_processes
+from salsa.stages.jobs import RLJob
 from tests.conftest import tiny_tokenizer
-from tests.many_processes import CASES, FURTHER, Jobs, apart, train_in, where
-from tests.tiny_rl import job_from, rows_in, without_times
+from tests.many_processes import CASES, FURTHER, Jobs, apart, fit, train_in, where
+from tests.tiny_rl import FP32, job_from, rows_in, without_times
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +88,32 @@ def _agree(name, trained, processes):
         assert whole.keys() == gathered.keys()
         for key, weight in whole.items():
             assert torch.allclose(weight, gathered[key], rtol=1e-3, atol=1e-4), (other, key)
+
+
+def test_a_reward_model_that_is_only_watched_is_scored_by_all_processes(jobs, tmp_path):
+    """`eval.reward_models`: called by the main process alone, it would wait for the others for ever."""
+    prompts = tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, [{"prompt": f"question {i}"} for i in range(8)])
+    init, watched = jobs.setup.init, RewardSource(checkpoint=Checkpoint.of(jobs.reward))
+    function = RewardSource((RewardFunction(call="tests.rewards:letters"),))
+    config = RLConfig(**jobs.setup.config.model_dump() | {"num_updates": 1})
+    source = DataSource(path=str(prompts))
+    job = RLJob(
+        "rl",
+        init,
+        ReferenceRule((init,)),
+        function,
+        config,
+        source,
+        0,
+        monitors={"second": watched},
+    )
+    fit(tmp_path / "one", ({"rl": job}, None), FP32)
+    call = fit, tmp_path / "two", ({"rl": job}, None), FP32
+    run_in_processes(*call, processes=2, timeout=20.0)
+    alone, together = (without_times(rows_in(tmp_path / n / "rl")) for n in ("one", "two"))
+    assert alone[0]["second"] != alone[0]["score"]
+    assert all(v < CLOSE for k, v in apart(alone, together).items() if k not in COUNTS)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 import types
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from salsa.artifacts import Checkpoint
 from salsa.config import RewardFunction, RLConfig
 from salsa.config.expressions import ReferenceRule
 from salsa.data import draw_prompts
+from salsa.models import LanguageModel
 from salsa.rewards import FunctionScorer
 from salsa.rl import RLSetup
 from salsa.rl_models import Progress
@@ -262,6 +264,25 @@ def test_kl_to_ingredients_and_base_is_logged(job, make_checkpoint, tmp_path):
     )
 
 
+def test_measuring_the_kl_holds_one_further_model(job, make_checkpoint, monkeypatch):
+    """The model before is gone when the next one is loaded: on a card, two further ones are what does not fit."""
+    others = {str(seed): make_checkpoint("llama", seed) for seed in (1, 2, 3)}
+    job = replace(job, kl_to=others)
+    models, experience, _ = first_experience(job)
+    load, made = LanguageModel.load, []
+
+    def counted(path, engine):
+        alive.append(sum(one() is not None for one in made))
+        model = load(path, engine)
+        made.append(weakref.ref(model.backbone))
+        return model
+
+    alive = []
+    monkeypatch.setattr(LanguageModel, "load", counted)
+    assert len(rl_module.measure_kl(models, experience, job, FP32)) == 3
+    assert alive == [0, 0, 0]
+
+
 def test_a_bare_checkpoint_is_a_reference_that_stands_still(job):
     assert job.rule == ReferenceRule((job.reference,)) == replace(job, reference=job.rule).rule
 
@@ -275,8 +296,8 @@ def test_old_names_of_the_public_api_still_work():
 
 
 def test_functions_score_while_the_models_compute(job, tmp_path, monkeypatch):
-    """Scoring and the forward passes wait for each other: one after the other, they would time out."""
-    meet = threading.Barrier(2, timeout=10)
+    """The reward, the watched score and the forward passes wait for each other: in turn, they would time out."""
+    meet = threading.Barrier(3, timeout=10)
 
     def score(prompts, responses):
         meet.wait()
@@ -289,7 +310,8 @@ def test_functions_score_while_the_models_compute(job, tmp_path, monkeypatch):
     original = rl_module._forward
     monkeypatch.setitem(sys.modules, "slow_rewards", types.SimpleNamespace(score=score))
     reward = FunctionScorer([RewardFunction(call="slow_rewards:score")])
-    inline = run(job, tmp_path / "inline", num_updates=1)
+    inline = run(replace(job, monitors={"gold": ascii_share}), tmp_path / "inline", num_updates=1)
     monkeypatch.setattr(rl_module, "_forward", forward)
-    overlapped = run(replace(job, reward=reward), tmp_path / "overlapped", num_updates=1)
+    waiting = replace(job, reward=reward, monitors={"gold": reward})
+    overlapped = run(waiting, tmp_path / "overlapped", num_updates=1)
     assert without_times(overlapped) == without_times(inline)

@@ -96,6 +96,49 @@ def test_preference_rows(tokenizer):
     assert data.preference_rows([in_full], tokenizer, "x") == expected
 
 
+def test_conversations_that_are_no_pair_are_dropped_and_counted(tokenizer, capsys):
+    """Equal ones, and one that is the other's beginning; equal strings are the doctor's to find."""
+    other = {"role": "assistant", "content": "go away"}
+    pair = {"chosen": [USER, REPLY], "rejected": [USER, other]}
+    equal = {"chosen": [USER, REPLY], "rejected": [USER, REPLY]}
+    beginning = {"chosen": [USER, REPLY], "rejected": [USER]}
+    made = data.preference_rows([equal, pair, beginning], tokenizer, "x")
+    assert made == [{"prompt": [USER], "chosen": [REPLY], "rejected": [other]}]
+    assert "x: 2 of 3 pairs dropped" in capsys.readouterr().err
+    with pytest.raises(DataError, match="x: none of 2 rows is a pair: .* Give two replies"):
+        data.preference_rows([equal, beginning], tokenizer, "x")
+    strings = {"prompt": "hi", "chosen": "hello", "rejected": "hello"}
+    assert len(data.preference_rows([strings], tokenizer, "x")) == 1
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    """pyarrow raises its own errors, the system's and those of text, as the damage lies."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a"}] * 3), file)
+    sound, refused = file.read_bytes(), set()
+    for place in range(4, len(sound), 3):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 255]) + sound[place + 1 :])
+        try:
+            data.load_rows(DataSource(path=str(file)), [("prompt",)])
+        except DataError as error:
+            refused.add(type(error.__cause__).__name__)
+    assert {"ArrowInvalid", "OSError"} <= refused
+
+
+def test_a_template_is_tried_on_whole_conversations_too():
+    """With assistant_only_loss, one that the template refuses would fail inside TRL, after the checks."""
+    marks = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    refuses = "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}" + marks
+    tokenizer = tiny_tokenizer(template=refuses)
+    rows = [{"messages": [USER, REPLY]}, {"messages": [USER, REPLY, USER, REPLY]}]
+    with pytest.raises(DataError, match="x: the model's chat template refuses .* too long"):
+        data.sft_rows(rows, tokenizer, "x", whole=True)
+    assert len(data.sft_rows(rows[:1], tokenizer, "x", whole=True)) == 1
+
+
 def load(path_or_rows, tmp_path, columns=(("prompt",),)):
     source = path_or_rows
     if isinstance(source, list):
@@ -118,8 +161,12 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(DataError, match="bad.jsonl: line 2 is not JSON"):
         load(DataSource(path=str(tmp_path / "bad.jsonl")), tmp_path)
     (tmp_path / "bad.parquet").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="not a parquet file"):
+    with pytest.raises(DataError, match="bad.parquet: cannot be read as parquet .* Copy or save"):
         load(DataSource(path=str(tmp_path / "bad.parquet")), tmp_path)
+    for text, kind in (('{"prompt": "a"}', "an object"), ("5", "5"), ("null", "None")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(DataError, match=f"bad.json: holds {kind}, not a list of rows. Put"):
+            load(DataSource(path=str(tmp_path / "bad.json")), tmp_path)
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"x.csv: unknown kind of file. Use one of .jsonl"):
         load(DataSource(path=str(tmp_path / "x.csv")), tmp_path)
@@ -127,7 +174,7 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
         load(DataSource(path="nobody/nothing"), tmp_path)
     with pytest.raises(ConfigError, match="no_such_module cannot be imported"):
         load(DataSource(call="no_such_module:rows"), tmp_path)
-    with pytest.raises(ConfigError, match="salsa.demo has no function 'rows'"):
+    with pytest.raises(ConfigError, match="salsa.demo has no function 'rows'. Check the name"):
         load(DataSource(call="salsa.demo:rows"), tmp_path)
     with pytest.raises(DataError, match="the model has no chat template. Set model.chat_template"):
         data.as_prompt({"prompt": [USER]}, tiny_tokenizer(template=None))
@@ -135,8 +182,19 @@ def test_messages(tmp_path, tokenizer, monkeypatch):
         data.load_prompts(
             write(tmp_path / "x.jsonl", [{"prompt": "long"}]), tokenizer, max_tokens=2
         )
-    with pytest.raises(DataError, match="a conversation is a list of"):
-        data.as_prompt({"prompt": [{"text": "x"}]}, tokenizer)
+    for row in (
+        {"prompt": [{"text": "x"}]},
+        {"messages": USER},
+        {"messages": ["hello"]},
+        {"messages": 5},
+    ):
+        with pytest.raises(DataError, match="a conversation is a list of"):
+            data.as_prompt(row, tokenizer)
+    assert data.as_prompt({"messages": "hi"}, tokenizer) == data.as_prompt(
+        {"prompt": "hi"}, tokenizer
+    )
+    with pytest.raises(DataError, match="no row has an assistant's reply to learn from. Give"):
+        data.sft_rows([{"messages": [USER]}], tokenizer, "x")
     refusing = tiny_tokenizer(template="{{ raise_exception('only users') }}")
     with pytest.raises(DataError, match="template refuses a conversation: only users"):
         data.as_prompt({"prompt": "hi"}, refusing)

@@ -25,6 +25,7 @@ MODELS = {
     "soup(0*sft[0], 1*base)": Soup((SFT(0), Base()), (0.0, 1.0)),
     "soup(sft[0], runs/x)": Soup((SFT(0), Given("runs/x"))),
     "shrink(soup[0,1], base, 0.7)": Shrunk(Soup((SFT(0), SFT(1))), 0.7),
+    "shrink(sft[0], base, 0.3333334)": Shrunk(SFT(0), 0.3333334),
     "shrink(sft[0], base, soup)": Shrunk(SFT(0), RecipeSoup()),
     "org/name": Given("org/name"),
 }
@@ -45,6 +46,13 @@ REFERENCES = {
 def test_models(text):
     model = parse_model(text)
     assert model == MODELS[text] and parse_model(text_of(model)) == model
+
+
+def test_shares_are_told_apart_in_every_digit():
+    """A stage is known by its text; six digits made one of two that differ in the seventh."""
+    third = "shrink(sft[0], base, {})"
+    texts = [text_of(parse_model(third.format(n))) for n in ("0.3333333", "0.3333334", "1", "0.70")]
+    assert texts == [third.format(n) for n in ("0.3333333", "0.3333334", "1", "0.7")]
 
 
 @pytest.mark.parametrize("text", REFERENCES)

@@ -371,5 +371,5 @@ def test_a_soup_of_other_models_is_refused(ingredients, make_checkpoint, tmp_pat
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(small)
-    with pytest.raises(CheckpointError, match="its tokenizer is not the policy's"):
+    with pytest.raises(CheckpointError, match="the reference's tokenizer is not the policy's"):
         use_reference(trainer, str(small))

@@ -163,6 +163,23 @@ def test_missing_models_are_named(tmp_path):
         models.load_classifier(tmp_path, pad_id=0)
 
 
+def test_a_classifier_without_a_linear_score_is_refused(tmp_path):
+    """BERT's head reads the first token through a pooler: it cannot score what it was not trained to see."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=261, num_hidden_layers=2, num_labels=1, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="BertForSequenceClassification has no linear head"):
+        models.load_classifier(tmp_path, pad_id=0)
+
+
+def test_a_template_that_is_no_text_is_one_line(make_checkpoint, tmp_path):
+    (tmp_path / "x.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="x.jinja: cannot be read"):
+        load_tokenizer(make_checkpoint("llama").path, chat_template=str(tmp_path / "x.jinja"))
+
+
 def test_pad_falls_back_to_eos(tmp_path):
     from tests.conftest import tiny_tokenizer
 

@@ -1,5 +1,6 @@
 """Every formula against plain float64 loops that share no code with it, and against cases known in closed form."""
 
+import inspect
 import math
 import random
 
@@ -199,7 +200,7 @@ def test_group_advantages():
 def test_policy_loss_against_a_loop():
     lengths, mask, (new, old, advantages, _) = ragged()
     old = new + 0.3 * old
-    terms, clipped, kl = [], 0, []
+    terms, clipped, kl, ratios = [], 0, [], []
     for b in range(B):
         for t in range(lengths[b]):
             log_ratio = (new[b, t] - old[b, t]).item()
@@ -208,10 +209,12 @@ def test_policy_loss_against_a_loop():
             terms.append(min(ratio * a, limited * a))
             clipped += limited * a < ratio * a
             kl.append(ratio - 1 - log_ratio)
+            ratios.append(ratio)
     result = o.policy_loss(new, old, advantages, mask, clip_range=0.2)
     close(result.loss, -sum(terms) / len(terms))
     close(result.clip_fraction, clipped / len(terms))
     close(result.approx_kl, sum(kl) / len(kl))
+    close(result.ratio, sum(ratios) / len(ratios))
     assert 0 < clipped < len(terms)
 
 
@@ -522,3 +525,17 @@ def test_schedules_are_those_of_transformers_after_the_warm_up(warmup):
     assert {o.schedule("constant", n, total, warmup=warmup) for n in range(warmup, total)} == {1.0}
     rising = [o.schedule("cosine", n, total, warmup=warmup) for n in range(warmup)]
     assert rising == pytest.approx([1 / 3, 2 / 3, 1][:warmup])
+
+
+def test_unknown_kinds_are_refused():
+    """Without the tests' type checker, which would refuse them itself: a typo must not be another algorithm."""
+    x = torch.zeros(2, 3)
+    estimate, schedule, kl = map(inspect.unwrap, (o.estimate_advantages, o.schedule, o.kl_estimate))
+    options = {"gamma": 1.0, "gae_lambda": 0.9, "group_size": 2}
+    with pytest.raises(ValueError, match=r"algorithm='gppo' is unknown. Use 'ppo', 'rloo' or"):
+        estimate(x, x, x.bool(), algorithm="gppo", **options)
+    for number in (0, 5):
+        with pytest.raises(ValueError, match=r"kind='linaer' is unknown. Use one of 'linear', 'co"):
+            schedule("linaer", number, 10, warmup=2)
+    with pytest.raises(ValueError, match=r"kind='k4' is unknown. Use 'k1'"):
+        kl(x, x, "k4")

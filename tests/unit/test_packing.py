@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from salsa.errors import CheckpointError
-from salsa.models.trunk import enable_packing, hidden_states, recompute_activations
+from salsa.models.trunk import enable_gradient_checkpointing, enable_packing, hidden_states
 from salsa.runtime import packing
 from salsa.runtime.packing import num_distinct, pack, packs_of, take
 from tests.families import ALONE, PACKED, model_of
@@ -108,7 +108,7 @@ def test_recomputed_activations_give_the_same_bits(family, packs):
         assert not packs or enable_packing(model)
         names = [name for name, _ in model.named_parameters()]
         if recompute:
-            recompute_activations(model)
+            enable_gradient_checkpointing(model)
         hidden, _ = hidden_states(model.base_model, ROWS)
         hidden.square().sum().backward()
         wrapped = [name for name, _ in model.named_parameters()]
@@ -121,7 +121,7 @@ def test_recomputed_activations_give_the_same_bits(family, packs):
 
 def test_models_without_layers_to_recompute_are_refused():
     with pytest.raises(CheckpointError, match=r"Linear has no layers.*gradient_checkpointing"):
-        recompute_activations(torch.nn.Linear(2, 2))
+        enable_gradient_checkpointing(torch.nn.Linear(2, 2))
 
 
 def test_layers_that_do_not_tell_their_window_are_not_packed():

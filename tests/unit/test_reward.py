@@ -5,11 +5,15 @@ import types
 
 import pytest
 
-from salsa.config import PreferencesConfig, RewardFunction
+from salsa.artifacts import Checkpoint, write_jsonl
+from salsa.config import PreferencesConfig, RewardConfig, RewardFunction
 from salsa.data import Prompt
+from salsa.errors import DataError
 from salsa.models import RewardModel
 from salsa.preferences import label_pairs
+from salsa.reward import _accuracy, train_reward
 from salsa.runtime.engine import Engine
+from salsa.stages.jobs import RewardJob
 
 FP32 = Engine.create("fp32")
 PROMPTS = [Prompt((1,), None, text) for text in ("a", "b")]
@@ -56,12 +60,40 @@ def test_reward_model_scores_the_conversation_it_was_trained_on(make_checkpoint,
     assert scores[1] != pytest.approx(scores[0], abs=1e-3)
 
 
+def test_the_accuracy_is_of_whole_replies_not_of_their_first_turn(make_checkpoint, monkeypatch):
+    """A scorer that likes length: the rejected one's first turn is longer, the chosen conversation is."""
+    from salsa.models import load_classifier, load_tokenizer
+
+    source = make_checkpoint("llama", 5)
+    classifier = load_classifier(source.path, pad_id=0, new_head_seed=1)
+    model = RewardModel(classifier, load_tokenizer(source.path), FP32)
+    monkeypatch.setattr(model, "scores", lambda rows, most: [float(len(row)) for row in rows])
+    user, reply = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    chosen = [reply, user, reply | {"content": "x" * 9}]
+    rejected = [reply | {"content": "xx"}, user, reply]
+    talks = {"prompt": [user], "chosen": chosen, "rejected": rejected}
+    bare = {"prompt": "a", "chosen": "b", "rejected": "bb"}
+    assert _accuracy(model, [talks]) == 1.0
+    assert _accuracy(model, [talks, bare]) == 0.5
+
+
+def test_too_few_pairs_say_what_to_do(make_checkpoint, tmp_path):
+    """One pair is enough where none is kept back, and too few where one is."""
+    init = make_checkpoint("llama", 5)
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    config = RewardConfig(epochs=1, max_length=64, holdout=0.1)
+    job = RewardJob("reward", init, Checkpoint(tmp_path, "0" * 64), config, 3)
+    with pytest.raises(
+        DataError, match="1 pairs are too few .* Give more pairs, or set reward.hold"
+    ):
+        train_reward(job, tmp_path, FP32)
+
+
 def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_path):
     """WARM through the stages: `reward.paths` of two models scores as the averaged classifier does."""
     from safetensors.torch import load_file
 
     from salsa import models
-    from salsa.artifacts import Checkpoint
     from salsa.config import Recipe
     from salsa.pipeline import stages_of
     from salsa.stages.directory import RunDirectory

@@ -85,6 +85,38 @@ def test_failing_callables_stop_the_work_and_say_why(name, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_callable_that_exits_fails_instead_of_hanging(kind, error, module):
+    """Raised in the event loop's thread it would end the loop, and this call would never return; nor would the next."""
+
+    def score(prompts, responses):
+        raise error("no key")
+
+    async def later(prompts, responses):
+        await asyncio.sleep(0)
+        raise error("no key")
+
+    module.exits = score if kind == "sync" else later
+    waiting = scorer(("exits", 1.0)).begin(PROMPTS, ["x", "y"])
+    caught = []
+    thread = threading.Thread(target=lambda: caught.append(_error_of(waiting)), daemon=True)
+    thread.start()
+    thread.join(timeout=5)
+    assert isinstance(caught[0], WorkFailed)
+    assert f"reward my_rewards:exits: raised RuntimeError: {error.__name__}: no key" in str(
+        caught[0]
+    )
+    assert scorer(("lengths", 1.0))(PROMPTS, ["x", "y"]) == [1.0, 1.0]
+
+
+def _error_of(work):
+    try:
+        return work()
+    except BaseException as error:
+        return error
+
+
 def test_async_callables_share_one_event_loop(module):
     loops = []
 

@@ -62,7 +62,8 @@ def test_kl_penalty_holds_the_policy_back(job, tmp_path):
 
 def test_the_reference_may_not_change_between_kill_and_resume(job, make_checkpoint, tmp_path):
     run_killed(job, tmp_path / "a", 3)
-    with pytest.raises(CheckpointError, match="was pulled towards reference"):
+    says = rf"was pulled towards reference .* Delete {tmp_path}/a/resume to start this arm anew"
+    with pytest.raises(CheckpointError, match=says):
         run(replace(job, reference=make_checkpoint("llama", 3)), tmp_path / "a")
 
 
@@ -91,7 +92,8 @@ def test_foreign_vocabularies_are_refused(job, make_checkpoint, tmp_path):
     file.write_text(json.dumps(tokenizer))
     from salsa.artifacts import Checkpoint
 
-    with pytest.raises(CheckpointError, match="the reference's tokenizer is not the policy's"):
+    says = rf"{other.path}: the reference's tokenizer is not the policy's \({job.init.path}\)"
+    with pytest.raises(CheckpointError, match=says):
         run(replace(job, reference=Checkpoint.of(other.path)), tmp_path / "a")
 
 
@@ -163,3 +165,19 @@ def test_the_first_and_the_last_update_leave_a_trace(job, tmp_path):
     before = sha256_tree(tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "trace")
     assert sha256_tree(tmp_path / "a") == before
+
+
+def test_an_update_that_is_stopped_at_leaves_what_the_last_one_leaves(job, tmp_path):
+    """Its trace, and its KL to other models; without them a stopped run has none but the first update's."""
+    watched = replace(job, kl_to={"base": job.init})
+    options = {"monitor_kl_every": 100, "kl_coef": 0.0}
+    straight = run(watched, tmp_path / "straight", **options)
+    passed = next(row for row in straight[1:-1] if row["kl"] > 0)
+    stop = {"kl": passed["kl"] / 2}
+    rows = run(watched, tmp_path / "stopped", **options, stop=stop)
+    assert len(rows) == passed["step"] < 4
+    assert [("kl_to_base" in row) for row in rows] == [True] + [False] * (len(rows) - 2) + [True]
+    assert rows[-1]["kl_to_base"] == rows[-1]["kl"] == passed["kl"]
+    traced = read_trace(tmp_path / "stopped", len(rows))
+    kls = [sum(r["logprobs"]) - sum(r["ref_logprobs"]) for r in traced]
+    assert sum(kls) / len(kls) == pytest.approx(passed["kl"], abs=1e-5)

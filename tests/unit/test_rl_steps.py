@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from salsa import rl
+from salsa import rl, rl_models
 from salsa.artifacts import Checkpoint
 from salsa.config import AdaptiveKL, Select
 from salsa.config.expressions import ReferenceRule
@@ -429,6 +429,28 @@ def test_a_checkpoint_holds_all_that_changes(kind, job, tmp_path):
         assert ours["state"].keys() == theirs["state"].keys() != set()
         for number, moments in ours["state"].items():
             assert all(torch.equal(v, theirs["state"][number][k]) for k, v in moments.items())
+
+
+def test_moments_are_divided_like_their_own_weight_where_another_has_none(job, monkeypatch):
+    """Adam's states have numbers; a weight that never had a gradient has no state, and the numbers go on."""
+    models, experience, _ = first_experience(job)
+    one_update(job, models, experience)
+    learner = models.learners["policy"]
+    weights = list(learner.model.trained().values())
+    del learner.optimizer.state[weights[0]]
+    state = learner.state()
+    moments = state["optimizer"]["state"]
+    likes = {}
+
+    def noted(x, like):
+        likes[id(x)] = like
+        return x
+
+    monkeypatch.setattr(rl_models, "divided_like", noted)
+    learner.load_state(state)
+    assert 0 not in moments and 1 in moments
+    for number, of in moments.items():
+        assert likes[id(of["exp_avg"])] is weights[number]
 
 
 def test_weights_that_are_not_finite_are_not_saved(job, tmp_path):

@@ -38,7 +38,7 @@ def sample(
 @pytest.mark.parametrize("max_rows", [3, 64])
 def test_logprobs_are_those_of_teacher_forcing(family, max_rows):
     model = wrap(model_of(family))
-    assert model.packs == (family != "bloom")
+    assert model.uses_packing == (family != "bloom")
     drawn = sample(model, prompts_of(20), max_rows=max_rows, ends=range(2, 261, 12))
     again = model.stats(drawn.rollout, 0.8).logprobs
     assert len(set(drawn.rollout.lengths.tolist())) > 5

@@ -10,7 +10,7 @@ import torch
 from salsa import data, make_soup
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.config import DataSource, RewardConfig, SFTConfig
-from salsa.errors import DataError
+from salsa.errors import ConfigError, DataError
 from salsa.models import load_classifier, load_policy, load_tokenizer
 from salsa.reward import train_reward
 from salsa.runtime.engine import Engine
@@ -107,6 +107,18 @@ def test_killed_and_resumed_adapters_are_those_of_a_straight_run(sft, tmp_path, 
     train_sft(job, tmp_path / "killed", FP32)
     digests = [Checkpoint.of(tmp_path / name).digest for name in ("straight", "killed")]
     assert digests[0] == digests[1]
+
+
+def test_a_layer_that_is_not_there_is_one_line(sft, make_checkpoint, tmp_path):
+    lora = {"target_modules": ("nothing",)}
+    with pytest.raises(ConfigError, match=r"sft.lora.target_modules=\['nothing'\]: .* Name linear"):
+        trained(changed(sft, lora=lora), tmp_path / "sft")
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    config = RewardConfig(epochs=1, max_length=64, lora=lora)
+    init = make_checkpoint("llama", 0)
+    job = RewardJob("reward", init, Checkpoint(tmp_path, "0" * 64), config, 3)
+    with pytest.raises(ConfigError, match=r"reward.lora.target_modules=\['nothing'\]: .* Name"):
+        trained(job, tmp_path / "reward")
 
 
 @pytest.mark.slow

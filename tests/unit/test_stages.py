@@ -19,7 +19,7 @@ from salsa.config import (
     RLConfig,
     SFTConfig,
 )
-from salsa.config.expressions import ReferenceRule
+from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.errors import CheckpointError, ConfigError, SalsaError
 from salsa.pipeline import remaining, stages_of
 from salsa.rewards import RewardSource
@@ -28,7 +28,7 @@ from salsa.stages import directory as directory_module
 from salsa.stages import jobs
 from salsa.stages.directory import RunDirectory
 from salsa.stages.graph import Graph, Node
-from salsa.stages.jobs import RLJob, SFTJob, SoupJob, identity_of
+from salsa.stages.jobs import RLJob, SFTJob, SoupJob
 from salsa.stages.nodes import check_inputs
 
 DONE: list[str] = []

@@ -14,7 +14,7 @@ reference  model                            stands still
 import math
 import re
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _SFT = re.compile(r"sft\[(\d+)\]")
 _SOUP = re.compile(r"soup\[(\d+(?:\s*,\s*\d+)*)\]")
@@ -98,6 +98,15 @@ class ReferenceRule(Generic[M]):
         return self.ema is not None or self.reset_every is not None
 
 
+def identity_of(reference: ReferenceRule[Any]) -> str:
+    """A reference of checkpoints in one line: its rule and their digests. One that stands still is its digest alone."""
+    digests = [checkpoint.digest for checkpoint in reference.models]
+    if reference == ReferenceRule(reference.models):
+        return digests[0]
+    rule = {key: value for key, value in vars(reference).items() if key != "models"}
+    return f"{rule} of {digests}"
+
+
 def parse_model(text: str) -> Model:
     """A model expression; ValueError, which says what may be written, for what names no model."""
     text = text.strip()
@@ -158,7 +167,7 @@ def parse_reference(text: str, init: str) -> ReferenceRule[Model]:
 
 
 def text_of(model: Model) -> str:
-    """The expression in its plainest spelling; equal models have equal texts."""
+    """The expression in its plainest spelling; equal models have equal texts, and different ones different texts."""
     match model:
         case Base():
             return "base"
@@ -169,7 +178,7 @@ def text_of(model: Model) -> str:
         case Given(path):
             return path
         case Shrunk(of, share):
-            far = f"{share:g}" if isinstance(share, float) else text_of(share)
+            far = _digits(share) if isinstance(share, float) else text_of(share)
             return f"shrink({text_of(of)}, base, {far})"
         case Soup(parts, None) if all(isinstance(part, SFT) for part in parts):
             return f"soup[{','.join(str(part.index) for part in parts if isinstance(part, SFT))}]"
@@ -258,6 +267,12 @@ def _check_size(text: str) -> None:
         raise ValueError(
             f"{text[:40]!r}…: more than {_LONGEST} characters or {_DEEPEST} brackets. Make it in steps: salsa soup"
         )
+
+
+def _digits(number: float) -> str:
+    """The number with as many digits as it needs; 1, not 1.0."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _number(text: str) -> float:

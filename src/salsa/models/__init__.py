@@ -2,6 +2,7 @@
 
 from salsa.models.language import LanguageModel
 from salsa.models.loading import (
+    check_vocabulary,
     load_classifier,
     load_policy,
     load_tokenizer,
@@ -16,6 +17,7 @@ __all__ = [
     "LanguageModel",
     "RewardModel",
     "ValueModel",
+    "check_vocabulary",
     "load_classifier",
     "load_policy",
     "load_tokenizer",

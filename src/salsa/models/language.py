@@ -5,7 +5,7 @@ Only what differs is worth computing: rows are packed without padding, a prefix 
 Log-softmax and everything after it is fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa.config import LoRAConfig
 from salsa.errors import CheckpointError
 from salsa.models.loading import load_policy, save_checkpoint
-from salsa.models.trunk import enable_packing, packs, recompute_activations, response_hidden
+from salsa.models.trunk import (
+    enable_gradient_checkpointing,
+    enable_packing,
+    response_hidden,
+    uses_packing,
+)
 from salsa.models.weights import MixedPrecisionModule, add_adapters, lerp, merged, shared_copy
 from salsa.objectives import categorical_kl
 from salsa.runtime.engine import Engine
@@ -47,13 +52,13 @@ class LanguageModel(MixedPrecisionModule):
         *,
         learns: bool = False,
         moves: bool = False,
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
         shared: "LanguageModel | None" = None,
     ) -> None:
         """Wrap an fp32 model that is in memory, which is changed, or a copy of that of `shared`.
 
         One that `learns` gets gradients, one that `moves` can `follow` or be `put`; both keep fp32 masters. With
-        `recompute`, activations are computed again in the backward pass.
+        `gradient_checkpointing`, activations are computed again in the backward pass.
 
         Raises:
             CheckpointError: it does more to its logits than is known here.
@@ -63,8 +68,8 @@ class LanguageModel(MixedPrecisionModule):
             _check_logits(backbone)
             enable_packing(backbone)
             backbone.requires_grad_(learns)
-        if recompute:
-            recompute_activations(backbone)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(backbone)
         self.backbone = backbone
         if shared is None:
             self.lower()
@@ -83,9 +88,9 @@ class LanguageModel(MixedPrecisionModule):
         return self.backbone.base_model
 
     @property
-    def packs(self) -> bool:
+    def uses_packing(self) -> bool:
         """Whether rows are packed without padding."""
-        return packs(self.trunk)
+        return uses_packing(self.trunk)
 
     def logprobs(self, rollout: Rollout, temperature: float) -> Float[Tensor, "B R"]:
         """Log π(y_t | x, y_<t) under `temperature`, in nats, to be differentiated; 0 outside the mask."""
@@ -149,37 +154,37 @@ class LanguageModel(MixedPrecisionModule):
             logits = _logits(self.backbone, hidden, temperature)
             return -cross_entropy(logits, tokens, reduction="none")
 
-        chunks = self._chunks(rollout)
-        again = len(chunks) > 1
-        parts = [checkpoint(chunk, *c, use_reentrant=False) if again else chunk(*c) for c in chunks]
-        return rollout.unflatten(torch.cat(parts))
+        return rollout.unflatten(self._of_chunks(chunk, rollout))
 
     def _logprobs_and_entropy(self, rollout: Rollout, temperature: float) -> TokenStats:
         def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
             logits = _logits(self.backbone, hidden, temperature)
-            distribution = logits.log_softmax(dim=-1)
-            entropy = -(distribution.exp() * distribution).sum(dim=-1)
-            return torch.stack([-cross_entropy(logits, tokens, reduction="none"), entropy])
+            logprobs = -cross_entropy(logits, tokens, reduction="none")
+            return torch.stack([logprobs, _entropy(logits.log_softmax(dim=-1))])
 
-        chunks = self._chunks(rollout)
-        again = len(chunks) > 1
-        parts = [checkpoint(chunk, *c, use_reentrant=False) if again else chunk(*c) for c in chunks]
-        return TokenStats(*map(rollout.unflatten, torch.cat(parts, dim=1)))
+        return TokenStats(*map(rollout.unflatten, self._of_chunks(chunk, rollout)))
 
     def _stats(self, rollout: Rollout, temperature: float) -> TokenStats:
-        parts = []
-        for hidden, tokens in self._chunks(rollout):
+        def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
             distribution = _logits(self.backbone, hidden, temperature).log_softmax(dim=-1)
-            logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
-            parts.append((logprobs, -(distribution.exp() * distribution).sum(dim=-1)))
-        columns = (torch.cat(part) for part in zip(*parts, strict=True))
-        return TokenStats(*map(rollout.unflatten, columns))
+            logprobs = distribution.gather(-1, tokens[:, None]).squeeze(
+                -1
+            )  # as cross_entropy has it
+            return torch.stack([logprobs, _entropy(distribution)])
 
-    def _chunks(self, rollout: Rollout) -> list[tuple[Tensor, Tensor]]:
-        """The hidden states before the response tokens, and these, LOGITS_CHUNK at a time."""
+        return TokenStats(*map(rollout.unflatten, self._of_chunks(chunk, rollout)))
+
+    def _of_chunks(self, work: Callable[[Tensor, Tensor], Tensor], rollout: Rollout) -> Tensor:
+        """What `work` makes of the hidden states before the response tokens and of these, LOGITS_CHUNK at a time.
+
+        Its last axis is that of the tokens. For a backward pass it works again, so that logits are not kept.
+        """
         hidden = response_hidden(self.trunk, rollout)
         tokens = rollout.response[rollout.response_mask]
-        return list(zip(hidden.split(LOGITS_CHUNK), tokens.split(LOGITS_CHUNK), strict=True))
+        chunks = list(zip(hidden.split(LOGITS_CHUNK), tokens.split(LOGITS_CHUNK), strict=True))
+        again = len(chunks) > 1 and torch.is_grad_enabled()
+        parts = [checkpoint(work, *c, use_reentrant=False) if again else work(*c) for c in chunks]
+        return torch.cat(parts, dim=-1)
 
 
 def _logits(model: Any, hidden: Float[Tensor, "N d"], temperature: float) -> Float[Tensor, "N V"]:
@@ -188,6 +193,11 @@ def _logits(model: Any, hidden: Float[Tensor, "N d"], temperature: float) -> Flo
     if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits.div_(temperature)
+
+
+def _entropy(distribution: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """−Σ_v π(v)·log π(v) of log-probabilities, in nats."""
+    return -(distribution.exp() * distribution).sum(dim=-1)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from transformers import (
 from salsa.config import ModelConfig
 from salsa.errors import CheckpointError
 from salsa.types import Sampling
-from salsa.untrusted import check_model, check_size, read_json, reading
+from salsa.untrusted import check_model, check_size, read_json, read_text, reading
 
 
 def load_tokenizer(
@@ -41,13 +41,31 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(Path(chat_template))
     return tokenizer
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:
     """Whether two models' tokenizers map the same tokens to the same rows."""
     return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+
+
+def check_vocabulary(policy: PreTrainedTokenizerBase, path: Path, what: str) -> None:
+    """Refuse a model whose token ids mean other tokens than the policy's.
+
+    Args:
+        policy: the policy's tokenizer.
+        path: the other model's directory.
+        what: what the other model is, for the message: `reference`.
+
+    Raises:
+        CheckpointError: its tokenizer does not map the same tokens to the same rows, or cannot be loaded.
+    """
+    if load_tokenizer(path).get_vocab() != policy.get_vocab():
+        named = f" ({policy.name_or_path})" if policy.name_or_path else ""
+        raise CheckpointError(
+            f"{path}: the {what}'s tokenizer is not the policy's{named}. Use models of one family."
+        )
 
 
 def sampling_for(
@@ -73,7 +91,8 @@ def load_classifier(
     """A sequence classifier with one label, in fp32; a missing head is drawn from `new_head_seed`.
 
     Raises:
-        CheckpointError: the model has no head and no seed to draw one is given, or it has several labels.
+        CheckpointError: the model has no head and no seed to draw one is given, its head is not one linear layer
+            `score` without bias on a causal trunk, or it has several labels.
     """
     config = read_json(path / "config.json")
     options: dict[str, Any] = {}
@@ -88,6 +107,12 @@ def load_classifier(
     if model.config.num_labels != 1:
         raise CheckpointError(
             f"{path}: the reward model has {model.config.num_labels} labels. Give one with num_labels=1."
+        )
+    head = getattr(model, "score", None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        raise CheckpointError(
+            f"{path}: {type(model).__name__} has no linear head `score` on its last hidden state. Give a sequence "
+            "classifier of a causal language model, or call this one in a function of your own (reward.functions)."
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id

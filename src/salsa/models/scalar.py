@@ -13,7 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from salsa.config import LoRAConfig
 from salsa.models.language import LanguageModel
 from salsa.models.loading import load_classifier, load_tokenizer, save_checkpoint
-from salsa.models.trunk import enable_packing, hidden_states, recompute_activations, response_hidden
+from salsa.models.trunk import (
+    enable_gradient_checkpointing,
+    enable_packing,
+    hidden_states,
+    response_hidden,
+)
 from salsa.models.weights import MixedPrecisionModule, add_adapters, merged, shared_copy
 from salsa.runtime.engine import Engine
 from salsa.runtime.packing import packs_of
@@ -59,7 +64,13 @@ class ValueModel(MixedPrecisionModule):
 
     @classmethod
     def load(
-        cls, path: Path, engine: Engine, *, pad_id: int, new_head_seed: int, recompute: bool = False
+        cls,
+        path: Path,
+        engine: Engine,
+        *,
+        pad_id: int,
+        new_head_seed: int,
+        gradient_checkpointing: bool = False,
     ) -> "ValueModel":
         """A model of its own, from a sequence classifier, or a language model that gets a new head.
 
@@ -68,8 +79,8 @@ class ValueModel(MixedPrecisionModule):
         """
         model: Any = load_classifier(path, pad_id=pad_id, new_head_seed=new_head_seed)
         enable_packing(model.to(engine.device))
-        if recompute:
-            recompute_activations(model)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(model)
         return cls(model.base_model, engine, score=model.score)
 
     @classmethod
@@ -134,7 +145,13 @@ class RewardModel(nn.Module):
 
     def forward(self, prompts: "Sequence[Prompt]", responses: Sequence[str]) -> list[float]:
         """One score each; in several processes all of them call it, with the same."""
-        rows = [self._ids(p, r) for p, r in zip(prompts, responses, strict=True)]
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            if prompt.messages is None:
+                rows.append(self.token_ids(prompt.text, response))
+            else:
+                reply = {"role": "assistant", "content": response}
+                rows.append(self.token_ids(prompt.messages, [reply]))
         return self.scores(rows, SCORING_TOKENS)
 
     @torch.no_grad()
@@ -154,14 +171,13 @@ class RewardModel(nn.Module):
                 scores[pack] = values.cpu()
         return self.engine.sum(scores.to(self.engine.device)).tolist()
 
-    def _ids(self, prompt: "Prompt", response: str) -> list[int]:
-        """Prompt and response as the model was trained to see them."""
+    def token_ids(self, prompt: Any, reply: Any) -> list[int]:
+        """Prompt and reply, both bare text or both messages, as the model was trained to see them."""
         from salsa.data import render
 
-        if prompt.messages is None:
-            return self.tokenizer(prompt.text + response + self.tokenizer.eos_token)["input_ids"]
-        messages = [*prompt.messages, {"role": "assistant", "content": response}]
-        text = render(messages, self.tokenizer, "reward")
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + reply + self.tokenizer.eos_token)["input_ids"]
+        text = render([*prompt, *reply], self.tokenizer, "reward")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -41,13 +41,13 @@ def enable_packing(model: PreTrainedModel) -> bool:
         same = torch.allclose(plain[where[real]], packed[paths[real]], rtol=1e-3, atol=1e-3)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
         pass  # a family that goes on with an attention of its own, or not at all
-    if same and packs(trunk) and _tells_windows(trunk.config, windows):
+    if same and uses_packing(trunk) and _tells_windows(trunk.config, windows):
         return True
     model.set_attn_implementation(usual)
     return False
 
 
-def packs(trunk: Any) -> bool:
+def uses_packing(trunk: Any) -> bool:
     """Whether the model has the attention of packed rows."""
     return trunk.config.get_text_config()._attn_implementation == ATTENTION
 
@@ -57,7 +57,7 @@ def hidden_states(
 ) -> tuple[Float[Tensor, "N d"], Int[Tensor, "B T"]]:
     """The last hidden states of all tokens, and where each row's are among them; read them by `packing.take`."""
     here = next(trunk.parameters()).device
-    if packs(trunk):
+    if uses_packing(trunk):
         packing = pack(rows, here)
         inputs, paths = arguments(packing), packing.paths
     else:
@@ -75,7 +75,7 @@ def response_hidden(trunk: nn.Module, rollout: Rollout) -> Float[Tensor, "N d"]:
     return take(hidden, paths[rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1])
 
 
-def recompute_activations(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Let layers keep nothing but their input for the backward pass and compute the rest again (Chen et al. 2016).
 
     The same bits, less memory, a forward pass more.

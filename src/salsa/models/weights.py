@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from salsa.config import LoRAConfig
-from salsa.errors import ConfigError
 from salsa.runtime.engine import Engine
+from salsa.runtime.lora import finding_targets, lora_config
 from salsa.runtime.sharding import divided_like, local, reshard
 
 WRAPPED = "_checkpoint_wrapped_module."
@@ -165,13 +165,8 @@ def add_adapters(model: nn.Module, config: LoRAConfig, *, seed: int) -> None:
 
     torch.manual_seed(seed)
     model.requires_grad_(False)
-    targets = list(config.target_modules) or "all-linear"
-    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    try:
-        peft.inject_adapter_in_model(lora, model, _ADAPTER)
-    except ValueError as error:
-        words = " ".join(str(error).split())
-        raise ConfigError(f"rl.lora.target_modules={targets}: {words}") from error
+    with finding_targets(config, "rl"):
+        peft.inject_adapter_in_model(lora_config(config), model, _ADAPTER)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from salsa.runtime.engine import Engine
+from salsa.runtime.lora import lora_config
 from salsa.runtime.tracking import Tracker, say, tracker
 
 _LOGS_PER_CHECKPOINT = 5
@@ -178,16 +179,8 @@ def adapters(config: Any, task: str, seed: int, whole: tuple[str, ...] = ()) -> 
     """
     if config is None:
         return None
-    import peft
-
     torch.manual_seed(seed)
-    return peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(config.target_modules) or "all-linear",
-        modules_to_save=list(whole) or None,
-        task_type=task,
-    )
+    return lora_config(config, modules_to_save=list(whole) or None, task_type=task)
 
 
 def merged(trainer: Trainer, model: PreTrainedModel) -> PreTrainedModel:

@@ -114,14 +114,20 @@ def measure_soup(
     ingredients: Sequence[Path | str],
     *,
     base: Path | str | None = None,
+    force: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """What `soup.json` of these ingredients would say, without writing anything; options as of `make_soup`."""
-    mix = Mix(**options)
+    """What `soup.json` of these ingredients would say, without writing anything; options as of `make_soup` but `out`.
+
+    Raises:
+        ConfigError: the options do not fit, or the method is greedy.
+        CheckpointError: an ingredient is broken or they do not go together; the message names the tensor or file.
+    """
+    mix = Mix(**options, allow_identical=force)
     if mix.method == "greedy":
         raise ConfigError(
-            "soup: a greedy soup is scored, so it must be written. Leave --dry-run out."
+            "soup: a greedy soup is scored, so it must be written. Use make_soup (leave --dry-run out)."
         )
     base_source = _source(base) if base is not None else None
     return average([_source(path) for path in ingredients], base_source, mix, None, progress)
@@ -139,11 +145,12 @@ def interpolate(
     """Checkpoints along the line (1 − t) θ_start + t θ_end, one directory a point (LITI, arXiv 2312.06795).
 
     The models are `out/t=0.25` and so on for `points`, the values of t, outside 0 to 1 only with `extrapolate`;
-    `force` replaces what was made there before. Options: `base`, `dtype`, `heads`, `take_from` as of `make_soup`.
+    `force` replaces what was made there before. Options: `base`, `dtype`, `heads`, `take_from` as of `make_soup`, which
+    says what is raised.
     """
     out = Path(out)
     if not points or len(set(points)) != len(points):
-        raise ConfigError("soup: give different --points, e.g. 0,0.25,0.5,0.75,1.")
+        raise ConfigError("soup: give different points= (--points), e.g. 0,0.25,0.5,0.75,1.")
     _check_target(out, [_source(start), _source(end)])
     with new_directory(out, force=force) as partial:
         made = [
@@ -218,7 +225,9 @@ def _scored(score: Score, path: Path) -> float:
     except WorkFailed:
         raise
     except Exception as error:
-        raise WorkFailed(f"soup: the score of {path} failed: {error}") from error
+        raise WorkFailed(
+            f"soup: the score of {path} failed: {error}. Mend score= (--score)."
+        ) from error
     if math.isnan(value):
-        raise WorkFailed(f"soup: the score of {path} is NaN.")
+        raise WorkFailed(f"soup: the score of {path} is NaN. Let score= (--score) give a number.")
     return value

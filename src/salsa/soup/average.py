@@ -60,11 +60,11 @@ class _Average:
         if self.side_by_side and len(self.adapters) < len(sources):
             raise CheckpointError(
                 f"{self.adapters[0].path}: is an adapter, other ingredients are models. "
-                "Give --base, which the adapters are then added to."
+                "Give base= (--base), which the adapters are then added to."
             )
         if self.side_by_side and mix.heads is not None:
             raise ConfigError(
-                "soup: --heads is about models; an adapter's saved modules are averaged."
+                "soup: heads= (--heads) is about models; an adapter's saved modules are averaged. Leave it out."
             )
         self.ingredients = [
             MergedAdapter(one, self.base) if self.base and isinstance(one, Adapter) else one
@@ -135,13 +135,15 @@ class _Average:
         heads = sorted({k for i in self.ingredients for k in i.tensors if k.startswith(HEADS)})
         if not heads:
             if choice is not None:
-                raise ConfigError("soup: --heads, but no ingredient has a head. Leave it out.")
+                raise ConfigError(
+                    "soup: heads= (--heads), but no ingredient has a head. Leave it out."
+                )
             return
         if choice is None:
             holder = next(i for i in self.ingredients if heads[0] in i.tensors)
             raise CheckpointError(
-                f"{holder.path}: has a head on top ({heads[0]}). Say what becomes of it: --heads average, drop or "
-                "keep-from-0."
+                f"{holder.path}: has a head on top ({heads[0]}). Say what becomes of it: heads= (--heads) average, "
+                "drop or keep-from-0."
             )
         if choice == "average":
             self._fixed |= dict.fromkeys(heads, self.mix.mean(count))
@@ -194,5 +196,6 @@ class _Average:
 def _identical(sources: Sequence[Source]) -> CheckpointError:
     names = ", ".join(s.name for s in sources)
     return CheckpointError(
-        f"soup: among {names} the same checkpoint is given twice. Give different ones, change its weight, or --force."
+        f"soup: among {names} the same checkpoint is given twice. Give different ones, change its weight, or "
+        "force=True (--force)."
     )

@@ -23,7 +23,8 @@ from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, WeightsWriter
 from salsa.soup.ingredients import Ingredient
-from salsa.soup.methods import Factors, Mix, Room, rounded
+from salsa.soup.methods import Factors, Mix
+from salsa.soup.rounding import Room, rounded
 
 ELEMENTS_IN_FLIGHT = 1 << 21
 """Elements of one piece, all ingredients together: what threads hand to each other."""

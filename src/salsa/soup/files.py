@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from salsa.artifacts import write_atomic
 from salsa.errors import CheckpointError
-from salsa.untrusted import read_header, read_json, reading
+from salsa.untrusted import read_header, read_json, reading, refuse_pickles
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -134,7 +134,10 @@ class Weights:
             self._open = None
 
     def _bytes(self, shard: Shard, start: int, stop: int) -> np.ndarray:
-        """Bytes of a file, mapped: a copy would cost as much as all sums. They are hashed if they come next."""
+        """Bytes of a file, mapped: a copy would cost as much as all sums. They are hashed if they come next.
+
+        Only bytes of an own file: a head that all ingredients take from one of them is read by several threads at once.
+        """
         if self._open is None or self._open[0] is not shard:
             self.close()
             file = shard.path.open("rb", buffering=0)
@@ -149,14 +152,11 @@ class Weights:
             self._asked = stop + _PREFETCH_BYTES
             os.posix_fadvise(file.fileno(), start, self._asked - start, os.POSIX_FADV_WILLNEED)
         if start - self._dropped > 2 * _KEPT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            pages.madvise(
-                mmap.MADV_DONTNEED,
-                self._dropped,
-                start - _KEPT_BYTES - self._dropped & -mmap.PAGESIZE,
-            )
-            self._dropped += start - _KEPT_BYTES - self._dropped & -mmap.PAGESIZE
+            length = start - _KEPT_BYTES - self._dropped & -mmap.PAGESIZE
+            pages.madvise(mmap.MADV_DONTNEED, self._dropped, length)
+            self._dropped += length
         view = np.frombuffer(pages, np.uint8, stop - start, start)
-        if start == shard.hashed:
+        if start == shard.hashed and shard in self.shards:
             shard.hasher.update(view)
             shard.hashed = stop
         return view
@@ -264,11 +264,7 @@ def _shard_names(directory: Path, stem: str) -> Mapping[str, set[str] | None]:
     if single.exists():
         return {single.name: None}
     if not os.path.lexists(index):
-        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-            raise CheckpointError(
-                f"{directory}: has pickled weights only, and a pickle can run any code when it is opened. "
-                "Load it where you trust it and save_pretrained(..., safe_serialization=True)."
-            )
+        refuse_pickles(directory)
         raise CheckpointError(
             f"{directory}: has no {single.name}. Give a directory that save_pretrained wrote."
         )

@@ -111,7 +111,7 @@ def check_alike(ingredients: Sequence[Ingredient], take_from: int | None) -> Non
         refuse(_model_differences(first, other))
         refuse(_vocabulary_differences(first, other, take_from))
         if take_from is None:
-            refuse(_unequal(first, other, _settings, "Choose one with --take-from."))
+            refuse(_unequal(first, other, _settings, "Choose one with take_from= (--take-from)."))
 
 
 def check_base(base: Ingredient, first: Ingredient, heads: Iterable[str]) -> None:
@@ -237,7 +237,10 @@ def _vocabulary_differences(
     if bool(there) != bool(here):
         if take_from is None:
             bare = other.path if there else first.path
-            yield f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with --take-from."
+            yield (
+                f"{bare}: has no tokenizer to compare. Put one there, or say whose to use with take_from= "
+                "(--take-from)."
+            )
         return
     for part in sorted(there.keys() | here.keys()):
         old, new = there.get(part), here.get(part)

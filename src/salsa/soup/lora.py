@@ -20,7 +20,8 @@ from salsa.errors import CheckpointError
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Weights, WeightsWriter, widest
 from salsa.soup.ingredients import Ingredient, refuse
-from salsa.soup.methods import DTYPES, Factors, Mix, rounded
+from salsa.soup.methods import DTYPES, Factors, Mix
+from salsa.soup.rounding import rounded
 from salsa.untrusted import read_json
 
 CONFIG = "adapter_config.json"
@@ -49,15 +50,16 @@ class Adapter(Ingredient):
 
     def _problems(self) -> Iterator[str]:
         if (kind := self.config.get("peft_type")) != "LORA":
-            yield f"{self.path}: is a {kind} adapter; only LoRA adapters add up."
+            yield f"{self.path}: is a {kind} adapter; only LoRA adapters add up. Give LoRA adapters, or whole models."
         for key in filter(self.config.get, _UNSUPPORTED):
             yield f"{self.path}: uses {key}, which a soup cannot add up. Merge it into its base first."
         start = str(self.config.get("init_lora_weights", "")).lower()
         if start.startswith(_MOVES_BASE):
             yield f"{self.path}: started with {start}, which changes the base too. Convert it to a plain LoRA first."
-        for value in (self.config.get("r"), self.config.get("lora_alpha")):
+        for key in ("r", "lora_alpha"):
+            value = self.config.get(key)
             if not isinstance(value, int | float) or value <= 0:
-                yield f"{self.path / CONFIG}: r and lora_alpha must be positive numbers."
+                yield f"{self.path / CONFIG}: {key} is {value!r:.40}, no positive number. Copy or save it again."
 
     @property
     def scale(self) -> float:
@@ -108,10 +110,13 @@ def adapter_differences(first: Adapter, other: Adapter) -> Iterator[str]:
                 "Only adapters of one base, made in one way, add up."
             )
     for stray in sorted(first.tensors.keys() ^ other.tensors.keys()):
-        yield f"{other.path}: differs from {first.path} about {stray}."
+        yield f"{other.path}: differs from {first.path} about {stray}. Give adapters of the same layers."
     for key, tensor in first.tensors.items():
         if (shape := other.tensors[key].shape) != tensor.shape:
-            yield f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}."
+            yield (
+                f"{other.path}: {key} is {shape}, in {first.path} it is {tensor.shape}. "
+                "Give adapters of one base and one rank."
+            )
 
 
 def concatenate(
@@ -175,7 +180,7 @@ class MergedAdapter(Ingredient):
             target = base.tensors.get(f"{module}.weight")
             if target is None:
                 raise CheckpointError(
-                    f"{self.path}: adapts {module}, which {base.path} does not have. Give the right --base."
+                    f"{self.path}: adapts {module}, which {base.path} does not have. Give the right base= (--base)."
                 )
             shape = (adapter.tensors[b].shape[0], adapter.tensors[a].shape[-1])
             if target.shape != (shape[::-1] if adapter.turned(a) else shape):
@@ -191,7 +196,8 @@ class MergedAdapter(Ingredient):
         }
         if stray := sorted(self._replaced.keys() - base.tensors.keys()):
             raise CheckpointError(
-                f"{self.path}: brings {stray[0]}, which the base does not have. Leave --base out to keep an adapter."
+                f"{self.path}: brings {stray[0]}, which the base does not have. "
+                "Leave base= (--base) out to keep an adapter."
             )
 
     @property

@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from salsa.errors import ConfigError
-from salsa.soup.files import FLOATS
 
 Method = Literal["linear", "greedy", "wise", "slerp", "model_stock"]
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -130,28 +129,33 @@ class Mix:
         if self.dtype not in ("auto", *DTYPES):
             yield f"dtype={self.dtype!r}. Use auto, {', '.join(DTYPES)}."
         if self.method in ("wise", "slerp", "model_stock") and not has_base:
-            yield f"{self.method} needs the base. Give it with --base."
+            yield f"{self.method} needs the base. Give it with base= (--base)."
         if (self.method == "wise") != (self.alpha is not None):
-            yield "--alpha belongs to --method wise, which needs it."
+            yield "alpha= (--alpha) belongs to the method wise, which needs it."
         if self.alpha is not None and not (0 <= self.alpha <= 1 or self.extrapolate):
-            yield f"alpha={self.alpha:g} lies outside 0 to 1. Add --extrapolate."
+            yield f"alpha={self.alpha:g} lies outside 0 to 1. Add extrapolate=True (--extrapolate)."
         if (self.method == "greedy") != (self.score is not None):
-            yield "--score belongs to --method greedy, which needs it."
+            yield "score= (--score) belongs to the method greedy, which needs it."
+        if self.method == "model_stock" and count < 2:
+            yield "model_stock takes two ingredients or more. Add one, or use wise."
         if self.take_from not in (None, *range(count)):
             yield f"take_from={self.take_from}, but ingredients are 0 to {count - 1}."
         if self.weights is None:
             return
         if self.method in ("greedy", "model_stock"):
-            yield f"{self.method} finds the weights itself. Leave --weights out."
+            yield f"{self.method} finds the weights itself. Leave weights= (--weights) out."
         if len(self.weights) != count:
             yield f"{len(self.weights)} weights for {count} ingredients. Give one each."
         total, least = math.fsum(self.weights), min(self.weights)
         if not all(map(math.isfinite, self.weights)) or (self.normalize and total == 0):
             yield f"weights {list(self.weights)} cannot be used. Give numbers."
         if abs(total - 1) > 1e-6 and not (self.normalize or self.extrapolate):
-            yield f"weights sum to {total:g}, not to 1. Scale them, or add --normalize or --extrapolate."
+            yield (
+                f"weights sum to {total:g}, not to 1. Scale them, or add normalize=True (--normalize) or "
+                "extrapolate=True (--extrapolate)."
+            )
         if least < 0 and not self.extrapolate:
-            yield f"weight {least:g} is negative. Add --extrapolate if it is meant."
+            yield f"weight {least:g} is negative. Add extrapolate=True (--extrapolate) if it is meant."
 
     @property
     def needs_gram(self) -> bool:
@@ -177,64 +181,3 @@ class Mix:
             return model_stock
         fixed = mean if self.alpha is None else wise(mean, self.alpha)
         return lambda gram: fixed
-
-
-class Room(NamedTuple):
-    """What `rounded` works in, kept from chunk to chunk: fresh memory would cost more than the arithmetic."""
-
-    single: np.ndarray
-    """float32 (n,); the values rounded to it are left there."""
-    spare: np.ndarray
-    """float32 (n,), free again afterwards."""
-    inexact: np.ndarray
-    """bool (n,), as is the next."""
-    wrong: np.ndarray
-
-    @classmethod
-    def of(cls, size: int) -> "Room":
-        """For `size` elements."""
-        kinds = (np.float32, np.float32, np.bool_, np.bool_)
-        return cls(*(np.empty(size, kind) for kind in kinds))
-
-    def head(self, size: int) -> "Room":
-        """The first `size` elements of it."""
-        return Room(*(part[:size] for part in self))
-
-
-def rounded(
-    values: np.ndarray, dtype: str, out: np.ndarray | None = None, room: Room | None = None
-) -> np.ndarray:
-    """float64 values, rounded once to a safetensors dtype, ties to even; into `out` if it is given."""
-    if out is None:
-        out = np.empty(values.shape, FLOATS[dtype])
-    room = room or Room.of(values.size)
-    flat = values.reshape(-1)
-    with np.errstate(over="ignore", under="ignore"):
-        np.copyto(room.single, flat, casting="same_kind")
-        if dtype == "BF16":
-            _round_to_half(room, flat, out.reshape(-1))
-        else:
-            np.copyto(out.reshape(-1), room.single if dtype == "F32" else flat, casting="unsafe")
-    return out
-
-
-def _round_to_half(room: Room, values: np.ndarray, out: np.ndarray) -> None:
-    """To bf16 from the float32 in `room`, as if the float64 `values` were rounded once.
-
-    ml_dtypes goes through float32, and rounding twice can land on the wrong side of a tie: where the float32 is a tie
-    that the float64 is not, it is moved by a bit to the side where the float64 lies, and moved back afterwards. The
-    average of two bf16 numbers is a tie every other time, but then float32 holds it exactly and there is nothing to do:
-    only ties among the inexact ones are few.
-    """
-    single, bits, lower = room.single, room.single.view(np.uint32), room.spare.view(np.uint32)
-    np.not_equal(single, values, out=room.inexact)
-    np.bitwise_and(bits, 0xFFFF, out=lower)
-    np.equal(lower, 0x8000, out=room.wrong)
-    where = np.flatnonzero(np.logical_and(room.wrong, room.inexact, out=room.wrong))
-    before = single[where]
-    if len(where):
-        size, near = np.abs(values[where]), np.abs(before.astype(np.float64))
-        bits[where] += size > near
-        bits[where] -= size < near
-    np.copyto(out, single, casting="unsafe")
-    single[where] = before

@@ -1,6 +1,7 @@
 """`salsa soup` on a terminal: words into options, a record into a table."""
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from salsa.artifacts import Checkpoint
 from salsa.errors import ConfigError, WorkFailed
 from salsa.soup import interpolate, make_soup, measure_soup
 from salsa.soup.blend import Progress
 
+_log = logging.getLogger("salsa.soup")
 _PROGRESS_AFTER = 200_000_000
 """Elements from which a progress bar is worth its line."""
 
@@ -28,7 +31,7 @@ def run_soup(
     **options: Any,
 ) -> None:
     """Do what was typed, lists still as text, and print what came of it; options as of `make_soup`."""
-    weights = options["weights"] = _numbers("--weights", options["weights"])
+    options["weights"] = _numbers("--weights", options["weights"])
     if options["score"] is not None:
         options["score"] = partial(command_score, options["score"])
     if (options["method"] == "interpolate") != (points is not None):
@@ -36,28 +39,36 @@ def run_soup(
     if out is None and not dry_run:
         raise ConfigError("Missing option --out: the directory to make (or --dry-run).")
     if (places := _numbers("--points", points)) is not None:
-        if len(ingredients) != 2 or weights is not None or dry_run or out is None:
-            raise ConfigError(
-                "--method interpolate takes two models and --points, no weights and no dry run."
-            )
-        kept = ("base", "dtype", "heads", "take_from", "extrapolate", "force")
-        own = {name: options[name] for name in kept}
-        for made in interpolate(*ingredients, points=places, out=out, **own):
-            print(f"{made.path}  sha256 {made.digest[:12]}")
+        no_use = {k: options.pop(k) for k in ("weights", "alpha", "score", "normalize")}
+        no_use["dry-run"] = dry_run
+        unused = [f"--{k}" for k, v in no_use.items() if v is not None and v is not False]
+        if len(ingredients) != 2 or unused or out is None:
+            but = f", not {', '.join(unused)}" if unused else ""
+            raise ConfigError(f"--method interpolate takes two models and --points{but}.")
+        del options["method"]
+        made = interpolate(*ingredients, points=places, out=out, **options)
+        if as_json:
+            print(json.dumps([_record(one) for one in made], indent=1))
+        else:
+            print("\n".join(f"{one.path}  sha256 {one.digest[:12]}" for one in made))
         return
     with _progress() as progress:
         if out is None or dry_run:
-            options["allow_identical"] = options.pop("force")
             record = measure_soup(ingredients, progress=progress, **options)
+            for warning in record["warnings"]:
+                _log.warning("soup: %s", warning)  # as what is written does
         else:
-            made = make_soup(ingredients, out=out, progress=progress, **options)
-            record = json.loads((made.path / "soup.json").read_text())
+            record = _record(make_soup(ingredients, out=out, progress=progress, **options))
     if as_json:
         print(json.dumps(record, indent=1))
         return
     _show(record)
     if not dry_run:
         print(f"{out}  sha256 {record['sha256'][:12]}")
+
+
+def _record(made: Checkpoint) -> dict[str, Any]:
+    return json.loads((made.path / "soup.json").read_text(encoding="utf-8"))
 
 
 def command_score(command: str, path: Path) -> float:

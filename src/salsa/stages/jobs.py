@@ -21,16 +21,15 @@ from salsa.config import (
     SFTConfig,
     Strict,
 )
-from salsa.config.expressions import ReferenceRule
+from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.data import PREFERENCE_COLUMNS, fingerprint, import_callable, load_prompts, load_rows
 from salsa.errors import CheckpointError
-from salsa.rewards import RewardSource, function_digest, sum_of
+from salsa.rewards import RewardSource, function_digest
+from salsa.untrusted import read_text
 
 if TYPE_CHECKING:
     from salsa.evaluate.benchmarks import Question
     from salsa.runtime.engine import Engine
-
-Reference = ReferenceRule[Checkpoint]
 
 T = TypeVar("T")
 Undecisive = Annotated[T, None]
@@ -117,7 +116,7 @@ class BaseJob(Job):
     def identity(self) -> dict[str, Any]:
         """The source's digest, the GGUF file and the template's text."""
         template = self.model.chat_template
-        text = Path(template).read_text(encoding="utf-8") if template else None
+        text = read_text(Path(template)) if template else None
         return identity_from(gguf_file=self.model.gguf_file, chat_template=text, source=self.source)
 
     def run(self, directory: Path, engine: "Engine | None") -> None:
@@ -265,7 +264,7 @@ class RLJob(Job):
     """RL of one arm with one seed."""
 
     init: Checkpoint
-    reference: Reference
+    reference: ReferenceRule[Checkpoint]
     reward: RewardSource
     config: RLConfig
     prompts: DataSource
@@ -290,9 +289,7 @@ class RLJob(Job):
             "reward": self.reward.load(engine),
             "critic_init": self.init,
             "prompts": load_prompts(self.prompts, tokenizer, max_tokens=longest),
-            "monitors": {
-                name: sum_of(source.load(engine)) for name, source in self.monitors.items()
-            },
+            "monitors": {name: source.load_one(engine) for name, source in self.monitors.items()},
         }
         trained = self.reward.checkpoint
         if trained is not None and same_vocabulary(trained.path, self.init.path):
@@ -479,15 +476,6 @@ def directories_of(part: Any) -> set[Path]:
         case Job() | ReferenceRule() | RewardSource():
             return directories_of(tuple(vars(part).values()))
     return set()
-
-
-def identity_of(reference: Reference) -> str:
-    """A reference in one line: its rule and its models' digests. A model that stands still is its digest alone."""
-    digests = [checkpoint.digest for checkpoint in reference.models]
-    if reference == ReferenceRule(reference.models):
-        return digests[0]
-    rule = {key: value for key, value in vars(reference).items() if key != "models"}
-    return f"{rule} of {digests}"
 
 
 def moved_reference(policy: Checkpoint) -> Checkpoint:

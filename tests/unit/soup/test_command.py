@@ -58,6 +58,26 @@ def test_interpolate(three, tmp_path):
     assert np.array_equal(middle, mean.astype(np.float32))
 
 
+def test_interpolate_prints_its_records_and_refuses_what_means_nothing(three, tmp_path):
+    options = ["--method", "interpolate", "--points", "0,1"]
+    made = soup(*three[:2], "-o", tmp_path / "line", *options, "--json")
+    stored = [(tmp_path / "line" / name / "soup.json").read_text() for name in ("t=0", "t=1")]
+    assert json.loads(made.stdout) == list(map(json.loads, stored))
+    done = soup(
+        *three[:2],
+        "-o",
+        tmp_path / "other",
+        *options,
+        "--alpha",
+        "0",
+        "--normalize",
+        "--score",
+        "x",
+    )
+    assert done.returncode == 2 and not (tmp_path / "other").exists()
+    assert "takes two models and --points, not --alpha, --score, --normalize." in done.stderr
+
+
 def test_greedy_with_a_command(three, tmp_path):
     script = tmp_path / "score.py"
     script.write_text("import sys; print('scoring'); print(-len(sys.argv[1]))")
@@ -96,3 +116,5 @@ def test_a_warning_goes_to_stderr(three, tmp_path):
     other = checkpoints.write(tmp_path / "other", strange)
     done = soup(three[0], other, "-o", tmp_path / "strange")
     assert done.returncode == 0 and "do not look like fine-tunings of one base" in done.stderr
+    dry = soup(three[0], other, "--dry-run")
+    assert dry.returncode == 0 and dry.stderr == done.stderr

@@ -155,7 +155,7 @@ def test_08_an_adapter_and_a_model_mix_over_the_base(
 ):
     adapter, other = make_adapters(1)[0], make_checkpoint("llama", 5).path
     with pytest.raises(
-        CheckpointError, match="is an adapter, other ingredients are models. Give --base"
+        CheckpointError, match="is an adapter, other ingredients are models. Give base= .--base"
     ):
         make_soup([adapter, other], out=tmp_path / "soup")
     soup = make_soup([adapter, other], base=base, out=tmp_path / "soup")
@@ -191,8 +191,8 @@ def test_08_what_makes_an_adapter_must_match(make_adapters, tmp_path, key, value
         ({"use_dora": True}, "uses use_dora"),
         ({"rank_pattern": {"q_proj": 4}}, "uses rank_pattern"),
         ({"init_lora_weights": "pissa"}, "started with pissa, which changes the base too"),
-        ({"peft_type": "IA3"}, "is a IA3 adapter; only LoRA adapters add up"),
-        ({"r": 0}, "r and lora_alpha must be positive"),
+        ({"peft_type": "IA3"}, "is a IA3 adapter; only LoRA adapters add up. Give"),
+        ({"r": 0}, "r is 0, no positive number. Copy"),
         ({"r": 3, "lora_alpha": 3}, "is not rank 3"),
     ],
 )
@@ -213,7 +213,7 @@ def test_08_adapters_need_their_own_base(make_adapters, make_checkpoint, tmp_pat
         save_file(renamed, path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapts .*layers.7.* which .* does not have"):
         make_soup(paths, base=make_checkpoint("llama", 0).path, out=tmp_path / "soup")
-    with pytest.raises(ConfigError, match="--heads is about models"):
+    with pytest.raises(ConfigError, match="heads= .--heads. is about models"):
         make_soup(paths, out=tmp_path / "soup", heads="average")
 
 

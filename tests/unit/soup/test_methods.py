@@ -146,13 +146,19 @@ def test_greedy_score_that_fails_leaves_nothing(three, tmp_path, score, message)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "wise", "alpha": 0.5}, "wise needs the base. Give it with --base"),
+        ({"method": "wise", "alpha": 0.5}, "wise needs the base. Give it with base= .--base"),
         ({"method": "slerp"}, "slerp needs the base"),
         ({"method": "model_stock"}, "model_stock needs the base"),
-        ({"method": "wise", "base": "base"}, "--alpha belongs to --method wise, which needs it"),
-        ({"alpha": 0.5}, "--alpha belongs to --method wise"),
-        ({"method": "wise", "base": "base", "alpha": 1.5}, "outside 0 to 1. Add --extrapolate"),
-        ({"method": "greedy"}, "--score belongs to --method greedy"),
+        (
+            {"method": "wise", "base": "base"},
+            "alpha= .--alpha. belongs to the method wise, which needs it",
+        ),
+        ({"alpha": 0.5}, "alpha= .--alpha. belongs to the method wise"),
+        (
+            {"method": "wise", "base": "base", "alpha": 1.5},
+            "outside 0 to 1. Add extrapolate=True .--extrapolate",
+        ),
+        ({"method": "greedy"}, "score= .--score. belongs to the method greedy"),
         ({"method": "ties"}, "method='ties'. Use linear, greedy, wise, slerp, model_stock"),
         ({"dtype": "int8"}, "dtype='int8'. Use auto, float64"),
         (
@@ -165,6 +171,19 @@ def test_options_that_do_not_fit(three, base, tmp_path, options, message):
     options = options | ({"base": base} if "base" in options else {})
     with pytest.raises(ConfigError, match=message):
         make_soup(three[:2], out=tmp_path / "soup", **options)
+
+
+def test_model_stock_of_one_is_refused(three, base, tmp_path):
+    """Its formula divides by N - 1."""
+    with pytest.raises(ConfigError, match="model_stock takes two ingredients or more. Add one"):
+        make_soup(three[:1], out=tmp_path / "soup", method="model_stock", base=base)
+
+
+def test_what_is_measured_may_be_given_twice_with_force(three):
+    with pytest.raises(ValueError, match="the same checkpoint is given twice.* force=True"):
+        measure_soup([three[0], three[0]])
+    record = measure_soup([three[0], three[0]], force=True)
+    assert record["diagnostics"]["cosines"][0][1] == pytest.approx(1)
 
 
 def test_base_of_another_size_is_refused(three, base, tmp_path):

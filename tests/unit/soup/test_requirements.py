@@ -259,7 +259,12 @@ def test_06_a_head_that_only_one_has_can_be_kept_or_dropped(three, tmp_path):
     refused("lacks none; has besides v_head.weight", three, tmp_path, heads="average")
     kept = make_soup(three, out=tmp_path / "kept", heads="keep-from-1")
     assert (read(kept.path)["v_head.weight"] == 1).all()
-    refused("--heads, but no ingredient has a head", [three[0], three[2]], tmp_path, heads="drop")
+    refused(
+        "heads= .--heads., but no ingredient has a head",
+        [three[0], three[2]],
+        tmp_path,
+        heads="drop",
+    )
 
 
 # 7. Sharding
@@ -395,7 +400,7 @@ def spoil_template(path):
 )
 def test_09_settings_are_equal_or_chosen(three, tmp_path, what, spoil):
     spoil(three[1])
-    refused(f"model-1: {what} is .*Choose one with --take-from", three[:2], tmp_path)
+    refused(f"model-1: {what} is .*Choose one with take_from= .--take-from", three[:2], tmp_path)
     for choice in (0, 1):
         soup = make_soup(three[:2], out=tmp_path / f"soup-{choice}", take_from=choice)
         for name in (
@@ -587,7 +592,7 @@ def test_13_weight_map_names_are_plain_files_beside_the_index(three, tmp_path, n
     refused("no plain .safetensors file beside it", three[:2], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
 def test_13_pickles_are_never_opened(three, tmp_path, name):
     (three[1] / "model.safetensors").rename(three[1] / name)
     refused("pickled weights only.*safe_serialization=True", three[:2], tmp_path)
@@ -749,7 +754,12 @@ def test_18_bytes_are_the_same_each_time_and_files_are_readable(three, tmp_path)
 def test_20_weights_must_sum_to_one_unless_told_otherwise(three, tmp_path):
     refused("weights sum to 1.2, not to 1. .*--normalize", three[:2], tmp_path, weights=[0.6, 0.6])
     refused("3 weights for 2", three[:2], tmp_path, weights=[0.3, 0.3, 0.4])
-    refused("weight -0.5 is negative. Add --extrapolate", three[:2], tmp_path, weights=[1.5, -0.5])
+    refused(
+        "weight -0.5 is negative. Add extrapolate=True .--extrapolate",
+        three[:2],
+        tmp_path,
+        weights=[1.5, -0.5],
+    )
     refused("cannot be used", three[:2], tmp_path, weights=[float("nan"), 1.0])
     a, b = (read(p)[MATRIX].astype(np.float64) for p in three[:2])
     half = make_soup(three[:2], weights=[3, 1], normalize=True, out=tmp_path / "half")
@@ -777,7 +787,7 @@ def test_interpolation_ends_are_the_models_bit_for_bit(three, tmp_path):
         middle = 0.75 * a[key].astype(np.float64) + 0.25 * b[key].astype(np.float64)
         assert np.array_equal(read(made[1].path)[key], middle.astype(np.float32))
     assert all(Checkpoint.of(c.path) == c for c in made)
-    with pytest.raises(ConfigError, match="different --points"):
+    with pytest.raises(ConfigError, match="different points= .--points"):
         interpolate(three[0], three[1], points=[0, 0], out=tmp_path / "other")
     with pytest.raises(ConfigError, match="negative"):
         interpolate(three[0], three[1], points=[0, 1.5], out=tmp_path / "other")

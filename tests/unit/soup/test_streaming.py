@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from salsa import make_soup
-from salsa.soup import blend
+from salsa.artifacts import Checkpoint
+from salsa.soup import blend, files, measure_soup
 from salsa.soup.average import Source, _Average
 from salsa.soup.diagnostics import Tally
 from salsa.soup.files import FLOATS, Weights, WeightsWriter
-from salsa.soup.methods import Factors, Mix, Room, linear, rounded, uniform, wise
+from salsa.soup.methods import Factors, Mix, linear, uniform, wise
+from salsa.soup.rounding import Room, rounded
 
 from . import checkpoints
 
@@ -121,6 +123,35 @@ def test_sources_are_read_side_by_side_but_for_adapters(three):
     shared.__class__ = type("Shared", (type(shared),), {"reads": opened.base.reads})
     assert alone._lanes() == [[0, 1, 2]]
     opened.close()
+
+
+def test_a_head_that_all_take_from_one_is_hashed_once(tmp_path, monkeypatch):
+    """Each ingredient's thread reads it from the keeper's file; two that hash the same bytes give a wrong digest."""
+    head = {"score.weight": np.random.default_rng(9).standard_normal((16, 4096))}
+    models = [
+        checkpoints.write(tmp_path / f"m{n}", checkpoints.tensors(n, "float64") | head)
+        for n in range(3)
+    ]
+    monkeypatch.setattr(blend, "ELEMENTS_IN_FLIGHT", 3 * 4096)
+    read_header = files._read_header
+
+    class Slow:
+        def __init__(self, hasher):
+            self.hasher, self.hexdigest = hasher, hasher.hexdigest
+
+        def update(self, view):
+            time.sleep(0.01)
+            self.hasher.update(view)
+
+    def slowly(path):
+        shard, tensors = read_header(path)
+        shard.hasher = Slow(shard.hasher)
+        return shard, tensors
+
+    monkeypatch.setattr(files, "_read_header", slowly)
+    record = measure_soup(models, heads="keep-from-0")
+    found = [one["sha256"] for one in record["ingredients"]]
+    assert found == [Checkpoint.of(path).digest for path in models]
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])

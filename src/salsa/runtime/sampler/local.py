@@ -68,7 +68,7 @@ class LocalSampler:
         prompt, prompt_mask = left_padded(prompts, sampling.pad_id, here)
         own = self.model.engine.own_rows(len(prompts))
         with self.model.engine.resident(self.model):
-            if self.model.packs:
+            if self.model.uses_packing:
                 self._generate_packed(prompts, responses, own.tolist())
             else:
                 for rows in own.split(self.max_sequences) if len(own) else ():
