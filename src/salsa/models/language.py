@@ -167,9 +167,7 @@ class LanguageModel(MixedPrecisionModule):
     def _stats(self, rollout: Rollout, temperature: float) -> TokenStats:
         def chunk(hidden: Tensor, tokens: Tensor) -> Tensor:
             distribution = _logits(self.backbone, hidden, temperature).log_softmax(dim=-1)
-            logprobs = distribution.gather(-1, tokens[:, None]).squeeze(
-                -1
-            )  # as cross_entropy has it
+            logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
             return torch.stack([logprobs, _entropy(distribution)])
 
         return TokenStats(*map(rollout.unflatten, self._of_chunks(chunk, rollout)))
