@@ -64,6 +64,6 @@ def evaluation(num_questions: int = 170) -> tuple[dict, dict, dict, str, list[di
     )  # fmt: skip
     results = Results(
         "test", "ppo", {arm: Arm([arm], [0], ["0" * 64]) for arm in ARMS}, spec.model_dump(mode="json"),
-        benches=[bench], judge=judge_record(spec.judge, Totals()),
+        benches=[bench], judge=judge_record(spec.judge, match),
     )  # fmt: skip
     return summarise(results), {}, {}, spec.to_yaml(), verdict_rows(bench)

@@ -54,6 +54,8 @@ def test_every_fault_is_survived(ask, tmp_path):
 
 
 def test_retry_after_is_waited_for(ask):
+    with JudgeServer() as server:
+        ask([talk("first")], server.url)  # imports, a client
     started = time.monotonic()
     with JudgeServer(faults=lambda prompt, attempt: "429" if attempt <= 3 else None) as server:
         ask([talk("x")], server.url)
