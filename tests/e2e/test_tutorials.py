@@ -42,7 +42,7 @@ def test_own_checkpoints(repository, folder):
 def test_own_reward(repository, folder):
     _, trained = run(repository, folder, "own-reward")
     assert "brief: sound" in trained
-    report = json.loads((folder / "runs" / "try" / "report.json").read_text())
+    report = json.loads((folder / "runs" / "try-brief" / "report.json").read_text())
     assert report["scores"] == ["proxy", "gold"]
 
 
@@ -56,6 +56,8 @@ def test_soup_only(repository, folder):
     assert json.loads((folder / "shrunk" / "soup.json").read_text())["method"] == "wise"
 
 
-def test_read_report(repository, finished):
-    (printed,) = run(repository, finished.parents[1], "read-report")
+def test_read_report(repository, finished, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(finished)
+    (printed,) = run(repository, tmp_path, "read-report")
     assert "salsa over ppo, proxy: " in printed
