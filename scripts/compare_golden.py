@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from salsa.runtime.tracking import round_metric
+
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "quickstart_fp32.json"
 RENAMED = {
     "kl_anchor": "kl_to_sft[0]",
@@ -31,6 +33,8 @@ def main() -> None:
     for place, expected in _leaves({key: golden[key] for key in ("arms", "pairs", "curves")}):
         value = _at(here, place)
         compared += 1
+        if isinstance(expected, float) and value == round_metric(expected):
+            continue  # recorded in full, in a report's seven digits by now
         if value != expected:
             differences.append(f"{'.'.join(map(str, place))}: {expected!r} -> {value!r}")
     print("\n".join(differences[:20]))
