@@ -184,10 +184,7 @@ def _started(call: Callable[..., Any], *arguments: list[str]) -> Awaitable[Any]:
 async def _as_exceptions(work: Awaitable[Any]) -> Any:
     try:
         return await work
-    except (
-        asyncio.CancelledError,
-        GeneratorExit,
-    ):  # given up: it took too long, or the process ends
+    except (asyncio.CancelledError, GeneratorExit):  # it took too long, or the process ends
         raise
     except BaseException as error:
         raise _as_exception(error) from error

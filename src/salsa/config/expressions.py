@@ -196,27 +196,24 @@ def sft_indices(model: Model, recipe_soup: tuple[int, ...]) -> tuple[int, ...]:
             return (index,)
         case RecipeSoup():
             return recipe_soup
-        case Soup(parts, _):
-            inner = parts
-        case Shrunk(of, share):
-            inner = (of,) if isinstance(share, float) else (of, share)
-        case _:
-            return ()
-    return tuple(dict.fromkeys(i for part in inner for i in sft_indices(part, recipe_soup)))
+    return tuple(dict.fromkeys(i for m in _made_of(model) for i in sft_indices(m, recipe_soup)))
 
 
 def paths_in(model: Model) -> tuple[str, ...]:
     """The directories and hub names that a model is made of."""
+    if isinstance(model, Given):
+        return (model.path,)
+    return tuple(dict.fromkeys(path for part in _made_of(model) for path in paths_in(part)))
+
+
+def _made_of(model: Model) -> tuple[Model, ...]:
+    """The models that an expression combines; none for one that stands for itself."""
     match model:
-        case Given(path):
-            return (path,)
         case Soup(parts, _):
-            inner = parts
+            return parts
         case Shrunk(of, share):
-            inner = (of,) if isinstance(share, float) else (of, share)
-        case _:
-            return ()
-    return tuple(dict.fromkeys(path for part in inner for path in paths_in(part)))
+            return (of,) if isinstance(share, float) else (of, share)
+    return ()
 
 
 def _soup(text: str, parts: tuple[Model, ...], weights: tuple[float, ...] | None) -> Soup:
