@@ -141,18 +141,10 @@ def _pairs(recipe: Recipe, rows: Sequence[Row], tokenizer: Any) -> Pairs:
     config = recipe.preferences
     if config is None or config.labeller is None:
         return found
-    asked = [_as_prompt(row["prompt"]) for row in rows[:LABELLED]]
+    asked = [as_prompt(row, tokenizer) for row in rows[:LABELLED]]
     score = FunctionScorer([config.labeller])
     both = np.array([score(asked, replies[:LABELLED]) for replies in (chosen, rejected)]).T
     return replace(found, scores=both, noise=config.noise)
-
-
-def _as_prompt(value: Any) -> Prompt:
-    """The prompt as reward functions see it, as `salsa.data.as_prompt` makes its text."""
-    if isinstance(value, str):
-        return Prompt((), None, value)
-    turns = [f"{turn['role']}: {turn['content']}" for turn in value]
-    return Prompt((), tuple(value), value[0]["content"] if len(value) == 1 else "\n".join(turns))
 
 
 def likely_rows(source: DataSource, sources: Sources) -> dict[str, list[Row]]:
