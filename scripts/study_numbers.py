@@ -3,9 +3,11 @@
     python scripts/study_numbers.py runs
 
 Prints Markdown of every part that is there: its verdicts; Kendall's τ between what part A forecast and what part B
-reached; the gap of every trained arm to the optimum at its own KL; and the best of two SFT models against the soup.
+reached; the gap of every trained arm to the optimum at its own KL; arms with the soup against the same arms without
+it; and the best of two SFT models against the soup.
 """
 
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -20,6 +22,7 @@ from salsa.analysis.verdicts import judge
 PARTS = ("study-forecast", "study-rl", "study-landscape", "study-grid", "study-controls")
 REFERENCES = {"salsa": "soup", "shrunk": "shrink(sft[0], base, soup)"}
 """Arm of part B → the candidate of part A that is its reference."""
+DIRECT = (("salsa_weak", "ppo_weak"), ("dpo_soup", "dpo"))
 
 
 def main() -> None:
@@ -31,6 +34,8 @@ def main() -> None:
     if found.keys() >= {"study-forecast", "study-rl"}:
         _agreements(found["study-forecast"], found["study-rl"])
         _gaps(home / "study-forecast", home / "study-rl")
+    if "study-controls" in found:
+        _direct(home / "study-controls")
     if found.keys() >= {"study-landscape", "study-controls"}:
         _best_of_two(home / "study-landscape", home / "study-controls")
     for part in PARTS:
@@ -99,6 +104,18 @@ def _gaps(forecasts: Path, runs: Path) -> None:
             f"{np.mean([r[k] for r in known]):.3f}" if known else "–" for k in ("gap", "share")
         ]
         _row(beta, arm, *means, f"{len(known)} / {len(rows)}")
+
+
+def _direct(runs: Path) -> None:
+    """Arms of part C2 that are to be compared with each other and not with ppo."""
+    print("\n## With the soup against without it\n")
+    _row("arm", "against", "measure", "effect", "95 %", "verdict")
+    _row(*["---"] * 6)
+    reports = [_read(file) for file in sorted((runs / "points").glob("*/report.json"))]
+    for (arm, other), score in itertools.product(DIRECT, ("proxy", "gold")):
+        made = judge([100 * (_rate(r, arm, other, score) - 0.5) for r in reports], margin=3)
+        _row(arm, other, f"{score} win rate", f"{made.effect:+.2f}", f"[{made.low:+.2f}, {made.high:+.2f}]",
+             made.verdict)  # fmt: skip
 
 
 def _best_of_two(landscapes: Path, runs: Path) -> None:
