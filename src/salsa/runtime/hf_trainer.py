@@ -6,7 +6,7 @@ weigh, is decided here (`divided`), so that the result is that of one process.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,8 +63,9 @@ def divided(trainer: Any, engine: Engine, *, pairs: bool = False) -> Any:
 
     Every process reads the whole of a batch and computes its own rows. A loss is a mean over rows (`pairs`: of pairs,
     all chosen ones before all rejected ones), or, of SFT, is divided by the tokens of the whole batch; FSDP2 takes the
-    mean over processes.
+    mean over processes. Rows of alike length share a pass.
     """
+    trainer = _by_length(trainer)
     if engine.world_size == 1:
         return _by_rows(trainer) if pairs else trainer
 
@@ -103,6 +104,54 @@ def divided(trainer: Any, engine: Engine, *, pairs: bool = False) -> Any:
             return loss * (engine.world_size * share)
 
     return _by_rows(Divided) if pairs else Divided
+
+
+def _by_length(trainer: Any) -> Any:
+    """A class of trainers that sorts the rows of each step by length before passes are cut from them: less padding.
+
+    Which rows make a step does not change, and where a step is one pass neither does their order.
+    """
+
+    class ByLength(trainer):  # type: ignore[misc]
+        def get_train_dataloader(self) -> Any:
+            loader = super().get_train_dataloader()
+            if (passes := self.args.gradient_accumulation_steps) > 1:
+                batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
+                rows = passes * batches.batch_size
+                batches.sampler = _SortedSteps(batches.sampler, _lengths(self.train_dataset), rows)
+            return loader
+
+    return ByLength
+
+
+class _SortedSteps:
+    """The rows that `sampler` draws, every `size` of them in order of length; accelerate tells it the epoch."""
+
+    def __init__(self, sampler: Any, lengths: Sequence[int], size: int) -> None:
+        self.sampler, self.lengths, self.size = sampler, lengths, size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = list(self.sampler)
+        for start in range(0, len(drawn), self.size):
+            yield from sorted(drawn[start : start + self.size], key=self.lengths.__getitem__)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each row of TRL's tokenized data sets; of a pair with its longer reply."""
+    tokens = {
+        name: [len(ids) for ids in rows[name]] for name in rows.column_names if "_ids" in name
+    }
+    if "input_ids" in tokens:
+        return tokens["input_ids"]
+    prompts = tokens.get("prompt_ids", [0] * len(rows))
+    pairs = zip(prompts, tokens["chosen_ids"], tokens["rejected_ids"], strict=True)
+    return [prompt + max(chosen, rejected) for prompt, chosen, rejected in pairs]
 
 
 def _by_rows(trainer: Any) -> Any:
