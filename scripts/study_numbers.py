@@ -23,6 +23,7 @@ PARTS = ("study-forecast", "study-rl", "study-landscape", "study-grid", "study-c
 REFERENCES = {"salsa": "soup", "shrunk": "shrink(sft[0], base, soup)"}
 """Arm of part B → the candidate of part A that is its reference."""
 DIRECT = (("salsa_weak", "ppo_weak"), ("dpo_soup", "dpo"))
+"""Arms of part C2: with the soup as reference, and the same without it."""
 
 
 def main() -> None:
