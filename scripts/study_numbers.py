@@ -4,7 +4,7 @@
 
 Prints Markdown of every part that is there: its verdicts; Kendall's τ between what part A forecast and what part B
 reached; the gap of every trained arm to the optimum at its own KL; arms with the soup against the same arms without
-it; and the best of two SFT models against the soup.
+it; the best of two SFT models against the soup; and, of the pretrained model, arms against ppo run by run.
 """
 
 import itertools
@@ -18,8 +18,11 @@ import numpy as np
 
 from salsa.analysis.gap import agreement, gaps
 from salsa.analysis.verdicts import judge
+from salsa.run import Run
 
 PARTS = ("study-forecast", "study-rl", "study-landscape", "study-grid", "study-controls")
+PRETRAINED = ("smollm2", "smollm2-arms")
+"""Sweeps of part E: too few pairs for verdicts over pairs."""
 REFERENCES = {"salsa": "soup", "shrunk": "shrink(sft[0], base, soup)"}
 """Arm of part B → the candidate of part A that is its reference."""
 DIRECT = (("salsa_weak", "ppo_weak"), ("dpo_soup", "dpo"))
@@ -39,6 +42,9 @@ def main() -> None:
         _direct(home / "study-controls")
     if found.keys() >= {"study-landscape", "study-controls"}:
         _best_of_two(home / "study-landscape", home / "study-controls")
+    for part in PRETRAINED:
+        if (home / part / "points").exists():
+            _run_by_run(home / part)
     for part in PARTS:
         if part not in found:
             print(f"\n{part}: not run to its end")
@@ -151,6 +157,34 @@ def _rate(report: dict[str, Any], arm: str, other: str, score: str) -> float:
         if pair["score"] == score and {pair["candidate"], pair["baseline"]} == {arm, other}:
             return pair["rate"] if pair["candidate"] == arm else 1 - pair["rate"]
     raise KeyError(f"{report['name']}: no pair of {arm} and {other}")
+
+
+def _run_by_run(sweep: Path) -> None:
+    """Each arm's k-th seed over ppo's k-th on the same prompts, and the mean of all comparisons at one β."""
+    print(f"\n## {sweep.name}: win rates over ppo in points above 50 %, run by run\n")
+    _row("β", "arm", "measure", "effect", "95 %", "verdict", "spread", "runs")
+    _row(*["---"] * 8)
+    found: dict[tuple[float, str, str], dict[str, float]] = defaultdict(dict)
+    for folder in sorted((sweep / "points").iterdir()):
+        if not (folder / "report.json").exists():
+            continue
+        run = Run(folder)
+        for arm, seed in itertools.product(run.arms, run.seeds):
+            for score in ("proxy", "human") if arm != "ppo" else ():
+                own, other = ([row[score] for row in run.samples(a, seed)] for a in (arm, "ppo"))
+                key = (run.recipe.rl.kl_coef, arm, score)
+                found[key][f"{folder.name.split('_')[0]}/{seed}"] = _points(own, other)
+    for (beta, arm, score), effects in sorted(found.items()):
+        made = judge(list(effects.values()), margin=3)
+        runs = ", ".join(f"{name} {effect:+.1f}" for name, effect in effects.items())
+        _row(beta, arm, f"{score} win rate", _number(made.effect), f"[{_number(made.low)}, {_number(made.high)}]",
+             made.verdict, _number(made.spread), runs)  # fmt: skip
+
+
+def _points(own: list[float], other: list[float]) -> float:
+    """Percent of prompts won above 50, a tie as half."""
+    won = np.sign(np.subtract(own, other))
+    return float(50 * won.mean())
 
 
 def _number(value: float | None) -> str:

@@ -60,7 +60,11 @@ def test_points_that_differ_in_where_a_landscape_looks_are_two(tmp_path):
     assert [len(recipe.landscape.alphas) for _, recipe in points.values()] == [2, 3]
 
 
-@pytest.mark.parametrize("file", sorted((RECIPES / "study").glob("*.yaml")), ids=lambda f: f.stem)
+STUDY = sorted((RECIPES / "study").glob("*.yaml"))
+PRETRAINED = [file for file in STUDY if file.stem.startswith("smollm2")]
+
+
+@pytest.mark.parametrize("file", sorted({*STUDY} - {*PRETRAINED}), ids=lambda f: f.stem)
 def test_the_studys_sweeps_are_sound(file):
     recipes = [recipe for _, recipe in SweepConfig.load(file).points().values()]
     pairs = {recipe.sft.seeds: recipe.sft for recipe in recipes}
@@ -70,6 +74,17 @@ def test_the_studys_sweeps_are_sound(file):
     assert len(pairs) >= 8, "clusters"
     assert len(models) == len(set(models)), "disjoint"
     assert not {0, 1, 2} & {seed for seed, _ in models}, "new"
+
+
+def test_sweeps_of_the_pretrained_model_share_all_that_is_trained_before_rl():
+    recipes = [r for file in PRETRAINED for _, r in SweepConfig.load(file).points().values()]
+    shared = {
+        (r.model, r.sft, r.preferences, r.reward, r.rl.prompts, r.eval.prompts) for r in recipes
+    }
+    assert len(PRETRAINED) >= 3 and len(shared) == 1
+    for recipe in recipes:  # a pair's arms start from its first model, or from its soup
+        first = recipe.rl.arms["ppo"].init
+        assert recipe.eval.kl_to == (first, "base") and recipe.rl.arms["ppo"].reference == first
 
 
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
