@@ -1,6 +1,7 @@
 """Forward passes against transformers' own, over three families, padding and pad = eos."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -170,8 +171,11 @@ def test_a_classifier_without_a_linear_score_is_refused(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     config = BertConfig(vocab_size=261, num_hidden_layers=2, num_labels=1, **sizes)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="BertForSequenceClassification has no linear head"):
-        models.load_classifier(tmp_path, pad_id=0)
+    for load in (partial(models.load_classifier, pad_id=0), models.check_reward_model):
+        with pytest.raises(
+            CheckpointError, match="BertForSequenceClassification has no linear head"
+        ):
+            load(tmp_path)
 
 
 def test_a_template_that_is_no_text_is_one_line(make_checkpoint, tmp_path):

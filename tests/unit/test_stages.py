@@ -419,6 +419,17 @@ def test_what_is_not_there_is_told_before_any_work(change, tmp_path):
         check_inputs(small_recipe(tmp_path, **change))
 
 
+def test_a_reward_model_that_could_not_score_is_refused_before_any_work(make_checkpoint, tmp_path):
+    policy = str(make_checkpoint("llama").path)
+    recipe = small_recipe(tmp_path, reward={"paths": [policy]})
+    with pytest.raises(CheckpointError, match=f"{policy}: is no reward model"):
+        check_inputs(recipe)
+    values = small_recipe(tmp_path).model_dump(mode="json")
+    values["eval"]["reward_models"] = {"second": policy}
+    with pytest.raises(CheckpointError, match=f"{policy}: is no reward model"):
+        check_inputs(Recipe.model_validate(values))
+
+
 @pytest.mark.parametrize(
     ("reward", "label"),
     [({}, "reward"), ({"seeds": [0, 1]}, "reward soup"), ({"paths": ["a/b", "c/d"]}, "reward soup"),

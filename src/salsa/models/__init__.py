@@ -2,6 +2,7 @@
 
 from salsa.models.language import LanguageModel
 from salsa.models.loading import (
+    check_reward_model,
     check_vocabulary,
     load_classifier,
     load_policy,
@@ -17,6 +18,7 @@ __all__ = [
     "LanguageModel",
     "RewardModel",
     "ValueModel",
+    "check_reward_model",
     "check_vocabulary",
     "load_classifier",
     "load_policy",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -94,16 +95,45 @@ def load_classifier(
         CheckpointError: the model has no head and no seed to draw one is given, its head is not one linear layer
             `score` without bias on a causal trunk, or it has several labels.
     """
-    config = read_json(path / "config.json")
     options: dict[str, Any] = {}
-    if not any("SequenceClassification" in name for name in config.get("architectures") or []):
-        if new_head_seed is None:
-            raise CheckpointError(
-                f"{path}: is no reward model ({config.get('architectures')}). Give a sequence classifier."
-            )
+    if new_head_seed is None:
+        _check_classifier(path)
+    elif not _is_classifier(path):
         torch.manual_seed(new_head_seed)
         options |= {"num_labels": 1, "new_head": True}
     model = _load(AutoModelForSequenceClassification, path, **options)
+    _check_head(model, path)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
+    return model
+
+
+def check_reward_model(path: Path) -> None:
+    """Refuse what `load_classifier` would refuse for its kind: from config.json, without reading the weights."""
+    check_model(path)
+    _check_classifier(path)
+    config = _from_pretrained(AutoConfig, path, "config.json")
+    with torch.device("meta"):
+        _check_head(AutoModelForSequenceClassification.from_config(config), path)
+
+
+def _architectures(path: Path) -> list[str]:
+    return read_json(path / "config.json").get("architectures") or []
+
+
+def _is_classifier(path: Path) -> bool:
+    return any("SequenceClassification" in name for name in _architectures(path))
+
+
+def _check_classifier(path: Path) -> None:
+    if not _is_classifier(path):
+        raise CheckpointError(
+            f"{path}: is no reward model ({_architectures(path)}). Give a sequence classifier."
+        )
+
+
+def _check_head(model: PreTrainedModel, path: Path) -> None:
+    """One label, and a head that reads a causal trunk's last hidden state and nothing else."""
     if model.config.num_labels != 1:
         raise CheckpointError(
             f"{path}: the reward model has {model.config.num_labels} labels. Give one with num_labels=1."
@@ -114,9 +144,6 @@ def load_classifier(
             f"{path}: {type(model).__name__} has no linear head `score` on its last hidden state. Give a sequence "
             "classifier of a causal language model, or call this one in a function of your own (reward.functions)."
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_id
-    return model
 
 
 def prepare_base(config: ModelConfig, path: Path, out: Path) -> None:

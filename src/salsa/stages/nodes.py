@@ -185,8 +185,8 @@ def _asked(recipe: Recipe, own: ForecastConfig | LandscapeConfig, batch_prompts:
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Touch every data set and callable before any work: a typo must not surface after an hour of SFT."""
-    from salsa.models import load_tokenizer
+    """Touch what is given before any work: a typo must not surface after an hour of SFT."""
+    from salsa.models import check_reward_model, load_tokenizer
     from salsa.runtime.tracking import quiet_libraries
 
     quiet_libraries()
@@ -216,6 +216,8 @@ def check_inputs(recipe: Recipe) -> None:
         data.import_callable(call)
     for source in prompts:
         data.load_prompts(source, tokenizer, max_tokens=longest)
+    for given in (*recipe.reward.paths, *recipe.eval.reward_models.values()):
+        check_reward_model(resolve(given))
 
 
 def _nodes_of(rule: ReferenceRule[Model], models: Models) -> ReferenceRule[Node]:
