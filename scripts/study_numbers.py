@@ -18,7 +18,6 @@ import numpy as np
 
 from salsa.analysis.gap import agreement, gaps
 from salsa.analysis.verdicts import judge
-from salsa.run import Run
 
 PARTS = ("study-forecast", "study-rl", "study-landscape", "study-grid", "study-controls")
 PRETRAINED = ("smollm2", "smollm2-arms")
@@ -152,10 +151,16 @@ def _proxy(landscape: Path, alpha: float) -> float:
 
 
 def _rate(report: dict[str, Any], arm: str, other: str, score: str) -> float:
-    """Win rate of one arm over another, whichever the report names first."""
+    """Win rate of one arm over another, over all seeds."""
+    return _rates(report, arm, other, score)[0]
+
+
+def _rates(report: dict[str, Any], arm: str, other: str, score: str) -> list[float]:
+    """Win rates of one arm over another, whichever the report names first: over all seeds, then seed by seed."""
     for pair in report["pairs"]:
         if pair["score"] == score and {pair["candidate"], pair["baseline"]} == {arm, other}:
-            return pair["rate"] if pair["candidate"] == arm else 1 - pair["rate"]
+            rates = [pair["rate"], *(one["rate"] for one in pair.get("by_seed", []))]
+            return rates if pair["candidate"] == arm else [1 - rate for rate in rates]
     raise KeyError(f"{report['name']}: no pair of {arm} and {other}")
 
 
@@ -165,26 +170,19 @@ def _run_by_run(sweep: Path) -> None:
     _row("β", "arm", "measure", "effect", "95 %", "verdict", "spread", "runs")
     _row(*["---"] * 8)
     found: dict[tuple[float, str, str], dict[str, float]] = defaultdict(dict)
-    for folder in sorted((sweep / "points").iterdir()):
-        if not (folder / "report.json").exists():
-            continue
-        run = Run(folder)
-        for arm, seed in itertools.product(run.arms, run.seeds):
-            for score in ("proxy", "human") if arm != "ppo" else ():
-                own, other = ([row[score] for row in run.samples(a, seed)] for a in (arm, "ppo"))
-                key = (run.recipe.rl.kl_coef, arm, score)
-                found[key][f"{folder.name.split('_')[0]}/{seed}"] = _points(own, other)
+    for file in sorted((sweep / "points").glob("*/report.json")):
+        report, pair = _read(file), file.parent.name.split("_")[0]
+        beta = report["recipe"]["rl"]["kl_coef"]
+        for arm, score in itertools.product(report["recipe"]["rl"]["arms"], ("proxy", "human")):
+            for seed, rate in enumerate(
+                _rates(report, arm, "ppo", score)[1:] if arm != "ppo" else []
+            ):
+                found[beta, arm, score][f"{pair}/{seed}"] = 100 * (rate - 0.5)
     for (beta, arm, score), effects in sorted(found.items()):
         made = judge(list(effects.values()), margin=3)
         runs = ", ".join(f"{name} {effect:+.1f}" for name, effect in effects.items())
         _row(beta, arm, f"{score} win rate", _number(made.effect), f"[{_number(made.low)}, {_number(made.high)}]",
              made.verdict, _number(made.spread), runs)  # fmt: skip
-
-
-def _points(own: list[float], other: list[float]) -> float:
-    """Percent of prompts won above 50, a tie as half."""
-    won = np.sign(np.subtract(own, other))
-    return float(50 * won.mean())
 
 
 def _number(value: float | None) -> str:
