@@ -162,6 +162,9 @@ def test_two_checkpoints_an_arm_and_an_outside_baseline(bench, make_checkpoint, 
     report = json.loads((out / "report.json").read_text())
     (pair,) = report["benchmarks"]["MT-Bench"]["pairs"]
     assert (pair["candidate"], pair["baseline"], pair["n"]) == ("salsa", "ppo", 12)
+    assert [one["seed"] for one in pair["by_seed"]] == [0, 1]
+    assert sum(one["rate"] for one in pair["by_seed"]) / 2 == pytest.approx(pair["rate"], abs=1e-6)
+    assert "<br>seed 1: " in (out / "report.html").read_text()
     arena = report["benchmarks"]["Arena-Hard"]["pairs"]
     assert {(p["candidate"], p["baseline"], p["n"]) for p in arena} == {
         ("ppo", "gpt", 12),

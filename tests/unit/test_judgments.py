@@ -154,6 +154,23 @@ def test_pairwise_file_by_hand(tmp_path):
     assert (found.sign.wins, found.sign.losses, found.sign.ties) == (1, 0, 3)
 
 
+def test_arms_of_two_checkpoints_have_a_rate_in_each_training_seed():
+    arms = {"s0": ("salsa", 0), "p0": ("ppo", 0), "s1": ("salsa", 1), "p1": ("ppo", 1)}
+    rows = [
+        pair(81, "model_1", "model_1", models=("s1", "p1")),
+        pair(82, "tie", "tie", models=("s1", "p1")),
+        pair(81, "model_2", "model_2", models=("s0", "p0")),
+        pair(82, "tie", "tie", models=("s0", "p0")),
+    ]
+    found = mtbench.summarise_pairs(rows, arms=arms).pairs["salsa", "ppo"]
+    assert found.win_rate.rate == 0.5
+    assert [(seed, one.rate, one.n) for seed, one in found.by_seed.items()] == [
+        (0, 0.25, 2),
+        (1, 0.75, 2),
+    ]
+    assert mtbench.summarise_pairs(PAIRS).pairs["salsa", "ppo"].by_seed == {}
+
+
 def test_rows_the_other_way_round_are_turned():
     turned = pair(85, "model_1", "model_1", models=("ppo", "salsa"))
     summary = mtbench.summarise_pairs([*PAIRS, turned])

@@ -90,6 +90,8 @@ class PairSummary:
     sign: SignTest
     by_category: Mapping[str, WinRate]
     by_turn: Mapping[int, WinRate]
+    by_seed: Mapping[int, WinRate]
+    """Empty where the arms have one training seed."""
     length: LengthBias | None
 
 
@@ -234,6 +236,7 @@ def summarise_pair(comparisons: Sequence[Comparison]) -> PairSummary:
     if all(c.lengths for c in judged):
         own, other = zip(*(c.lengths for c in judged if c.lengths), strict=True)
         length = length_bias(outcome, own, other, [c.question for c in judged])
+    by_seed = _rates((c.seed, c) for c in sorted(comparisons, key=lambda c: c.seed))
     return PairSummary(
         candidate=one.candidate,
         baseline=one.baseline,
@@ -244,6 +247,7 @@ def summarise_pair(comparisons: Sequence[Comparison]) -> PairSummary:
             (c.category, c) for c in sorted(comparisons, key=lambda c: c.category) if c.category
         ),
         by_turn=_rates((c.turn, c) for c in sorted(comparisons, key=lambda c: c.turn)),
+        by_seed=by_seed if len(by_seed) > 1 else {},
         length=length,
     )
 

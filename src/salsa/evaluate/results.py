@@ -393,4 +393,8 @@ def _pair(pair: PairSummary) -> dict[str, Any]:
         "length": rounded(pair.length) if pair.length else None,
         "by_category": short["by_category"],
         "by_turn": short["by_turn"],
+        "by_seed": [
+            {"seed": int(seed)} | {key: one[key] for key in ("rate", "low", "high")}
+            for seed, one in short["by_seed"].items()
+        ],
     }
