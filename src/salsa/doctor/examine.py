@@ -21,7 +21,7 @@ from salsa.doctor.findings import Diagnosis, diagnosis
 from salsa.runtime.tracking import say
 from salsa.stages.directory import RunDirectory
 
-SMALL = 10**9
+SMALL = 10**8
 """Bytes of a base model up to which the end of a run may load it and its descendants in fp32 without asking."""
 
 
