@@ -147,6 +147,11 @@ def test_repeated_prompts_are_worth_fewer():
     ill = Data([Source("rl", list(source("rl", 20).prompts) * 20)])
     found = data.repeats(ill)
     assert found.verdict == "faulty" and "400 prompts are worth 20 different ones" in found.says
+    replies = [f"reply {i}" for i in range(400)]
+    many = Data([], pairs=Pairs(["one prompt"] * 400, replies, replies[::-1]))
+    assert data.repeats(many).verdict == "sound"  # a prompt may have many pairs
+    same = data.repeats(Data([], pairs=Pairs(["p"] * 40, ["yes"] * 40, ["no"] * 40)))
+    assert same.verdict == "faulty" and "40 pairs are worth 1 different ones" in same.says
 
 
 def test_held_out_prompts_that_train():
@@ -212,7 +217,14 @@ def test_sft_ends_its_replies():
     assert sft.ends(an_sft()).verdict == "sound"
     lost = {"seen": likelihood(3.5, 3.0, seed=3), "unseen": likelihood(3.6, 3.0, seed=4)}
     assert sft.ends(an_sft(models=[lost, lost])).verdict == "faulty"
-    assert sft.ends(an_sft(ended=np.array([1.0] * 100 + [0.0] * 100))).verdict == "faulty"
+    ended = lambda many: an_sft(ended=np.array([1.0] * many + [0.0] * (200 - many)))
+    assert [sft.ends(ended(many)).verdict for many in (190, 100, 5)] == [
+        "sound",
+        "suspicious",
+        "faulty",
+    ]
+    rare = replace(ended(0), expected_ends=0.05)  # within the margin: the limit is short
+    assert sft.ends(rare).verdict == "sound"
 
 
 def test_sft_seeds_differ():

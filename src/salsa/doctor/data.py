@@ -108,31 +108,34 @@ def truncated(data: Data) -> Finding | None:
 
 
 def repeats(data: Data) -> Finding | None:
-    """Prompts that come again and again: n rows are worth n_eff = (Σ_k n_k)² / Σ_k n_k² different ones."""
-    found = {
-        source.role: _clustering(source.prompts)
-        for source in data.sources
-        if source.role in ("rl", "eval", "preferences") and len(source.prompts) > 1
-    }
+    """Rows that come again and again: n are worth n_eff = (Σ_k n_k)² / Σ_k n_k² different ones.
+
+    A row is a prompt; of preferences the whole pair, for one prompt may have many pairs of replies.
+    """
+    texts = {one.role: one.prompts for one in data.sources if one.role in ("rl", "eval")}
+    if (pairs := data.pairs) is not None:
+        whole = zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)
+        texts["preferences"] = ["\n".join(pair) for pair in whole]
+    found = {role: _clustering(rows) for role, rows in texts.items() if len(rows) > 1}
     if not found:
         return None
     role = max(found, key=found.__getitem__)
-    rows = len(next(s.prompts for s in data.sources if s.role == role))
-    factor, different = found[role], rows / found[role]
+    factor, rows = found[role], len(texts[role])
+    kind = "pairs" if role == "preferences" else "prompts"
     verdict: Verdict = (
         "faulty" if factor > CLUSTERED**2 else "suspicious" if factor > CLUSTERED else "sound"
     )
-    often = Counter(next(s.prompts for s in data.sources if s.role == role)).most_common(3)
+    often = Counter(texts[role]).most_common(3)
     return Finding(
         "data",
         "repeated prompts",
         verdict,
-        f"{role}: {rows} prompts are worth {different:.0f} different ones.",
+        f"{role}: {rows} {kind} are worth {rows / factor:.0f} different ones.",
         ""
         if verdict == "sound"
         else "Remove the repeats: an interval over rows is "
         f"{math.sqrt(factor):.1f} times too narrow, and training sees the same thing again and again.",
-        {f"rows per different prompt, {name}": value for name, value in found.items()},
+        {f"rows per different one, {name}": value for name, value in found.items()},
         [f"{count} × {text}" for text, count in often] if verdict != "sound" else (),
     )
 

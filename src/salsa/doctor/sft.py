@@ -25,6 +25,8 @@ MEMORISED = 2.0
 """Where the loss on seen rows fell by more than twice what it fell on unseen ones, most of it is memory."""
 ENDS_MARGIN = 0.1
 """Share of replies by which the ended ones may lie below the training replies without consequence."""
+ENDS_LEAST = 0.2
+"""Of the share that is expected: if fewer end, EOS is lost; if more do, the prompts may ask for longer replies."""
 
 
 def learned(sft: SFT | None) -> Finding | None:
@@ -119,7 +121,10 @@ def ends(sft: SFT | None) -> Finding | None:
     numbers = {"loss of the end, minus the base's": max(falls)} if falls else {}
     if sft.ended is not None and len(sft.ended):
         count, total = int(sft.ended.sum()), len(sft.ended)
-        verdicts.append(graded(p_below(count, total, max(sft.expected_ends - ENDS_MARGIN, 0.0))))
+        below = lambda share: graded(p_below(count, total, share))
+        few = below(max(sft.expected_ends - ENDS_MARGIN, 0.0)) != "sound"
+        hardly_any = below(ENDS_LEAST * sft.expected_ends) == "faulty"
+        verdicts.append("faulty" if few and hardly_any else "suspicious" if few else "sound")
         says.append(
             f"{percent(count / total)} of sft[0]'s replies end by themselves ({percent(sft.expected_ends)} of the "
             "training replies would at that length)"
