@@ -98,7 +98,7 @@ def train_rl(setup: RLSetup, directory: Path, engine: Engine | None = None) -> N
             if due and progress.update < config.num_updates:
                 progress = save_progress(
                     models, progress, states, keep_last=config.keep_checkpoints,
-                    within=config.selection.kl,
+                    keep_best=config.select != "last", within=config.selection.kl,
                 )  # fmt: skip
         if config.select != "last":
             _return_to_best(models, progress, states, setup.label, config.selection)

@@ -247,9 +247,10 @@ def save_progress(
     directory: Path,
     *,
     keep_last: int,
+    keep_best: bool = True,
     within: float | None = None,
 ) -> Progress:
-    """Write a resume state; drop those that neither are new nor the best. The progress to go on with.
+    """Write a resume state; drop those that are not new, nor the best if that is kept. The progress to go on with.
 
     One whose KL is not `within` a budget is not the best.
 
@@ -269,7 +270,7 @@ def save_progress(
     state: dict[str, Any] = {"progress": asdict(progress) | {"moments": tuple(progress.moments)}}
     state |= {name: learner.state() for name, learner in models.learners.items()}
     state["reference"] = models.reference.state()
-    best = progress.best[0] if progress.best else None
+    best = progress.best[0] if progress.best and keep_best else None
 
     def write() -> None:
         save_state(state_file(directory, progress.update), state)

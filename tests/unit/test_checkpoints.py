@@ -32,12 +32,14 @@ def scripted(*scores):
     return reward
 
 
-def test_the_newest_and_the_best_stay(job, tmp_path):
+@pytest.mark.parametrize(("select", "kept"), [("best", [4, 8, 10]), ("last", [8, 10])])
+def test_the_newest_and_the_best_if_asked_for_stay(select, kept, job, tmp_path):
     """The score peaks in updates 3 and 4, before the second checkpoint."""
     peaked = replace(job, reward=scripted(0.0, 0.0, 5.0, 5.0, *[1.0] * 7))
+    options = {"num_updates": 14, "keep_checkpoints": 2, "kl_coef": 0.0, "select": select}
     with pytest.raises(KeyboardInterrupt):
-        run(peaked, tmp_path / "a", num_updates=14, keep_checkpoints=2, kl_coef=0.0)
-    assert saved_steps(tmp_path / "a" / "resume") == [4, 8, 10]
+        run(peaked, tmp_path / "a", **options)
+    assert saved_steps(tmp_path / "a" / "resume") == kept
     state = load_state(state_file(tmp_path / "a" / "resume", 10))
     assert state["progress"]["best"] == (4, 5.0)
     assert {"policy", "critic", "reference"} < state.keys()

@@ -214,7 +214,8 @@ class RLConfig(Strict):
     checkpoint_every: Execution[Count] = 10
     """Updates between checkpoints."""
     keep_checkpoints: Execution[Count] = 2
-    """Newest checkpoints that stay while the run lasts; the best one stays besides."""
+    """Newest checkpoints that stay while the run lasts; with `select` the best one besides. Each holds the weights of
+    policy and critic and their optimizers' moments: 24 bytes a parameter."""
     select: Annotated[
         Annotated[Literal["last", "best"], Tag(WORD)] | Annotated[Select, Tag(MAPPING)],
         Discriminator(lambda value: WORD if isinstance(value, str) else MAPPING),

@@ -1,6 +1,6 @@
 """Resume states: files that are replaced in one step, so that a kill leaves the old one or the new one.
 
-`state-000010.pt` is what a run was after 10 steps. The newest few stay, and the best one besides.
+`state-000010.pt` is what a run was after 10 steps. The newest few stay, and the best one where it may be returned to.
 """
 
 import os
