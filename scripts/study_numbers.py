@@ -173,10 +173,9 @@ def _run_by_run(sweep: Path) -> None:
     for file in sorted((sweep / "points").glob("*/report.json")):
         report, pair = _read(file), file.parent.name.split("_")[0]
         beta = report["recipe"]["rl"]["kl_coef"]
-        for arm, score in itertools.product(report["recipe"]["rl"]["arms"], ("proxy", "human")):
-            for seed, rate in enumerate(
-                _rates(report, arm, "ppo", score)[1:] if arm != "ppo" else []
-            ):
+        arms = [arm for arm in report["recipe"]["rl"]["arms"] if arm != "ppo"]
+        for arm, score in itertools.product(arms, ("proxy", "human")):
+            for seed, rate in enumerate(_rates(report, arm, "ppo", score)[1:]):
                 found[beta, arm, score][f"{pair}/{seed}"] = 100 * (rate - 0.5)
     for (beta, arm, score), effects in sorted(found.items()):
         made = judge(list(effects.values()), margin=3)

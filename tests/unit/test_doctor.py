@@ -150,6 +150,12 @@ def test_repeated_prompts_are_worth_fewer():
     replies = [f"reply {i}" for i in range(400)]
     many = Data([], pairs=Pairs(["one prompt"] * 400, replies, replies[::-1]))
     assert data.repeats(many).verdict == "sound"  # a prompt may have many pairs
+    labelled = replace(
+        many.pairs, scores=np.zeros((400, 2))
+    )  # sampled from prompts that somebody gave
+    sampled = Data([Source("preferences", ["one prompt"] * 400)], pairs=labelled)
+    assert "400 prompts are worth 1 different ones" in data.repeats(sampled).says
+    assert data.repeats(replace(sampled, pairs=None)).verdict == "faulty"
     same = data.repeats(Data([], pairs=Pairs(["p"] * 40, ["yes"] * 40, ["no"] * 40)))
     assert same.verdict == "faulty" and "40 pairs are worth 1 different ones" in same.says
 

@@ -214,8 +214,8 @@ class RLConfig(Strict):
     checkpoint_every: Execution[Count] = 10
     """Updates between checkpoints."""
     keep_checkpoints: Execution[Count] = 2
-    """Newest checkpoints that stay while the run lasts; with `select` the best one besides. Each holds the weights of
-    policy and critic and their optimizers' moments: 24 bytes a parameter."""
+    """Newest checkpoints kept while the run lasts; unless `select` is `last`, the best one besides. Each holds what
+    is trained in fp32, with the optimizer's moments: 12 bytes a parameter, 24 with a critic as large as the policy."""
     select: Annotated[
         Annotated[Literal["last", "best"], Tag(WORD)] | Annotated[Select, Tag(MAPPING)],
         Discriminator(lambda value: WORD if isinstance(value, str) else MAPPING),

@@ -110,10 +110,12 @@ def truncated(data: Data) -> Finding | None:
 def repeats(data: Data) -> Finding | None:
     """Rows that come again and again: n are worth n_eff = (Σ_k n_k)² / Σ_k n_k² different ones.
 
-    A row is a prompt; of preferences the whole pair, for one prompt may have many pairs of replies.
+    A row is a prompt; of given preferences the whole pair, for one prompt may have many pairs of replies.
     """
-    texts = {one.role: one.prompts for one in data.sources if one.role in ("rl", "eval")}
-    if (pairs := data.pairs) is not None:
+    roles = ("rl", "eval", "preferences")
+    texts = {one.role: one.prompts for one in data.sources if one.role in roles}
+    pairs = data.pairs
+    if given := pairs is not None and pairs.scores is None:
         whole = zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)
         texts["preferences"] = ["\n".join(pair) for pair in whole]
     found = {role: _clustering(rows) for role, rows in texts.items() if len(rows) > 1}
@@ -121,7 +123,7 @@ def repeats(data: Data) -> Finding | None:
         return None
     role = max(found, key=found.__getitem__)
     factor, rows = found[role], len(texts[role])
-    kind = "pairs" if role == "preferences" else "prompts"
+    kind = "pairs" if given and role == "preferences" else "prompts"
     verdict: Verdict = (
         "faulty" if factor > CLUSTERED**2 else "suspicious" if factor > CLUSTERED else "sound"
     )

@@ -109,7 +109,7 @@ def load_classifier(
 
 
 def check_reward_model(path: Path) -> None:
-    """Refuse what `load_classifier` would refuse for its kind: from config.json, without reading the weights."""
+    """Raise CheckpointError for a kind of model that `load_classifier` refuses; reads config.json, not the weights."""
     check_model(path)
     _check_classifier(path)
     config = _from_pretrained(AutoConfig, path, "config.json")
