@@ -11,7 +11,7 @@ import pytest
 
 RECIPE = """
 name: tiny
-model: {path: model}
+model: {path: model, precision: fp32}  # auto may be measured otherwise by two runs that are compared
 sft: {dataset: sft.jsonl, seeds: [0, 1, 2], epochs: 4, learning_rate: 1.0e-2, batch_size: 8,
       max_length: 64, checkpoint_every: 10}
 preferences: {dataset: pairs.jsonl}

@@ -318,6 +318,25 @@ def test_auto_goes_on_in_the_arithmetic_that_a_stage_was_begun_in(begun, tmp_pat
     assert not list((tmp_path / "run" / "stages").glob("*.partial"))
 
 
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_auto_goes_on_in_the_arithmetic_that_a_run_was_begun_in(begun, tmp_path):
+    """Else a noisy machine, or another one, puts half of the arms into another arithmetic."""
+    finish(tmp_path / "run", Computes("a"), Writes("b"), precision=begun)
+    with pytest.raises(RuntimeError):
+        finish(tmp_path / "run", Computes("c", fails=True), precision=begun)
+    stages = finish(tmp_path / "run", *(Computes(label) for label in "acd"), precision="auto")
+    assert [stage.record.get("precision") for stage in stages] == [begun] * 3
+    assert stages[-1].record["precision_reason"] == "as the run was begun"
+
+
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+def test_auto_goes_on_in_the_arithmetic_of_a_run_killed_in_its_first_stage(begun, tmp_path):
+    with pytest.raises(RuntimeError):
+        finish(tmp_path / "run", Computes("a", fails=True), precision=begun)
+    stages = finish(tmp_path / "run", Computes("a"), Computes("b"), precision="auto")
+    assert [stage.record["precision"] for stage in stages] == [begun, begun]
+
+
 def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(tmp_path):
     finish(tmp_path / "run", Computes("a"), Writes("b"), precision="bf16")
     run = RunDirectory(tmp_path / "run")

@@ -141,16 +141,26 @@ class RunDirectory:
                 with suppress(OSError):  # a full disk: nothing but a memory is lost
                     self.hashes.save()
 
+    def precision(self) -> str | None:
+        """The arithmetic that the newest finished stage was computed in, if any computed."""
+        computed = [record for record in self._records() if "precision" in record]
+        newest = max(computed, key=lambda record: record["started"], default={})
+        return newest.get("precision")
+
     def check_precision(self, precision: str) -> None:
         """ConfigError if `precision` is not `auto` and would compute anew what was finished here in another."""
-        for file in sorted(self.path.glob("stages/*/stage.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
+        for record in self._records():
             other = record.get("precision", precision)
             if precision not in ("auto", other):
                 raise ConfigError(
                     f"{self.path}: {record['stage']} was computed in {other}, model.precision={precision} would do "
                     "it anew. Give --out another directory, or --force to have both here and replace the report."
                 )
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """Of every finished stage that lies here."""
+        for file in sorted(self.path.glob("stages/*/stage.json")):
+            yield json.loads(file.read_text(encoding="utf-8"))
 
     def place(self, job: Job, precision: str) -> Place:
         """Where `job` lies if it is computed in `precision`."""

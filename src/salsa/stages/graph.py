@@ -211,13 +211,24 @@ class Graph:
                 f"{begun.partial}: {job.label} was begun in {other}, and model.precision={self.precision}. Set "
                 f"model.precision={other} to go on from its checkpoint, or delete that directory to begin anew."
             )
-        say(f"{job.label}: goes on in {other}, as it was begun")
-        return begun, replace(engine, precision=other, reason="as it was begun")  # type: ignore[arg-type]
+        say(f"{job.label}: goes on in {other}, as it was begun, and so does what comes after it")
+        self._the_engine = replace(engine, precision=other, reason="as it was begun")  # type: ignore[arg-type]
+        return begun, self._the_engine
 
     def engine(self, request: Request | None = None) -> "Engine":
-        """Made before the first job that computes with torch, where `auto` is measured: by a worker if they differ."""
+        """Made before the first job that computes with torch.
+
+        `auto` is what was measured when the run began, for its arms are compared; in a new run it is measured: by a
+        worker if they differ from this process.
+        """
         if self._the_engine is None:
-            if self.executor is not None and self.executor.remote and self.precision == "auto":
+            begun = self.run.precision() if self.precision == "auto" else None
+            if begun is not None:
+                from salsa.runtime.engine import Engine
+
+                made = Engine.create(begun, threads=self._threads)
+                self._the_engine = replace(made, reason="as the run was begun")
+            elif self.executor is not None and self.executor.remote and self.precision == "auto":
                 request = request or Request()
                 task = Task("precision", request, measure, (request.cpus,))
                 self._the_engine = Elsewhere.only(self.executor, task)
