@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import python
+
 OUTPUT = ("", "json", "text", "console")
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```", flags=re.M | re.S)
 _MARK = re.compile(r"<!-- (run|not run): ((?:(?!-->).)+) -->\s*$", flags=re.S)
@@ -64,6 +66,12 @@ def run_blocks(page: Path, folder: Path, *, python_path: Path) -> list[str]:
         "PYTHONPATH": str(python_path),
         "COLUMNS": "200",
     }
+    run = {
+        "sh": lambda code: subprocess.run(
+            ["bash", "-euc", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+        ),
+        "python": lambda code: python("-c", code, cwd=folder, env=environment),
+    }  # fmt: skip
     printed = []
     for block in blocks(page):
         if block.mark != "run":
@@ -71,15 +79,7 @@ def run_blocks(page: Path, folder: Path, *, python_path: Path) -> list[str]:
         if block.file is not None:
             (folder / block.file).write_text(block.code)
             continue
-        run = {"sh": ["bash", "-euc"], "python": [sys.executable, "-c"]}[block.language]
-        done = subprocess.run(
-            [*run, block.code],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+        done = run[block.language](block.code)
         assert done.returncode == 0, f"{page.name}, line {block.line}: {done.stderr}"
         printed.append(done.stderr + done.stdout)
     return printed

@@ -4,10 +4,11 @@ import json
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forked import python
 
 RECIPE = """
 name: tiny
@@ -59,14 +60,8 @@ def write_inputs(folder: Path) -> None:
 
 def salsa(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run the command line in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "salsa", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "400"},
-    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
+    return python("-m", "salsa", *arguments, cwd=folder, env=environment)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from salsa.models import load_policy, load_tokenizer, same_vocabulary
+from tests.forked import python
 from tests.judge_server import JudgeServer
 from tests.unit.test_evaluation import bench, verdict  # noqa: F401  (a fixture)
 
@@ -19,10 +20,7 @@ TURN = {
 
 
 def salsa(repository, *words):
-    done = subprocess.run(
-        [sys.executable, "-m", "salsa", *map(str, words)],
-        cwd=repository, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = python("-m", "salsa", *map(str, words), cwd=repository)
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 

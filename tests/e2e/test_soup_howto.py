@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
+
+from tests.forked import python
 
 
 @pytest.mark.slow
@@ -18,14 +18,8 @@ def test_dpo_with_a_soup_as_its_reference(repository, make_checkpoint, tmp_path)
         shutil.copytree(make_checkpoint("llama", seed).path, tmp_path / f"sft-{seed}")
     rows = [{"prompt": f"say {i}", "chosen": "yes", "rejected": "no"} for i in range(16)]
     (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    done = python("-c", code, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dpo" / "model.safetensors").exists()
     assert "train_loss" in done.stdout

@@ -6,8 +6,6 @@ The keys were read from the source of the versions noted, in November 2026; thos
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib import metadata
 
 import pytest
@@ -17,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from salsa import make_soup
 from tests.conftest import tiny_model, tiny_tokenizer
+from tests.forked import python
 
 KEYS = {
     "ms-swift 4.6.0": (  # swift/arguments/rlhf_args.py, base_args/base_args.py, rlhf_trainers/args_mixin.py
@@ -127,14 +126,8 @@ def test_it_loads_as_any_model_does_and_is_the_mean(soup, ingredients):
 
 
 def run_python(code, folder):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    return python("-c", code, cwd=folder, env=environment)
 
 
 @pytest.mark.slow
