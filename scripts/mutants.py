@@ -3,9 +3,9 @@
     python scripts/mutants.py [--count 40] [--seed 0] [--only 'objectives*'] [--out runs/mutants.json]
 
 `make mutants` installs cosmic-ray, which makes the mutants, and runs this. Each mutant is one change of one module in a
-copy of the tree, judged by the fast tests of the files in MODULES: `killed` if one fails or takes ten times as long as
-without the change. All mutants would take days: `--count` of each module are drawn, type hints and the `strict` of zip
-left out. What is in the file is not done again. Prints a table and the diffs that survived.
+copy of the package, judged by the fast tests of the files in MODULES: `killed` if one fails or takes ten times as long
+as without the change. All mutants would take days: `--count` of each module are drawn, type hints and the `strict` of
+zip left out. What is in the file is not done again. Prints a table and the diffs that survived.
 """
 
 import argparse
@@ -27,6 +27,10 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.forked import python  # noqa: E402
+
 MODULES = {
     "objectives": ["test_objectives", "test_rl_steps", "test_algorithms"],
     "rl": ["test_rl", "test_rl_steps", "test_algorithms"],
@@ -47,17 +51,6 @@ MODULES = {
     "analysis/verdicts": ["test_verdicts", "test_planted_worlds"],
 }
 """Module → its test files below tests/unit."""
-KEEP = (
-    "src",
-    "tests",
-    "recipes",
-    "scripts",
-    "benchmarks",
-    "docs",
-    "pyproject.toml",
-    "README.md",
-    "Makefile",
-)
 SLOWER = 10.0
 """Times the unchanged tests' seconds after which a mutant counts as killed."""
 
@@ -77,47 +70,34 @@ def mutants(module: Path, count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(every, min(count, len(every)))
 
 
-def tested(tree: Path, names: list[str], timeout: float | None) -> tuple[bool, float]:
-    """Whether the fast tests pass in the copied tree, and their seconds; too long is no pass."""
+def tested(source: Path, names: list[str], timeout: float) -> tuple[bool, float]:
+    """Whether the fast tests pass with the package in `source`, and their seconds; too long is no pass."""
     files = [f"tests/unit/{name}{'' if name == 'soup' else '.py'}" for name in names]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n0",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-        *files,
-    ]
+    options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # what is imported before the fork
     environment = os.environ | {
-        "PYTHONPATH": f"{tree / 'src'}:{tree}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     started = time.monotonic()
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, timeout=timeout
-        )
+        done = python("-m", "pytest", *options, *files, cwd=ROOT, env=environment, timeout=timeout)
     except subprocess.TimeoutExpired:
         return False, time.monotonic() - started
     return done.returncode == 0, time.monotonic() - started
 
 
 def judged(
-    tree: Path, name: str, known: dict[str, Any], count: int, seed: int
+    source: Path, name: str, known: dict[str, Any], count: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """The verdict of each mutant of a module."""
-    file = tree / "src" / "salsa" / f"{name}.py"
+    file = source / "salsa" / f"{name}.py"
     original = file.read_text(encoding="utf-8")
     seconds = None
     for one in mutants(file, count, seed):
         key = f"{name}:{one.operator_name}:{one.occurrence}"
         if key not in known:
             if seconds is None:
-                passes, seconds = tested(tree, MODULES[name], None)
+                passes, seconds = tested(source, MODULES[name], 600.0)
                 if not passes:
                     sys.exit(f"{name}: its tests fail without a change")
             changed = mutate_code(original, get_operator(one.operator_name)(), one.occurrence)
@@ -125,7 +105,7 @@ def judged(
                 continue
             file.write_text(changed, encoding="utf-8")
             try:
-                survived, _ = tested(tree, MODULES[name], SLOWER * seconds)
+                survived, _ = tested(source, MODULES[name], SLOWER * seconds)
             finally:
                 file.write_text(original, encoding="utf-8")
             line = one.start_pos[0]
@@ -147,12 +127,9 @@ def main() -> None:
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for part in KEEP:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            copy(ROOT / part, tree / part)
+        source = shutil.copytree(ROOT / "src", Path(folder) / "src")
         for name in filter(lambda name: fnmatch(name, args.only), MODULES):
-            for _ in judged(tree, name, known, args.count, args.seed):
+            for _ in judged(source, name, known, args.count, args.seed):
                 args.out.write_text(json.dumps(known, indent=1) + "\n")
             print(row(name, known), flush=True)
     print(row("all", known))
