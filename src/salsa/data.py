@@ -12,6 +12,7 @@ the loss is on replies only whatever the template marks.
 import gzip
 import importlib
 import json
+import math
 import random
 import re
 import sys
@@ -249,6 +250,29 @@ def _marks_replies(tokenizer: Any) -> bool:
         return bool(get_training_chat_template(tokenizer))
     except ValueError:
         return False
+
+
+def kept_back(
+    prompts: Sequence[Any], share: float, seed: int, whole_prompts: bool
+) -> tuple[list[int], list[int]]:
+    """Numbers of the pairs that are kept back and of those that train, given each pair's prompt; both in drawn order.
+
+    With `whole_prompts` all pairs of a prompt are on one side, and at least the share is kept back.
+    """
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    count = math.ceil(len(prompts) * share)
+    if not whole_prompts:
+        return order[:count], order[count:]
+    by_prompt: dict[str, list[int]] = {}
+    for i in order:
+        by_prompt.setdefault(repr(prompts[i]), []).append(i)
+    back: list[int] = []
+    for same in by_prompt.values():
+        if len(back) < count:
+            back += same
+    kept = set(back)
+    return back, [i for i in order if i not in kept]
 
 
 def preference_rows(rows: Sequence[Row], tokenizer: Any, where: str) -> list[Row]:

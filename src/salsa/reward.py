@@ -1,12 +1,10 @@
 """Reward models: TRL's RewardTrainer on preference pairs, and the accuracy on pairs that were kept back."""
 
-import math
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from salsa.artifacts import read_jsonl, write_atomic
-from salsa.data import Row, preference_rows
+from salsa.data import Row, kept_back, preference_rows
 from salsa.errors import DataError
 from salsa.models import RewardModel, load_classifier, load_tokenizer, save_checkpoint
 from salsa.models.scalar import SCORING_TOKENS
@@ -37,13 +35,14 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
     tokenizer = load_tokenizer(job.init.path)
     where = str(job.pairs.path / "pairs.jsonl")
     rows = preference_rows(read_jsonl(Path(where)), tokenizer, where)
-    num_held_out = math.ceil(len(rows) * config.holdout) if config.holdout else 0
-    if len(rows) - num_held_out < 1:
+    back, rest = kept_back(
+        [row["prompt"] for row in rows], config.holdout, config.split_seed, config.holdout_prompts
+    )
+    if not rest:
         raise DataError(
-            f"{where}: {len(rows)} pairs are too few to train on and hold {config.holdout:.0%} back. "
+            f"{where}: of {len(rows)} pairs {len(back)} are kept back, which leaves none to train on. "
             "Give more pairs, or set reward.holdout=0."
         )
-    random.Random(config.split_seed).shuffle(rows)
     arguments = common_arguments(job, directory, engine)
     model = load_classifier(
         job.init.path, pad_id=int(tokenizer.pad_token_id), new_head_seed=job.seed
@@ -53,7 +52,7 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
             trainer = divided(trl.RewardTrainer, engine, pairs=True)(
                 model=model,
                 args=trl.RewardConfig(**arguments, disable_dropout=True),
-                train_dataset=datasets.Dataset.from_list(rows[num_held_out:]),
+                train_dataset=datasets.Dataset.from_list([rows[i] for i in rest]),
                 processing_class=tokenizer,
                 peft_config=adapters(config.lora, "SEQ_CLS", job.seed, whole=("score",)),
             )
@@ -61,9 +60,9 @@ def train_reward(job: RewardJob, directory: Path, engine: Engine) -> None:
         model, weights = learned(trainer, model, engine)
     if engine.is_main:
         save_checkpoint(model, tokenizer, directory, weights)
-    if num_held_out and engine.is_main:
-        accuracy = _accuracy(RewardModel.load(directory, engine.alone), rows[:num_held_out])
-        text = f"{accuracy:.6f} on {num_held_out} held-out pairs\n"
+    if back and engine.is_main:
+        accuracy = _accuracy(RewardModel.load(directory, engine.alone), [rows[i] for i in back])
+        text = f"{accuracy:.6f} on {len(back)} held-out pairs\n"
         write_atomic(directory / "accuracy.txt", text)
 
 

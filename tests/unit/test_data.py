@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pytest
 
@@ -94,6 +95,20 @@ def test_preference_rows(tokenizer):
     assert data.preference_rows([beside_their_prompt], tokenizer, "x") == expected
     in_full = beside_their_prompt | {"prompt": [USER]}
     assert data.preference_rows([in_full], tokenizer, "x") == expected
+
+
+def test_pairs_are_kept_back_by_pair_or_by_whole_prompt():
+    prompts = [[{"role": "user", "content": "abcd"[i % 4]}] for i in range(12)]
+    back, rest = data.kept_back(prompts, 0.1, 0, whole_prompts=False)
+    assert len(back) == 2 and sorted(back + rest) == list(range(12))
+    shown = list(range(12))
+    random.Random(0).shuffle(shown)
+    assert back + rest == shown
+    back, rest = data.kept_back(prompts, 0.1, 0, whole_prompts=True)
+    assert back == [i for i in shown if i % 4 == shown[0] % 4]  # three: a tenth and more
+    assert rest == [i for i in shown if i not in back]
+    assert len(data.kept_back(prompts, 0.3, 0, whole_prompts=True)[0]) == 6
+    assert data.kept_back(prompts, 0, 0, whole_prompts=True) == ([], shown)
 
 
 def test_conversations_that_are_no_pair_are_dropped_and_counted(tokenizer, capsys):

@@ -258,6 +258,9 @@ def test_accuracy_of_the_reward_model():
     assert reward.accuracy(a_reward(0.72)).verdict == "sound"
     assert reward.accuracy(a_reward(0.25)).verdict == "faulty"
     assert reward.accuracy(a_reward(0.52, count=60)).verdict == "suspicious"
+    known = reward.accuracy(replace(a_reward(0.72), known_prompts=9))
+    assert "The prompts of 9 have other pairs that it was trained on" in known.says
+    assert "other pairs" not in reward.accuracy(a_reward(0.72)).says
     exchanged = replace(a_reward(0.55), seen=a_reward(0.2).held_out)
     assert reward.accuracy(exchanged).verdict == "faulty"
 

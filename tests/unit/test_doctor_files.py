@@ -55,7 +55,13 @@ def test_an_averaged_reward_model_is_measured_too(label, seeds, tmp_path, monkey
         (3, 2),
         (7, 2),
     )  # a quarter of ten, rounded up
-    assert asked[0] == (run.stages[label].path, 3)
+    assert asked[0] == (run.stages[label].path, 3) and found.known_prompts == 0
+    twice = [pair | {"prompt": f"p{i % 5}"} for i, pair in enumerate(pairs)]
+    assert gather._reward(run, Data(pairs=labelled), twice).known_prompts > 0
+    words = [f"reward.seeds={seeds}", "reward.holdout=0.25", "reward.holdout_prompts=true"]
+    run.recipe = Recipe.load(QUICKSTART, words)
+    found = gather._reward(run, Data(pairs=labelled), twice)
+    assert (len(found.held_out), len(found.seen), found.known_prompts) == (4, 6, 0)
     assert gather._ceiling(labelled, [0, 1]) == pytest.approx((1 / (1 + np.exp(-2)) + 0.5) / 2)
     assert gather._ceiling(labelled, [11]) is None and gather._ceiling(None, [0]) is None
 

@@ -84,9 +84,29 @@ def test_too_few_pairs_say_what_to_do(make_checkpoint, tmp_path):
     config = RewardConfig(epochs=1, max_length=64, holdout=0.1)
     job = RewardJob("reward", init, Checkpoint(tmp_path, "0" * 64), config, 3)
     with pytest.raises(
-        DataError, match="1 pairs are too few .* Give more pairs, or set reward.hold"
+        DataError, match="of 1 pairs 1 are kept back, .* Give more pairs, or set reward.hold"
     ):
         train_reward(job, tmp_path, FP32)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # as in test_sft
+@pytest.mark.parametrize("whole", [False, True])
+def test_whole_prompts_are_kept_back_if_asked(whole, make_checkpoint, tmp_path):
+    rows = [{"prompt": "ab"[i % 2], "chosen": f"{i}", "rejected": "no"} for i in range(6)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    config = RewardConfig(epochs=1, max_length=64, batch_size=2, holdout_prompts=whole)
+    job = RewardJob(
+        "reward", make_checkpoint("llama", 5), Checkpoint(tmp_path, "0" * 64), config, 3
+    )
+    train_reward(job, tmp_path, FP32)
+    assert (
+        (tmp_path / "accuracy.txt").read_text().endswith(f"on {3 if whole else 1} held-out pairs\n")
+    )
+    alone = [row | {"prompt": "a"} for row in rows]
+    write_jsonl(tmp_path / "pairs.jsonl", alone)
+    if whole:
+        with pytest.raises(DataError, match="of 6 pairs 6 are kept back"):
+            train_reward(job, tmp_path, FP32)
 
 
 def test_a_soup_of_reward_models_is_their_weight_average(make_checkpoint, tmp_path):

@@ -42,7 +42,9 @@ class RewardConfig(Strict):
     split_seed: int = 0
     """Which pairs are kept back: the same ones for every seed."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the pairs kept back to measure the accuracy on. Where a prompt has several pairs, others of it train."""
+    """Share of the pairs kept back to measure the accuracy on."""
+    holdout_prompts: Added[bool] = False
+    """Keep whole prompts back: no pair of theirs is trained on, and the accuracy is that on new prompts."""
     lora: Added[LoRAConfig | None] = None
     """Train adapters and the head instead of all weights; the checkpoint has them merged."""
     checkpoint_every: Execution[Count] = 50

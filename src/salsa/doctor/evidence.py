@@ -104,6 +104,8 @@ class Reward:
     """The same of pairs that it was trained on."""
     ceiling: float | None = None
     """Accuracy that knowing the labeller's score would give, where that is known."""
+    known_prompts: int = 0
+    """Held-out pairs whose prompt has other pairs that were trained on."""
 
 
 @dataclass(frozen=True)

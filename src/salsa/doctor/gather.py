@@ -3,8 +3,6 @@
 Forward passes are few: SAMPLE rows of each kind, through `salsa.doctor.replay`. torch is imported only for them.
 """
 
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,15 @@ import numpy as np
 from salsa.artifacts import Checkpoint, read_jsonl
 from salsa.config import Recipe, RLConfig
 from salsa.config.expressions import parse_model, text_of
-from salsa.data import PREFERENCE_COLUMNS, Prompt, Row, describe, load_rows, preference_rows
+from salsa.data import (
+    PREFERENCE_COLUMNS,
+    Prompt,
+    Row,
+    describe,
+    kept_back,
+    load_rows,
+    preference_rows,
+)
 from salsa.doctor import reward as reward_gates
 from salsa.doctor import rollout as rollout_gates
 from salsa.doctor.evidence import (
@@ -197,10 +203,11 @@ def _reward(run: RunFiles, data: Data, pairs: Sequence[Row] | None) -> Reward | 
     config, model = run.recipe.reward, _proxy(run)
     if model is None or not config.trains or pairs is None:
         return None
-    numbers = list(range(len(pairs)))
-    random.Random(config.split_seed).shuffle(numbers)
-    count = math.ceil(len(pairs) * config.holdout)  # as salsa.reward keeps them back
-    held_out, seen = numbers[:count][: 4 * SAMPLE], numbers[count:][: 2 * SAMPLE]
+    prompts = [pair["prompt"] for pair in pairs]
+    back, rest = kept_back(prompts, config.holdout, config.split_seed, config.holdout_prompts)
+    held_out, seen = back[: 4 * SAMPLE], rest[: 2 * SAMPLE]
+    trained = {repr(prompts[i]) for i in rest}
+    known = sum(repr(prompts[i]) in trained for i in held_out)
 
     def scored(rows: Sequence[int]) -> np.ndarray:
         if not rows:
@@ -214,7 +221,7 @@ def _reward(run: RunFiles, data: Data, pairs: Sequence[Row] | None) -> Reward | 
             sides.append(replay.scores(model.path, shown))
         return np.stack(sides, axis=1)
 
-    return Reward(scored(held_out), scored(seen), _ceiling(data.pairs, held_out))
+    return Reward(scored(held_out), scored(seen), _ceiling(data.pairs, held_out), known)
 
 
 def _ceiling(pairs: Pairs | None, numbers: Sequence[int]) -> float | None:

@@ -44,13 +44,17 @@ def accuracy(reward: Reward | None) -> Finding | None:
     if verdict == "sound" and p_above(right, total, 0.5) > SUSPICIOUS:
         verdict = "suspicious"
     limit = f"; the labels' noise allows for {percent(ceiling)}" if reward.ceiling else ""
+    known = (
+        f" The prompts of {reward.known_prompts} have other pairs that it was trained on: reward.holdout_prompts=true "
+        "measures new prompts."
+    )
     seen = trained / max(len(reward.seen), 1)
     return Finding(
         "reward",
         "held-out accuracy",
         verdict,
         f"{percent(right / total)} of {total} held-out pairs are ranked right ({percent(seen)} of those it was trained "
-        f"on){limit}.",
+        f"on){limit}.{known if reward.known_prompts else ''}",
         ""
         if verdict == "sound"
         else "More pairs, more epochs or a higher reward.learning_rate. Below half, chosen "
