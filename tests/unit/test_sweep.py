@@ -88,7 +88,7 @@ def test_sweeps_of_the_pretrained_model_share_all_that_is_trained_before_rl():
 
 
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
-    made = config(tmp_path)
+    made = config(tmp_path, recipe=str(RECIPES / "study" / ".." / "quickstart.yaml"))
     names = list(made.points())
     assert len(names) == 12 and names[0] == "pair-0_kl_coef-0.1"
     effects = {n: (8.0 if n.endswith("0.1") else 0.0) + 0.5 * int(n[5]) - 1.25 for n in names}
@@ -96,6 +96,7 @@ def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
     out = run_sweep(made, tmp_path / "out", worker(effects, called))
     assert called == names
     summary = json.loads((out / "sweep.json").read_text())
+    assert summary["recipe"] == str(RECIPES / "quickstart.yaml")
     verdicts = {v["rl.kl_coef"]: v for v in summary["verdicts"]}
     assert verdicts["kl_coef=0.1"]["verdict"] == "holds"
     assert verdicts["kl_coef=0.1"]["effect"] == pytest.approx(8.0)

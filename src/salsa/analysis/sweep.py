@@ -177,7 +177,7 @@ def write_tables(config: SweepConfig, points: Sequence[Point], out: Path) -> Non
     verdicts = verdicts_of(config, rows)
     summary = {
         "name": config.name,
-        "recipe": config.recipe,
+        "recipe": os.path.normpath(config.recipe),
         "axes": {axis: list(dict.fromkeys(p.axes[axis] for p in points)) for axis in config.grid},
         "points": [point.name for point in points],
         "rows": rows,
