@@ -74,10 +74,8 @@ def tested(source: Path, names: list[str], timeout: float) -> tuple[bool, float]
     """Whether the fast tests pass with the package in `source`, and their seconds; too long is no pass."""
     files = [f"tests/unit/{name}{'' if name == 'soup' else '.py'}" for name in names]
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
-    options += [
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-    ]  # what is imported before the fork
+    imported_before = "ignore::pytest.PytestAssertRewriteWarning"
+    options += ["-W", imported_before]
     environment = os.environ | {
         "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip

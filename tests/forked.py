@@ -36,10 +36,12 @@ def python(
         process = _FORKS.Process(target=_become, args=(arguments, cwd, dict(env), files))
         process.start()
         process.join(timeout)
-        if process.exitcode is None:
+        late = process.exitcode is None
+        if late:
             process.kill()
-        said = (file.read_text() if file.exists() else "" for file in files)
-        if process.exitcode is None:
+            process.join()
+        said = [file.read_text() if file.exists() else "" for file in files]
+        if late:
             raise subprocess.TimeoutExpired(arguments, timeout, *said)
         return subprocess.CompletedProcess(arguments, process.exitcode, *said)
 

@@ -223,19 +223,16 @@ class Graph:
         """
         if self._the_engine is None:
             begun = self.run.precision() if self.precision == "auto" else None
-            if begun is not None:
-                from salsa.runtime.engine import Engine
-
-                made = Engine.create(begun, threads=self._threads)
-                self._the_engine = replace(made, reason="as the run was begun")
-            elif self.executor is not None and self.executor.remote and self.precision == "auto":
+            precision = begun or self.precision
+            if self.executor is not None and self.executor.remote and precision == "auto":
                 request = request or Request()
                 task = Task("precision", request, measure, (request.cpus,))
                 self._the_engine = Elsewhere.only(self.executor, task)
             else:
                 from salsa.runtime.engine import Engine
 
-                self._the_engine = Engine.create(self.precision, threads=self._threads)
+                made = Engine.create(precision, threads=self._threads)
+                self._the_engine = replace(made, reason="as the run was begun") if begun else made
             say(f"precision: {self._the_engine.precision} ({self._the_engine.reason})")
         return self._the_engine
 
