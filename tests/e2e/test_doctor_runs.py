@@ -8,9 +8,12 @@ import pytest
 
 from salsa import rl as salsa_rl
 from salsa.config import Recipe
+from salsa.doctor import examine, replay
 from salsa.doctor.examine import examine_run
+from salsa.doctor.files import RunFiles
 from salsa.errors import WorkFailed
 from salsa.pipeline import run_recipe
+from salsa.stages.directory import RunDirectory
 from tests.faults.bench import link_unaffected, table
 from tests.faults.kinds import FAULTS
 from tests.whole_run import salsa
@@ -79,6 +82,19 @@ def test_a_run_that_stopped_is_looked_at_as_far_as_it_got(healthy, inputs, tmp_p
     found = examine_run(tmp_path / "run")
     assert (found.verdict, found.culprit) == ("faulty", fault.stage)
     assert any("ppo seed 0 had not come to: not finished" in one for one in found.not_measured)
+
+
+def test_the_end_of_a_run_loads_no_large_model(healthy, inputs, monkeypatch):
+    """What the files say is judged all the same; `salsa doctor RUN` asks for more."""
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(examine, "SMALL", 1)
+    for loader in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        monkeypatch.setattr(replay, loader, None)  # whoever asks it for a model gets an error
+    run = RunDirectory(healthy)
+    run.finished += RunFiles.open(healthy).stages.values()
+    found = examine.diagnosed(run)
+    assert any("needs a forward pass: the models are large" in one for one in found["not_measured"])
+    assert {f["stage"] for f in found["findings"]} >= {"data", "rollout", "kl", "evaluation"}
 
 
 def test_at_the_terminal(finished, inputs):
