@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,25 @@ def test_a_changed_beta_redoes_rl_and_nothing_before(finished, inputs, tmp_path)
     reused = [line.split(":")[0] for line in done.stderr.splitlines() if line.endswith(": reused")]
     assert reused == ["sft[0]", "sft[1]", "sft[2]", "preferences", "reward", "soup", "soup[0,1,2]"]
     assert done.stderr.count("rl ") >= 3
+
+
+def test_a_further_score_and_a_further_arm_train_no_arm_again(finished, inputs, tmp_path):
+    """Though training would log both: the score, and the KL to an SFT model that only the new arm has."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    own = ["rl.seeds=[0]", "-o", str(copy), "--force"]
+    arms = """rl.arms={ppo: {init: "sft[0]", reference: "sft[0]"}, other: {init: "sft[1]", reference: "sft[1]"}%s}"""
+    scores = "eval.scores={gold: {call: my_gold:score}, again: {call: my_gold:score}}"
+    done = salsa(inputs, "run", "tiny.yaml", arms % "", scores, *own)
+    assert "rl ppo seed 0: reused; trained when score again was not logged" in done.stderr
+    assert "rl other seed 0: done in" in done.stderr
+    report = json.loads((copy / "report.json").read_text())
+    again, gold = (report["arms"]["ppo"]["mean"][score] for score in ("again", "gold"))
+    assert again == gold, "evaluation measures what training did not log"
+    third = ', salsa3: {init: "sft[0]", reference: "soup[0,1,2]"}'
+    done = salsa(inputs, "rl", "tiny.yaml", arms % third, *own)
+    assert done.returncode == 0 and not re.search(r"rl .*: done in", done.stderr), done.stderr
+    assert "rl other seed 0: reused; trained when kl_to sft[2] was not logged" in done.stderr
 
 
 def test_kill_9_in_sft_reward_and_rl_changes_nothing(finished, tmp_path):

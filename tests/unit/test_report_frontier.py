@@ -68,6 +68,33 @@ def test_what_was_not_logged_is_left_out(made):
     assert len(frontier.all_figures(summary, {"arm-1": no_gold})["frontier-0-gold"]["data"]) == 8
 
 
+@pytest.mark.parametrize("older", [0, 2])
+def test_a_seed_that_is_reused_and_logged_less_costs_only_what_it_did_not_log(older, made):
+    """A score or a model was added after it was trained; the other seeds are new."""
+    summary, curves = made
+    missing = ("gold", "kl_to_sft[0]")
+    mixed = [
+        [{k: v for k, v in row.items() if k not in missing or seed != older} for row in rows]
+        for seed, rows in enumerate(curves["arm-1"])
+    ]
+    rows = {name: [[{"proxy": 0.0, "gold": 1.0}]] for name in summary["arms"]}
+    plots = figures.all_figures(summary, rows, {"arm-1": mixed, "arm-2": curves["arm-2"]})
+    shown = lambda name: {trace["name"] for trace in plots[name]["data"]} - {""}
+    assert shown("curve-gold") == {"arm-2"} and shown("curve-score") == {"arm-1", "arm-2"}
+    alone = figures.all_figures(summary, rows, {"arm-1": mixed})
+    assert "curve-gold" not in alone and "curve-score" in alone
+    lines = [
+        sum("line" in trace for trace in plot["data"])
+        for plot in frontier.all_figures(summary, {"arm-1": mixed}).values()
+    ]
+    assert sum(lines) == 1, "its proxy by its own reference; nothing else did all three seeds log"
+    series = frontier.series(summary, {"arm-1": mixed})
+    assert [y["name"] for y in series["yardsticks"]] == ["sft[0]", "own reference"]
+    to_sft, own = series["arms"][0]["curves"]
+    assert [bool(way["step"]) for way in to_sft] == [seed != older for seed in range(3)]
+    assert [way["values"][1] is None for way in own] == [seed == older for seed in range(3)]
+
+
 def test_curves_are_thinned_and_seeds_share_a_trace(made):
     summary, curves = made
     rows = {name: [[{"proxy": 0.0, "gold": 1.0}]] for name in summary["arms"]}

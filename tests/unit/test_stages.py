@@ -1,6 +1,7 @@
 """Stages are done once, named by what decides them, complete or absent; the graph is lazy."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,9 @@ class Writes:
 
     def identity(self):
         return {"config": {"text": self.text}, "inputs": self.inputs}
+
+    def decides(self, name):
+        return not name.startswith("watched")
 
     def execution(self):
         return {"batch": 3}
@@ -346,6 +350,60 @@ def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(t
         ConfigError, match=r"run: a was computed in bf16, model.precision=fp32 would do"
     ):
         run.check_precision("fp32")
+
+
+# what is only logged
+
+
+def test_a_stage_that_logged_other_things_is_reused_and_of_several_the_nearest(tmp_path, capsys):
+    inputs = {"i": "1", "watched a": "2"}
+    (none,) = finish(tmp_path / "run", Computes("rl", inputs={"i": "1"}))
+    (one,) = finish(tmp_path / "run", Computes("rl", inputs=inputs))
+    assert one.path == none.path and one.reused and DONE == ["rl"]
+    assert "rl: reused; trained when watched a was not logged" in capsys.readouterr().err
+    # made by hand, for the graph never trains it again: a second one, that logged more
+    folder = none.path.with_name("rl-" + "f" * 12)
+    shutil.copytree(none.path, folder)
+    record = none.record | {"digest": "f" * 64, "inputs": inputs | {"watched b": "3"}}
+    (folder / "stage.json").write_text(json.dumps(record))
+    (nearest,) = finish(tmp_path / "run", Computes("rl", inputs=inputs))
+    assert nearest.path == folder and nearest.reused
+    assert "rl: reused\n" in capsys.readouterr().err
+    (fewest,) = finish(tmp_path / "run", Computes("rl", inputs={"i": "1"}))
+    assert fewest.path == none.path, "the very same comes before all others"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Computes("rl seed 0", inputs={"i": "2", "watched a": "2"}),
+        Computes("rl seed 0", "another text", inputs={"i": "1", "watched a": "2"}),
+        Computes("rl seed", inputs={"i": "1", "watched a": "2"}),
+    ],
+)
+def test_a_stage_with_another_result_is_not(other, tmp_path):
+    finish(tmp_path / "run", Computes("rl seed 0", inputs={"i": "1"}))
+    (stage,) = finish(tmp_path / "run", other)
+    assert not stage.reused and len(DONE) == 2
+
+
+def test_nor_one_in_another_arithmetic(tmp_path):
+    finish(tmp_path / "run", Computes("rl", inputs={"i": "1"}), precision="bf16")
+    asked = Computes("rl", inputs={"i": "1", "watched a": "2"})
+    (stage,) = finish(tmp_path / "run", asked, precision="fp32")
+    assert not stage.reused and stage.record["precision"] == "fp32"
+
+
+def test_rl_is_decided_by_all_but_the_kl_to_other_models_and_scores_that_choose_nothing():
+    job = replace(
+        BEFORE["rl"], kl_to={"base": TWO}, monitors={"gold": RewardSource(checkpoint=TWO)}
+    )
+    undecisive = {name for name in job.identity()["inputs"] if not job.decides(name)}
+    assert undecisive == {"kl_to base", "score gold"}
+    chosen = RLConfig(kl_coef=0.1, select={"metric": "gold"})
+    assert replace(job, config=chosen).decides("score gold")
+    for kind in ("soup", "sft"):
+        assert all(map(BEFORE[kind].decides, BEFORE[kind].identity()["inputs"]))
 
 
 # identities of the real jobs

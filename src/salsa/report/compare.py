@@ -130,7 +130,7 @@ def curve_figures(
     return {
         f"curve-{name}": figures.curve(name, title, logged, order)
         for name, title in titles.items()
-        if any(name in seeds[0][0] for seeds in logged.values())
+        if any(figures.logged_by_all(name, seeds) for seeds in logged.values())
     }
 
 

@@ -28,7 +28,7 @@ def all_figures(summary: Row, rows: Runs, curves: Runs) -> dict[str, Figure]:
     figures = {
         f"curve-{name}": curve(name, title, curves, arms)
         for name, title in panels.items()
-        if any(name in row for seeds in curves.values() for row in seeds[0][:1])
+        if any(logged_by_all(name, seeds) for seeds in curves.values())
     }
     return figures | {
         f"histogram-{score}": histogram(
@@ -49,7 +49,7 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
     """Mean over seeds as a strong line, each seed as a faint one."""
     data = []
     for arm, seeds in curves.items():
-        if not any(name in row for row in seeds[0][:1]):  # DPO logs other metrics, a short run none
+        if not logged_by_all(name, seeds):
             continue
         own = [thinned(seed, POINTS) for seed in shared_updates(seeds, name)]
         steps = [row["step"] for row in own[0]]
@@ -58,6 +58,11 @@ def curve(name: str, title: str, curves: Runs, arms: Sequence[str]) -> Figure:
             data.append(_seeds(steps, values, colour(arm, arms)))
         data.append(_line(steps, values.mean(axis=0), colour(arm, arms), width=2.5, name=arm))
     return {"data": data, "layout": layout(title, "update", "")}
+
+
+def logged_by_all(name: str, seeds: Sequence[Sequence[Row]]) -> bool:
+    """Whether each seed's first update logged it: DPO logs other metrics, a short run none, a reused one fewer."""
+    return all(name in row for seed in seeds for row in (seed[:1] or [{}]))
 
 
 def histogram(values: Mapping[str, np.ndarray], title: str, x: str) -> Figure:

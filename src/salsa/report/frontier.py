@@ -65,7 +65,7 @@ def series(summary: Mapping[str, Any], curves: Curves) -> dict[str, Any] | None:
     known = {
         f"frontier-{number}-": y
         for number, y in enumerate(yardsticks(summary, curves))
-        if any(_has(seeds[0], y.logged) for seeds in curves.values())
+        if any(_has(rows, y.logged) for seeds in curves.values() for rows in seeds)
     }
     arms: list[dict[str, Any]] = []
     for arm, seeds in curves.items():
@@ -132,7 +132,7 @@ def _frontier(
         )
     for arm, seeds in curves.items():
         ways = [_way(rows, yardstick, [score]) for rows in shared_updates(seeds, yardstick.logged)]
-        if not ways[0]["step"] or ways[0]["values"][0] is None:
+        if not ways[0]["step"] or any(way["values"][0] is None for way in ways):
             continue
         data.append(
             {

@@ -157,9 +157,9 @@ class RunDirectory:
                     "it anew. Give --out another directory, or --force to have both here and replace the report."
                 )
 
-    def _records(self) -> Iterator[dict[str, Any]]:
-        """Of every finished stage that lies here."""
-        for file in sorted(self.path.glob("stages/*/stage.json")):
+    def _records(self, stages: str = "*") -> Iterator[dict[str, Any]]:
+        """Of every finished stage that lies here, or of those whose directory's name is like `stages`."""
+        for file in sorted(self.path.glob(f"stages/{stages}/stage.json")):
             yield json.loads(file.read_text(encoding="utf-8"))
 
     def place(self, job: Job, precision: str) -> Place:
@@ -182,6 +182,35 @@ class RunDirectory:
         stage = Stage(place.label, place.final, record, reused=True)
         stage.checkpoint.verify(hashed=self.hashes.sha256)
         return stage
+
+    def find_alike(self, place: Place, decides: Callable[[str], bool]) -> Stage | None:
+        """A finished stage with the result that `place`'s would have, which logged other things on the way.
+
+        Of several, the one that logged most of what is asked, then the newest. CheckpointError as of `find`.
+
+        Args:
+            place: where the stage would lie.
+            decides: whether an input of that name decides the result.
+        """
+        asked = place.identity["inputs"]
+        if all(map(decides, asked)):
+            return None
+
+        def decisive(identity: dict[str, Any]) -> str:
+            inputs = {name: digest for name, digest in identity["inputs"].items() if decides(name)}
+            parts = {key: identity.get(key) for key in ("layout", "stage", "config", "precision")}
+            return digest_of(parts | {"inputs": inputs})
+
+        alike = [
+            record
+            for record in self._records(f"{stage_slug(place.label)}-*")
+            if decisive(record) == decisive(place.identity)
+        ]
+        if not alike:
+            return None
+        best = max(alike, key=lambda r: (len(asked.items() & r["inputs"].items()), r["started"]))
+        final = stage_path(self.path, place.label, best["digest"])
+        return self.find(Place(place.label, final, best))
 
     def _take_recipe(self, text: str, force: bool, decisive: Callable[[str], Any]) -> None:
         file = self.path / "recipe.yaml"

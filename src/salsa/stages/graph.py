@@ -182,16 +182,21 @@ class Graph:
         if isinstance(job, Checkpoint):
             self._outputs[node] = job
         elif (stage := self._finished(job)) is not None:
-            self._record(node, stage)
+            unlogged = job.identity()["inputs"].keys() - stage.record["inputs"].keys()
+            self._record(node, stage, unlogged)
         else:
             return job
         return None
 
     def _finished(self, job: Job) -> Stage | None:
-        """The job's finished stage, if any; `auto` takes one in any arithmetic."""
+        """The job's finished stage, if any; `auto` takes one in any arithmetic.
+
+        One that only logged other things will do, so an arm or a score more makes no arm train again.
+        """
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
         places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
-        finished = [stage for p in places.values() if (stage := self.run.find(p)) is not None]
+        exact, alike = self.run.find, partial(self.run.find_alike, decides=job.decides)
+        finished = [stage for p in places.values() if (stage := exact(p) or alike(p)) is not None]
         return max(finished, key=lambda stage: stage.record["started"], default=None)
 
     def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
@@ -241,11 +246,13 @@ class Graph:
         assert stage is not None  # the work raised nothing
         self._record(node, replace(stage, reused=False))
 
-    def _record(self, node: Node, stage: Stage) -> None:
+    def _record(self, node: Node, stage: Stage, unlogged: Iterable[str] = ()) -> None:
         self.run.finished.append(stage)
         self._outputs[node] = stage.checkpoint
         self._view.show(Status(node.label, "reused" if stage.reused else "done"))
         how = "reused" if stage.reused else f"done in {stage.record['seconds']:.0f} s"
+        if unlogged:
+            how += f"; trained when {', '.join(sorted(unlogged))} was not logged"
         say(f"{stage.label}: {how}")
 
 

@@ -53,6 +53,10 @@ class Job(ABC):
         names = {f.name: getattr(f.type, "__metadata__", (f.name,))[0] for f in fields(self)}
         return identity_from(**{name: getattr(self, own) for own, name in names.items() if name})
 
+    def decides(self, name: str) -> bool:
+        """Whether the input of that name in the identity decides the result, and not only what is logged on the way."""
+        return True
+
     @property
     def can_be_divided(self) -> bool:
         """Whether several processes can do the work together."""
@@ -270,9 +274,14 @@ class RLJob(Job):
     prompts: DataSource
     seed: int
     kl_to: dict[str, Checkpoint] = field(default_factory=dict)
-    """Name → model whose KL is logged: the base and the SFT models. What is only logged is part of the output too."""
+    """Name → model whose KL is logged: the base and the SFT models."""
     monitors: Annotated[dict[str, RewardSource], "score"] = field(default_factory=dict)
     """Further scores to log, e.g. `gold`; they train nothing."""
+
+    def decides(self, name: str) -> bool:
+        """Not what is logged only: the KL to other models, and scores that no checkpoint is chosen by."""
+        kind, _, which = name.partition(" ")
+        return kind not in ("kl_to", "score") or which == self.config.selection.metric
 
     @property
     def can_be_divided(self) -> bool:
