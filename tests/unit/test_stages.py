@@ -394,6 +394,17 @@ def test_nor_one_in_another_arithmetic(tmp_path):
     assert not stage.reused and stage.record["precision"] == "fp32"
 
 
+def test_the_very_same_stage_comes_before_a_newer_one_that_logged_other_things(tmp_path):
+    """`auto` would take either arithmetic."""
+    asked, other = ({"i": "1", f"watched {name}": "2"} for name in "ab")
+    (same,) = finish(tmp_path / "run", Computes("rl", inputs=asked), precision="bf16")
+    (newer,) = finish(tmp_path / "run", Computes("rl", inputs=other), precision="fp32")
+    record = newer.record | {"started": "9999"}
+    (newer.path / "stage.json").write_text(json.dumps(record))
+    (stage,) = finish(tmp_path / "run", Computes("rl", inputs=asked), precision="auto")
+    assert stage.path == same.path
+
+
 def test_rl_is_decided_by_all_but_the_kl_to_other_models_and_scores_that_choose_nothing():
     job = replace(
         BEFORE["rl"], kl_to={"base": TWO}, monitors={"gold": RewardSource(checkpoint=TWO)}

@@ -201,11 +201,8 @@ class RunDirectory:
             parts = {key: identity.get(key) for key in ("layout", "stage", "config", "precision")}
             return digest_of(parts | {"inputs": inputs})
 
-        alike = [
-            record
-            for record in self._records(f"{stage_slug(place.label)}-*")
-            if decisive(record) == decisive(place.identity)
-        ]
+        wanted, records = decisive(place.identity), self._records(f"{stage_slug(place.label)}-*")
+        alike = [record for record in records if decisive(record) == wanted]
         if not alike:
             return None
         best = max(alike, key=lambda r: (len(asked.items() & r["inputs"].items()), r["started"]))

@@ -196,8 +196,10 @@ class Graph:
         choices = PRECISIONS if self.precision == "auto" else (self.precision,)
         places = {place.final: place for place in (self.run.place(job, p) for p in choices)}
         exact, alike = self.run.find, partial(self.run.find_alike, decides=job.decides)
-        finished = [stage for p in places.values() if (stage := exact(p) or alike(p)) is not None]
-        return max(finished, key=lambda stage: stage.record["started"], default=None)
+        for find in (exact, alike):
+            if finished := [stage for p in places.values() if (stage := find(p)) is not None]:
+                return max(finished, key=lambda stage: stage.record["started"])
+        return None
 
     def _begin(self, job: Job) -> tuple[Place, "Engine | None"]:
         """Where the job will be computed and by what; what was begun in one arithmetic stays in it."""
