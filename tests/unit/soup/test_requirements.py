@@ -169,6 +169,8 @@ def test_03_order_of_a_uniform_soup_does_not_matter(three, tmp_path):
     one = make_soup(three, out=tmp_path / "one")
     other = make_soup(three[::-1], out=tmp_path / "other", take_from=2)
     assert one.digest == other.digest
+    giver = [json.loads((s.path / "soup.json").read_text())["settings_from"] for s in (one, other)]
+    assert giver == [0, 2]
 
 
 # 4. Output dtype
@@ -191,6 +193,19 @@ def test_04_auto_is_the_widest_ingredient(tmp_path, dtypes, expected):
     soup = make_soup(paths, out=tmp_path / "soup")
     assert {v.dtype for v in read(soup.path).values()} == {np.dtype(expected)}
     assert json.loads((soup.path / "config.json").read_text())["dtype"] == expected
+
+
+@pytest.mark.parametrize("stated", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("asked", ["float32", "float16", "bfloat16"])
+def test_04_the_config_states_the_dtype_asked_for(tmp_path, asked, stated):
+    paths = [checkpoints.write(tmp_path / str(seed), checkpoints.tensors(seed)) for seed in (0, 1)]
+    for path in paths:
+        config = json.loads((path / "config.json").read_text())
+        config[stated] = config.pop("dtype")
+        (path / "config.json").write_text(json.dumps(config))
+    soup = make_soup(paths, out=tmp_path / "soup", dtype=asked)
+    config = json.loads((soup.path / "config.json").read_text())
+    assert {config[key] for key in ("dtype", "torch_dtype") if key in config} == {asked}
 
 
 @pytest.mark.parametrize(("apart", "share"), [(0.02, 0.14), (0.002, 0.8)])
@@ -245,12 +260,9 @@ def test_06_heads_are_averaged_kept_or_dropped_but_never_silently(three, tmp_pat
     )
     assert (average[head] == 1).all() and (kept[head] == 2).all() and head not in dropped
     assert np.array_equal(kept[MATRIX], dropped[MATRIX])
-    refused(
-        "heads='keep-from-3'. Use average, drop or keep-from-I",
-        three,
-        tmp_path,
-        heads="keep-from-3",
-    )
+    for wrong in ("keep-from-3", "all"):
+        message = f"heads='{wrong}'. Use average, drop or keep-from-I with I from 0 to 2"
+        refused(message, three, tmp_path, heads=wrong)
 
 
 def test_06_a_head_that_only_one_has_can_be_kept_or_dropped(three, tmp_path):
@@ -265,6 +277,12 @@ def test_06_a_head_that_only_one_has_can_be_kept_or_dropped(three, tmp_path):
         tmp_path,
         heads="drop",
     )
+
+
+def test_06_the_message_names_a_model_that_has_the_head_it_names(three, tmp_path):
+    for path, head in zip(three, ("v_head.weight", "score.weight"), strict=False):
+        edit_tensors(path, lambda t, h=head: t.update({h: np.ones((1, 8), np.float32)}))
+    refused(r"model-1: has a head on top \(score.weight\)", three, tmp_path)
 
 
 # 7. Sharding
