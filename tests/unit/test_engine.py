@@ -18,21 +18,45 @@ from tests.unit.test_models import rollout_of
 BF16, FP32 = Engine.create("bf16"), Engine.create("fp32")
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """A CPU of so many GFLOP/s in fp32 and in bf16."""
+
+    def measured(fp32, bf16):
+        speeds = {torch.float32: fp32 * 1e9, torch.bfloat16: bf16 * 1e9}
+        monkeypatch.setattr(engine_module, "_flops_per_second", speeds.__getitem__)
+        engine_module._speeds.cache_clear()
+
+    yield measured
+    engine_module._speeds.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("fp32", "bf16", "chosen"), [(176, 20, "fp32"), (100, 120, "fp32"), (100, 300, "bf16")]
 )
-def test_auto_takes_what_is_faster_by_measurement(fp32, bf16, chosen, monkeypatch):
-    speeds = {torch.float32: fp32 * 1e9, torch.bfloat16: bf16 * 1e9}
-    monkeypatch.setattr(engine_module, "_flops_per_second", speeds.__getitem__)
-    engine_module._faster_precision.cache_clear()
+def test_auto_takes_what_is_faster_by_measurement(fp32, bf16, chosen, measured):
+    measured(fp32, bf16)
     engine = Engine.create("auto")
-    engine_module._faster_precision.cache_clear()
     assert engine.precision == chosen
     assert f"{fp32} GFLOP/s in fp32, {bf16} in bf16" in engine.reason
 
 
+@pytest.mark.parametrize(("fp32", "bf16"), [(176, 20), (132, 100), (100, 100), (100, 300)])
+def test_bf16_asked_of_a_cpu_that_emulates_it_is_said_to_be_slow(fp32, bf16, measured):
+    measured(fp32, bf16)
+    said = BF16.slowed()
+    if fp32 / bf16 > 1.3:
+        assert said == (
+            f"warning: bf16 takes {fp32 / bf16:.2g} times as long as fp32 on this CPU (measured here: matrix products "
+            f"at {fp32} GFLOP/s in fp32, {bf16} in bf16). For a new run set model.precision=auto."
+        )
+    else:
+        assert said is None
+    assert FP32.slowed() is None
+
+
 def test_the_measurement_takes_a_third_of_a_second_and_is_made_once():
-    engine_module._faster_precision.cache_clear()
+    engine_module._speeds.cache_clear()
     start = time.perf_counter()
     first = Engine.create("auto")
     assert time.perf_counter() - start < 2.0  # 0.3 s on an idle machine

@@ -1,5 +1,7 @@
 """Sign test, McNemar and Holm against scipy and hand-worked numbers; biases against brute force."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from scipy import optimize, stats
@@ -24,8 +26,9 @@ def test_mcnemar_is_the_exact_test_on_discordant_prompts():
     result = mcnemar(a, b)
     assert (result.only_a, result.only_b) == (9, 2)
     assert result.p_value == pytest.approx(2 * stats.binom.cdf(2, 11, 0.5))
-    with pytest.raises(ValueError, match="2 and 1"):
-        mcnemar([1, 0], [1])
+    for a, b, told in (([1, 0], [1], "2 and 1"), ([1], [1, 0], "1 and 2")):
+        with pytest.raises(ValueError, match=told):
+            mcnemar(a, b)
 
 
 def test_holm_by_hand():
@@ -82,6 +85,16 @@ def test_length_controlled_rate_is_the_maximum_of_the_likelihood():
     )
     found = length_controlled(outcome, difference, range(300))
     assert found.mean == pytest.approx(1 / (1 + np.exp(-best.x[1])), abs=1e-6)
+    assert found.df == 299
+    half = stats.t.ppf(0.975, 299) * found.stderr
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.01)
+
+
+def test_length_controlled_rate_counts_a_prompt_once():
+    outcome, difference = simulate(np.random.default_rng(1), 300, 1.0, 0.4)
+    once = length_controlled(outcome, difference, range(300))
+    twice = length_controlled(np.tile(outcome, 2), np.tile(difference, 2), [*range(300)] * 2)
+    assert astuple(twice) == pytest.approx(astuple(once), rel=1e-6)
 
 
 def test_length_controlled_rate_takes_the_length_out_and_covers():

@@ -24,6 +24,7 @@ from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.errors import CheckpointError, ConfigError, SalsaError
 from salsa.pipeline import remaining, stages_of
 from salsa.rewards import RewardSource
+from salsa.runtime.engine import Engine
 from salsa.runtime.executors.local import ProcessPool
 from salsa.stages import directory as directory_module
 from salsa.stages import jobs
@@ -339,6 +340,16 @@ def test_auto_goes_on_in_the_arithmetic_of_a_run_killed_in_its_first_stage(begun
         finish(tmp_path / "run", Computes("a", fails=True), precision=begun)
     stages = finish(tmp_path / "run", Computes("a"), Computes("b"), precision="auto")
     assert [stage.record["precision"] for stage in stages] == [begun, begun]
+
+
+@pytest.mark.parametrize("words", ["warning: slow", None])
+def test_a_slow_arithmetic_is_said_once_where_the_run_computes(words, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Engine, "slowed", lambda self: words)
+    monkeypatch.setattr("salsa.stages.graph.say", said.append)
+    finish(tmp_path / "run", Computes("a"), Computes("b"), precision="bf16")
+    assert said[0] == "precision: bf16 (as asked for)"
+    assert [line for line in said if "slow" in line] == ([words] if words else [])
 
 
 def test_a_finished_run_is_not_computed_anew_in_another_arithmetic_by_accident(tmp_path):

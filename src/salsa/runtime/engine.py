@@ -71,6 +71,18 @@ class Engine:
         """Of weights and activations while they are computed with."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    def slowed(self) -> str | None:
+        """What to say where bf16 is asked of a CPU that computes it clearly slower than fp32, as it emulates it."""
+        if self.device.type != "cpu" or self.precision != "bf16":
+            return None
+        fp32, bf16 = _speeds()
+        if fp32 <= CLEARLY_FASTER * bf16:
+            return None
+        return (
+            f"warning: bf16 takes {fp32 / bf16:.2g} times as long as fp32 on this CPU ({_in_words(fp32, bf16)}). "
+            "For a new run set model.precision=auto."
+        )
+
     @property
     def threads(self) -> int:
         """CPU threads of this process."""
@@ -185,15 +197,23 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-@lru_cache(maxsize=1)
 def _faster_precision(device: torch.device) -> tuple[Precision, str]:
     """What is faster here, measured, and the measurement in words."""
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported()
         return ("bf16", "a GPU with bf16") if supported else ("fp32", "a GPU without bf16")
-    fp32, bf16 = (_flops_per_second(dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
-    words = f"measured here: matrix products at {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16"
-    return ("bf16" if bf16 > CLEARLY_FASTER * fp32 else "fp32"), words
+    fp32, bf16 = _speeds()
+    return ("bf16" if bf16 > CLEARLY_FASTER * fp32 else "fp32"), _in_words(fp32, bf16)
+
+
+@lru_cache(maxsize=1)
+def _speeds() -> tuple[float, float]:
+    """GFLOP/s of matrix products on this CPU, in fp32 and in bf16."""
+    return _flops_per_second(torch.float32) / 1e9, _flops_per_second(torch.bfloat16) / 1e9
+
+
+def _in_words(fp32: float, bf16: float) -> str:
+    return f"measured here: matrix products at {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16"
 
 
 def _flops_per_second(dtype: torch.dtype) -> float:

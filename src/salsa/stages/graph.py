@@ -231,16 +231,19 @@ class Graph:
         if self._the_engine is None:
             begun = self.run.precision() if self.precision == "auto" else None
             precision = begun or self.precision
-            if self.executor is not None and self.executor.remote and precision == "auto":
+            remote = self.executor if self.executor and self.executor.remote else None
+            if remote and precision == "auto":
                 request = request or Request()
                 task = Task("precision", request, measure, (request.cpus,))
-                self._the_engine = Elsewhere.only(self.executor, task)
+                self._the_engine = Elsewhere.only(remote, task)
             else:
                 from salsa.runtime.engine import Engine
 
                 made = Engine.create(precision, threads=self._threads)
                 self._the_engine = replace(made, reason="as the run was begun") if begun else made
             say(f"precision: {self._the_engine.precision} ({self._the_engine.reason})")
+            if not remote and (slowed := self._the_engine.slowed()):
+                say(slowed)
         return self._the_engine
 
     def _end(self, node: Node, place: Place) -> None:

@@ -175,6 +175,12 @@ def test_in_float32_a_mean_of_two_has_the_bits_of_one_that_is_rounded_once(dtype
     assert soup.astype(kind).tobytes() == expected.tobytes()
 
 
+def test_factors_that_are_all_zero_make_zeros():
+    soup, spare = np.full((2, 4), np.nan)
+    blend.weighted_sum(np.array([[-1.0, 2.0, np.nan, -0.0]] * 2), linear([0.0, 0.0]), soup, spare)
+    assert soup.tobytes() == np.zeros(4).tobytes()
+
+
 def test_float32_is_used_for_a_mean_of_two_and_for_nothing_else():
     bf16, f32, f16 = (FLOATS[name] for name in ("BF16", "F32", "F16"))
     assert blend.exact_in_single(uniform(2), [bf16, bf16], bf16)
