@@ -203,6 +203,7 @@ def evaluate(
 @app.command()
 def sweep(
     file: Annotated[Path, Argument(metavar="SWEEP", help="YAML file: recipe and grid")],
+    overrides: Overrides = None,
     out: Out = None,
     only: Annotated[str, Option(help="pattern of the points to finish, e.g. 'pair-0*'")] = "*",
     dry_run: Annotated[
@@ -221,7 +222,7 @@ def sweep(
     )
     from salsa.config.sweep import SweepConfig
 
-    config = SweepConfig.load(file)
+    config = SweepConfig.load(file, overrides or ())
     directory = out or Path("runs") / config.name
     from salsa.pipeline import remaining, run_recipe
 

@@ -87,6 +87,42 @@ def test_sweeps_of_the_pretrained_model_share_all_that_is_trained_before_rl():
         assert recipe.eval.kl_to == (first, "base") and recipe.rl.arms["ppo"].reference == first
 
 
+def test_an_override_holds_in_every_point(tmp_path):
+    settings = {"rl.learning_rate": 1e-6, "eval.prompts": {"path": "held.jsonl", "limit": 9}}
+    config(tmp_path, settings=settings | {"rl.arms": ARMS})
+    given = ["eval.prompts.limit=7", "rl.learning_rate=3e-5", "model.precision=fp32"]
+    for _, recipe in SweepConfig.load(tmp_path / "sweep.yaml", given).points().values():
+        assert (recipe.eval.prompts.path, recipe.eval.prompts.limit) == ("held.jsonl", 7)
+        assert (recipe.rl.learning_rate, recipe.model.precision) == (3e-5, "fp32")
+
+
+def test_an_override_sets_a_section_again_that_the_settings_set_in_part(tmp_path):
+    settings = {"eval.prompts": "held.jsonl", "eval.prompts.limit": 9, "rl.arms": ARMS}
+    with pytest.raises(ConfigError, match="eval.prompts is 'held.jsonl', not a section"):
+        config(tmp_path, settings=settings).points()
+    made = SweepConfig.load(tmp_path / "sweep.yaml", ["eval.prompts={path: held.jsonl}"])
+    assert [*made.settings] == ["eval.prompts.limit", "rl.arms", "eval.prompts"]
+    assert all(recipe.eval.prompts.limit is None for _, recipe in made.points().values())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rl.kl_coef=0.2", "the axis rl.kl_coef of .*sweep.yaml sets it, point by point"),
+        ("sft.seeds=[0]", "the axis pair of"),
+        ("sft={seeds: [0]}", "the axis pair of"),
+        ("sft.seeds.first=1", "the axis pair of"),
+        ("rl.kl_coef", "write key=value"),
+        ("rl.seeds=[", "the value is not YAML"),
+    ],
+)
+def test_an_override_that_cannot_hold_is_refused(tmp_path, override, told):
+    config(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        SweepConfig.load(tmp_path / "sweep.yaml", [override])
+    assert SweepConfig.load(tmp_path / "sweep.yaml", ["sft.seed=1", "rl.kl=k3"])  # other keys
+
+
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
     made = config(tmp_path, recipe=str(RECIPES / "study" / ".." / "quickstart.yaml"))
     names = list(made.points())

@@ -159,9 +159,7 @@ class Recipe(Strict):
 
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set a dotted key of nested dictionaries from `key=value`, the value in YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
+    key, value = key_and_value(override)
     node = values
     *parents, leaf = key.split(".")
     for number, parent in enumerate(parents):
@@ -173,7 +171,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 f"override {override!r}: {above} is {node!r}, not a section. Set it whole: {above}={{{leaf}: …}}"
             )
+    node[leaf] = value
+
+
+def key_and_value(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of `key=value`, the value in YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write key=value, e.g. rl.kl_coef=0.1")
     try:
-        node[leaf] = yaml_value(text)
+        return key, yaml_value(text)
     except ValueError as error:
         raise ConfigError(f"override {override[:200]!r}: the value is not YAML") from error

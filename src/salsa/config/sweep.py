@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from salsa.config.recipe import Recipe
+from salsa.config.recipe import Recipe, key_and_value
 from salsa.config.schema import Positive, Strict, validated
 from salsa.errors import ConfigError
 from salsa.untrusted import read_yaml
@@ -53,14 +53,35 @@ class SweepConfig(Strict):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> "SweepConfig":
-        """Read a sweep's file.
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> "SweepConfig":
+        """Read a sweep's file; `key=value` overrides (dotted keys of the recipe, YAML values) join its settings.
 
         Raises:
             ConfigError: it is missing, is not YAML, or a value is wrong; one line that says which.
         """
         config = validated(cls, read_yaml(path, "cannot be read", "a sweep is a mapping"), path)
-        return config.model_copy(update={"recipe": str(path.parent / config.recipe)})
+        settings = dict(config.settings)
+        for override in overrides:
+            key, value = key_and_value(override)
+            if axis := config._varies(key):
+                raise ConfigError(
+                    f"override {override!r}: the axis {axis} of {path} sets it, point by point. Change it there."
+                )
+            settings.pop(key, None)  # what is set last holds
+            settings[key] = value
+        return config.model_copy(
+            update={"recipe": str(path.parent / config.recipe), "settings": settings}
+        )
+
+    def _varies(self, key: str) -> str | None:
+        """The axis whose values set `key`, what it is part of or a part of it."""
+        for axis, values in self.grid.items():
+            for setting in _values(axis, values).values():
+                if any(
+                    f"{a}.".startswith(f"{b}.") for k in setting for a, b in ((k, key), (key, k))
+                ):
+                    return axis
+        return None
 
     @property
     def beta_axes(self) -> list[str]:
