@@ -64,14 +64,21 @@ def forward_flops(model: Any, tokens: int, logits: int) -> float:
 
 @lru_cache(maxsize=2)
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product here, measured once a process: the best of five."""
-    a = torch.ones(2048, 2048, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * 2048**3 / min(seconds[1:])
+    """FLOP/s of a square matrix product here, measured once a process: the best of ever larger ones, for half a second.
+
+    A CPU that emulates bf16 takes a minute for the largest.
+    """
+    best, side, spent = 0.0, 256, 0.0
+    while side <= 4096 and spent < 0.1:
+        a = torch.ones(side, side, dtype=dtype, device=device)
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        best, spent = max(best, 2.0 * side**3 / min(seconds[1:])), sum(seconds)
+        side *= 2
+    return best
 
 
 def peak_memory_gb(engine: Engine) -> float:
