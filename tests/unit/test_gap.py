@@ -29,13 +29,13 @@ def arm(reference: str, kl: float, reward: float, trained: bool = True) -> dict:
     return {"reference": reference, "trained": trained, "mean": mean}
 
 
-def test_gap_and_share_are_those_of_the_closed_form(known):
-    beta = 2.0
+@pytest.mark.parametrize("beta", [1.5, 2.0])
+def test_gap_and_share_are_those_of_the_closed_form(known, beta):
     kl, best = 1 / (2 * beta**2), 0.5 + 1 / beta
     (row,) = gaps(known, {"arms": {"salsa": arm("soup", kl, best - 0.125)}})
     assert row["optimum"] == pytest.approx(best, abs=0.02)
     assert row["gap"] == pytest.approx(0.125, abs=0.02)
-    assert row["share"] == pytest.approx(0.75, abs=0.05)
+    assert row["share"] == pytest.approx(1 - 0.125 * beta, abs=0.05)
 
 
 def test_between_two_betas_the_frontier_is_interpolated(known):
@@ -45,9 +45,9 @@ def test_between_two_betas_the_frontier_is_interpolated(known):
 
 def test_nothing_is_said_beyond_the_known_kl_or_of_an_unknown_reference(known):
     arms = {
+        "moving": arm("ema(soup, 0.01)", 0.2, 1.0),
         "far": arm("soup", 5.0, 1.0),
         "near": arm("soup", 0.0, 1.0),
-        "moving": arm("ema(soup, 0.01)", 0.2, 1.0),
         "sft": arm("sft[0]", 0.0, 0.0, trained=False),
     }
     rows = gaps(known, {"arms": arms})

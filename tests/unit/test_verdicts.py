@@ -29,6 +29,12 @@ def test_each_word_where_it_belongs(effects, word):
     assert made.low <= made.effect <= made.high
 
 
+def test_one_cluster_shows_nothing():
+    made = judge([40.0], margin=MARGIN)
+    assert (made.low, made.high) == (-math.inf, math.inf) and math.isnan(made.spread)
+    assert (made.effect, made.margin, made.power, made.clusters_needed) == (40.0, 3.0, 0.0, None)
+
+
 def test_the_interval_is_students():
     effects = [1.0, 4.0, 2.5, 3.0, 0.5]
     made = judge(effects, margin=MARGIN)

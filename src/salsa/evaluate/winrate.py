@@ -39,11 +39,11 @@ class WinRate:
     n: int
     dropped: int
     """Comparisons without a verdict; they are in none of the other figures."""
-    num_clusters: int = 0
+    num_clusters: int
     """Independent units (prompts) behind the interval."""
-    bounds: tuple[float, float] = (0.0, 1.0)
+    bounds: tuple[float, float]
     """The rate if every dropped comparison had been lost, and if every one had been won."""
-    p_value: float = 1.0
+    p_value: float
     """Two-sided, of rate = ½."""
 
     @property

@@ -147,14 +147,23 @@ def once(values, dtype):
     return np.take_along_axis(candidates, best[None], axis=0)[0]
 
 
-def test_03_bf16_is_not_rounded_twice(tmp_path):
-    tie = 1 + 2.0**-8  # halfway between two bf16 numbers; a hair above must go up
-    a, b = (
-        checkpoints.tensors(0, "float64") | {NORM: np.full(8, v)} for v in (tie, tie + 2.0**-39)
-    )
-    paths = [checkpoints.write(tmp_path / n, v) for n, v in (("a", a), ("b", b))]
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "below", [1.0, 1 + 2.0**-7]
+)  # the tie's even neighbour lies below it, or above
+def test_03_bf16_is_not_rounded_twice(tmp_path, below, sign, side):
+    """Halfway between two bf16 numbers float32 sees a tie, whatever lies behind its last digit."""
+    tie, hair = below + 2.0**-8, side * 2.0**-39
+    paths = [
+        checkpoints.write(
+            tmp_path / name, checkpoints.tensors(0, "float64") | {NORM: np.full(8, sign * value)}
+        )
+        for name, value in (("a", tie), ("b", tie + hair))
+    ]
     soup = make_soup(paths, out=tmp_path / "soup", dtype="bfloat16", force=True)
-    assert (read(soup.path)[NORM].astype(float) == 1 + 2.0**-7).all()
+    nearest = below + (side > 0) * 2.0**-7
+    assert (read(soup.path)[NORM].astype(float) == sign * nearest).all()
 
 
 def test_03_soup_of_one_keeps_every_bit(tmp_path):
