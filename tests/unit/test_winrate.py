@@ -8,6 +8,7 @@ from scipy import stats
 
 from salsa.evaluate.winrate import (
     clustered_mean,
+    cochran_cox,
     nested_mean,
     paired_difference,
     rate_of,
@@ -300,3 +301,15 @@ def test_p_value_over_clusters_agrees_with_its_interval():
 def test_levels_of_another_length_are_told():
     with pytest.raises(ValueError, match="nested_mean: 3 values and 2 clusters. Give one of each."):
         nested_mean(np.zeros(3), "abc", clusters="ab")
+
+
+def test_cochran_cox_where_one_variance_is_all_there_is():
+    """Rounding leaves no df between the two whose quantile is the interval's: the report of such a run broke off."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        variances = [1.0, 10.0 ** rng.uniform(-20, -14)]
+        dfs = (int(rng.integers(1, 8)), int(rng.integers(9, 300)))
+        for large in (0, 1):
+            found = cochran_cox(0.0, (variances[large], variances[1 - large]), dfs, 0.95)
+            assert found.df == pytest.approx(dfs[large], rel=1e-6)
+            assert found.high == pytest.approx(stats.t.ppf(0.975, dfs[large]), rel=1e-6)

@@ -311,9 +311,16 @@ def cochran_cox(
     used = [(v, df) for v, df in zip(variances, dfs, strict=True) if v > 0]
     quantile = sum(v * float(special.stdtrit(df, level)) for v, df in used) / total
     low, high = min(df for _, df in used), max(df for _, df in used)
-    df = float(low)
-    if low < high:
-        df = float(optimize.brentq(lambda d: special.stdtrit(d, level) - quantile, low, high))
+
+    def excess(df: float) -> float:
+        return float(special.stdtrit(df, level)) - quantile
+
+    if excess(low) <= 0:  # where one variance is all there is, rounding may leave no root
+        df = float(low)
+    elif excess(high) >= 0:
+        df = float(high)
+    else:
+        df = float(optimize.brentq(excess, low, high))
     return Estimate(mean, stderr, mean - quantile * stderr, mean + quantile * stderr, df)
 
 
