@@ -4,6 +4,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.integrate import quad
 from scipy.special import logsumexp
 
 from salsa.analysis.forecast import (
@@ -12,6 +14,7 @@ from salsa.analysis.forecast import (
     at_equal,
     at_equal_beta,
     best_of,
+    best_of_kl,
     default_betas,
     forecast,
     tilt,
@@ -127,6 +130,13 @@ def test_best_of_n_is_the_mean_over_all_subsets():
             assert best["gold"][prompt] == pytest.approx(np.mean(gold[prompt, chosen]))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 16])
+def test_kl_of_best_of_n_is_that_of_the_largest_of_n_uniform_numbers(n):
+    """Its density is n·u^(n−1)."""
+    expected, _ = quad(lambda u: n * u ** (n - 1) * np.log(n * u ** (n - 1)) if u else 0.0, 0, 1)
+    assert best_of_kl(n) == pytest.approx(expected, abs=1e-7)
+
+
 def test_too_few_replies_are_told_with_how_many_are_needed():
     replies = {name: sampled(np.random.default_rng(2), 10, 32) for name in ("a", "b")}
     with pytest.raises(DataError, match=r"32 replies a prompt .* Set forecast.num_samples=\d+"):
@@ -141,6 +151,17 @@ def test_a_smaller_beta_than_the_replies_allow_is_replaced_and_said():
     spoken = [row for row in made["frontiers"]["a"] if "columns" in row]
     assert spoken[0]["beta"] == pytest.approx(made["beta"], rel=1e-6)
     assert all(row["ess"] >= MIN_ESS for row in spoken)
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+@pytest.mark.parametrize(
+    ("wanted", "taken"), [(1.0, 2.0), (2.0, 2.0), (2.0 + 1e-12, 2.0), (3, 5.0)]
+)
+def test_the_first_is_the_baseline_at_the_smallest_beta_that_is_no_smaller(names, wanted, taken):
+    replies = {name: sampled(np.random.default_rng(3), 20, 64) for name in names}
+    made = forecast(replies, [8.0, 2.0, 5.0], wanted)
+    assert (made["baseline"], made["beta"]) == (names[0], taken)
+    assert {row["candidate"] for row in made["comparisons"]} == {names[1]}
 
 
 def test_a_reference_against_itself_is_worth_nothing():
@@ -197,4 +218,6 @@ def test_intervals_at_a_matched_level_cover():
         assert matched is not None
         estimate = matched.differences["proxy"]
         inside += estimate.low <= 0 <= estimate.high
+        half = stats.t.ppf(0.975, 29) * estimate.stderr
+        assert (estimate.df, estimate.high - estimate.mean) == (29, pytest.approx(half))
     assert 52 <= inside <= 60

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from salsa import make_soup
-from salsa.analysis.landscape import geometry_of, mixed, write_places
+from salsa.analysis.landscape import ROWS, geometry_of, mixed, write_places
 from salsa.analysis.places import Geometry, landscape
 from salsa.artifacts import Checkpoint
 from salsa.config import DataSource, RewardFunction
@@ -83,7 +83,7 @@ def test_differences_are_paired_by_prompt():
 
 def test_places_are_measured_and_a_kill_loses_one(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"q {i}"}) + "\n" for i in range(6)))  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"q {i}"}) + "\n" for i in range(33)))  # fmt: skip
     replies = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "dd"}]
     (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in replies))
     a, b = make_checkpoint("llama", 0), make_checkpoint("llama", 1)
@@ -99,9 +99,11 @@ def test_places_are_measured_and_a_kill_loses_one(make_checkpoint, tmp_path, mon
     write_places(job, straight, FP32)
     rows = [json.loads(line) for line in (straight / "places.jsonl").read_text().splitlines()]
     assert [row["at"] for row in rows] == [[0.0], [1.0], [0.5]]
-    assert all(len(v) == 12 for row in rows for v in row["columns"].values())
-    assert rows[0]["columns"]["kl_to_sft[0]"] == [0.0] * 12
-    assert rows[1]["columns"]["kl_to_sft[1]"] == [0.0] * 12
+    count = 33 * 2
+    assert count > ROWS  # more than one forward pass
+    assert all(len(v) == count for row in rows for v in row["columns"].values())
+    assert rows[0]["columns"]["kl_to_sft[0]"] == [0.0] * count
+    assert rows[1]["columns"]["kl_to_sft[1]"] == [0.0] * count
     assert min(np.mean(rows[2]["columns"][f"kl_to_sft[{i}]"]) for i in (0, 1)) > 0
     alone = LanguageModel.load(b.path, FP32)
     assert rows[1]["loss"][0] == pytest.approx(loss_of(alone, "a", "b"), rel=1e-4)
