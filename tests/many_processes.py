@@ -21,6 +21,8 @@ TIMEOUT = 120.0
 STOPPED = 14
 """Seconds."""
 LORA = {"lora": {"rank": 2}}
+COUNTS = ("clip_fraction", "value_clip_fraction")
+"""Metrics that are shares of tokens."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ def train_in(
 def apart(one: list[dict], other: list[dict]) -> dict[str, float]:
     """Metric → the largest difference between two runs in a step, relative to the metric's size in the run.
 
-    `sampler_gap` is rounding and nothing else: its difference is in nats.
+    Told as they are: `sampler_gap`, which is rounding and nothing else; `policy_loss`, a mean of advantages of size 1
+    that cancel to a hundredth; and shares of tokens.
     """
     assert [row.keys() for row in one] == [row.keys() for row in other]
     size = {name: max(abs(row[name]) for row in one if name in row) for row in one for name in row}
-    size |= {"sampler_gap": 1.0}
+    size |= {name: 1.0 for name in ("sampler_gap", "policy_loss", *COUNTS) if name in size}
     return {
         name: max(abs(a[name] - b[name]) for a, b in zip(one, other, strict=True) if name in a)
         / (size[name] or 1.0)
