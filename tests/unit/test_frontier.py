@@ -1,12 +1,13 @@
 """Frontiers: matched differences and areas against closed forms, intervals against theirs, bad input in one line."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from salsa.analysis.frontier import LINEAR, SQRT, frontier, positions
+from salsa.analysis.frontier import LINEAR, SQRT, _won, frontier, positions
 from salsa.analysis.paths import START, Policy
 from salsa.errors import DataError
 
@@ -82,6 +83,7 @@ def test_equal_kl_takes_the_kl_away_and_equal_beta_does_not():
     for beta in (0.3, 0.1):
         row = matched(made, beta=beta, measure="proxy")
         assert row["effect"] == pytest.approx(0.3) and row["at"] == "equal KL to base"
+        assert row["levels"] == [row["levels"][0]] * 2 and row["area"] is None
         assert matched(made, beta=beta, measure="gold")["effect"] == pytest.approx(0)
     average = matched(made, beta=None, measure="proxy")
     assert average["effect"] == pytest.approx(0.3)
@@ -188,6 +190,21 @@ def test_points_are_means_over_clusters_seeds_and_prompts():
     low, high = stats.ttest_1samp([0.0, 2.0, 4.0], 0).confidence_interval(0.95)
     assert (end["proxy"]["low"], end["proxy"]["high"]) == pytest.approx((low, high))
     assert found["matched"] == []
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (1, 3)])
+def test_the_kth_seed_meets_the_kth_and_with_other_numbers_everyone_meets_everyone(seeds):
+    rng = np.random.default_rng(0)
+    own, other = (rng.integers(0, 3, (2, count, 5)).astype(float) for count in seeds)
+    weights = rng.dirichlet(np.ones(5), 4)
+    met = [(k, k) for k in range(2)] if seeds == (2, 2) else [*product(*(range(n) for n in seeds))]
+    for r, a, b in product(range(4), range(2), range(2)):
+        wins = [
+            weights[r, p] * (0.5 * (np.sign(own[a, i, p] - other[b, j, p]) + 1))
+            for i, j in met
+            for p in range(5)
+        ]
+        assert _won(own, other, weights)[r, a, b] == pytest.approx(sum(wins) / len(met))
 
 
 def test_where_gold_leaves_the_proxy():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from salsa import make_soup
 from salsa.errors import CheckpointError, ConfigError
 from salsa.soup import measure_soup
+from salsa.soup.ingredients import Ingredient
+from salsa.soup.lora import Adapter, MergedAdapter
 
 from .checkpoints import edit_json
 
@@ -100,6 +103,20 @@ def test_08_adapters_added_to_the_base_are_the_average(make_adapters, base, tmp_
     ours = AutoModelForCausalLM.from_pretrained(soup.path, dtype=torch.float64)
     assert_same_logits(ours, averaged(base, paths, weights))
     assert (soup.path / "tokenizer.json").exists()
+
+
+def test_08_an_adapter_is_added_to_any_piece_of_a_tensor(make_adapters, base):
+    (path,) = make_adapters(1)
+    under, adapter = Ingredient(base, "base"), Adapter(path, "adapter")
+    with closing(under.weights), closing(adapter.weights):
+        merged = MergedAdapter(adapter, under)
+        for key, tensor in merged.tensors.items():
+            whole = merged.load(key, 0, tensor.size)
+            added = not np.array_equal(whole, under.load(key, 0, tensor.size))
+            assert added == (key in merged._products)
+            for start, stop in ((0, 7), (5, 12), (15, 16), (7, tensor.size)):
+                piece = merged.load(key, start, stop)
+                assert np.allclose(piece, whole[start:stop], rtol=1e-12, atol=1e-12), key
 
 
 def tied(base, tmp_path):
