@@ -547,3 +547,20 @@ def test_rows_of_an_experience_stay_together(job):
     part = rows_of(experience, torch.tensor([3, 1]))
     assert torch.equal(part.rollout.response[0], experience.rollout.response[3])
     assert torch.equal(part.advantages[1], experience.advantages[1])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
+def test_every_reference_is_a_forward_pass_of_the_work(job, make_checkpoint, algorithm):
+    """The FLOPs behind mfu_*: gradients thrice a forward pass, the critic's where there is one."""
+    setup = changed(job, algorithm=algorithm, group_size=4, num_epochs=2)
+    others, done = [make_checkpoint("llama", seed) for seed in (1, 2)], {}
+    for count in (1, 2):
+        rule = ReferenceRule(tuple(others[:count]), (1.0,) if count == 1 else (0.5, 0.5))
+        models, experience, _ = first_experience(replace(setup, reference=rule))
+        done[count] = rl._work(models, experience.rollout, setup.config)
+    policy = done[1]["rollout"].flops
+    assert done[2]["experience"].flops - done[1]["experience"].flops == policy
+    critic = done[1]["experience"].flops - 2 * policy
+    assert (critic > 0) == (algorithm == "ppo")
+    assert done[2]["update"].flops == 3 * 2 * (policy + critic)
+    assert done[1]["update"].tokens == 2 * done[1]["experience"].tokens
