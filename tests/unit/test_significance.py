@@ -86,6 +86,12 @@ def test_length_controlled_rate_is_the_maximum_of_the_likelihood():
     found = length_controlled(outcome, difference, range(300))
     assert found.mean == pytest.approx(1 / (1 + np.exp(-best.x[1])), abs=1e-6)
     assert found.df == 299
+    p = 1 / (1 + np.exp(-(best.x[0] * x + best.x[1])))
+    design = np.stack([x, np.ones(300)], axis=1)
+    bread = np.linalg.inv(sum(q * (1 - q) * np.outer(row, row) for q, row in zip(p, design, strict=True)))  # fmt: skip
+    meat = sum(r**2 * np.outer(row, row) for r, row in zip(outcome - p, design, strict=True))
+    of_logit = np.sqrt(300 / 299 * (bread @ meat @ bread)[1, 1])
+    assert found.stderr == pytest.approx(of_logit * found.mean * (1 - found.mean), rel=1e-4)
     half = stats.t.ppf(0.975, 299) * found.stderr
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.01)
 

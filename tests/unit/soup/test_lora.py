@@ -149,6 +149,11 @@ def test_08_products_are_measured_without_being_formed(make_adapters, base):
     np.testing.assert_allclose(direct["norms"], through_base["norms"], rtol=1e-4)
     np.testing.assert_allclose(direct["cosines"], through_base["cosines"], atol=1e-4)
     assert direct["soup_norm"] == pytest.approx(through_base["soup_norm"], rel=1e-4)
+    adapted = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), paths[0])
+    modules = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert sum(row["elements"] for row in direct["layers"]) == sum(
+        module.get_base_layer().weight.numel() for module in modules
+    )
 
 
 def test_08_with_the_base_every_method_works(make_adapters, base, tmp_path):
