@@ -44,7 +44,7 @@ def test_auto_takes_what_is_faster_by_measurement(fp32, bf16, chosen, measured):
 @pytest.mark.parametrize(("fp32", "bf16"), [(176, 20), (132, 100), (100, 100), (100, 300)])
 def test_bf16_asked_of_a_cpu_that_emulates_it_is_said_to_be_slow(fp32, bf16, measured):
     measured(fp32, bf16)
-    said = BF16.slowed()
+    said = BF16.emulation_warning()
     if fp32 / bf16 > 1.3:
         assert said == (
             f"warning: bf16 takes {fp32 / bf16:.2g} times as long as fp32 on this CPU (measured here: matrix products "
@@ -52,7 +52,7 @@ def test_bf16_asked_of_a_cpu_that_emulates_it_is_said_to_be_slow(fp32, bf16, mea
         )
     else:
         assert said is None
-    assert FP32.slowed() is None
+    assert FP32.emulation_warning() is None
 
 
 def test_the_measurement_takes_a_third_of_a_second_and_is_made_once():

@@ -55,6 +55,18 @@ def test_the_peak_is_the_best_of_products_that_grow_while_they_are_fast(monkeypa
         assert sides == tried
 
 
+def test_a_slow_first_product_is_not_the_peak(monkeypatch):
+    """A GPU's first one loads its libraries."""
+    from salsa.runtime import meter
+
+    clock = iter([0.0, 5.0] + [5.0 + n / 1000 for n in range(100)])
+    sides = []
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: sides.append(shape[0]) or torch.eye(2))
+    assert meter.gemm_peak.__wrapped__("cpu", None) == pytest.approx(2 * 4096**3 / 0.001)
+    assert sides == [256, 512, 1024, 2048, 4096]
+
+
 def test_the_machine_has_a_peak_and_memory():
     assert gemm_peak(FP32.device, FP32.dtype) > 1e8
     assert 0.05 < peak_memory_gb(FP32) < 1000

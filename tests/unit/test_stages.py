@@ -345,7 +345,7 @@ def test_auto_goes_on_in_the_arithmetic_of_a_run_killed_in_its_first_stage(begun
 @pytest.mark.parametrize("words", ["warning: slow", None])
 def test_a_slow_arithmetic_is_said_once_where_the_run_computes(words, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(Engine, "slowed", lambda self: words)
+    monkeypatch.setattr(Engine, "emulation_warning", lambda self: words)
     monkeypatch.setattr("salsa.stages.graph.say", said.append)
     finish(tmp_path / "run", Computes("a"), Computes("b"), precision="bf16")
     assert said[0] == "precision: bf16 (as asked for)"

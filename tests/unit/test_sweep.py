@@ -123,6 +123,13 @@ def test_an_override_that_cannot_hold_is_refused(tmp_path, override, told):
     assert SweepConfig.load(tmp_path / "sweep.yaml", ["sft.seed=1", "rl.kl=k3"])  # other keys
 
 
+def test_a_date_is_refused_as_any_wrong_value(tmp_path):
+    config(tmp_path)
+    made = SweepConfig.load(tmp_path / "sweep.yaml", ["rl.num_updates=2024-01-01"])
+    with pytest.raises(ConfigError, match="rl.num_updates"):
+        made.points()
+
+
 def test_a_planted_effect_is_found_over_the_clusters(tmp_path):
     made = config(tmp_path, recipe=str(RECIPES / "study" / ".." / "quickstart.yaml"))
     names = list(made.points())

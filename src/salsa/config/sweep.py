@@ -111,8 +111,8 @@ class SweepConfig(Strict):
             name = "_".join(_slug(text) for text in words.values())
             settings = [self.settings, *(own for _, own in chosen)]
             overrides = [
-                f"{k}={json.dumps(v)}" for own in settings for k, v in own.items()
-            ]  # JSON is YAML
+                f"{k}={json.dumps(v, default=str)}" for own in settings for k, v in own.items()
+            ]  # JSON is YAML, which also has dates
             recipe = Recipe.load(self.recipe, overrides).model_copy(update={"name": name})
             looks = {"forecast": str(recipe.forecast), "landscape": str(recipe.landscape)}
             text = str(recipe.decisive() | {"name": ""} | looks)

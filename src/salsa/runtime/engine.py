@@ -71,8 +71,8 @@ class Engine:
         """Of weights and activations while they are computed with."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def slowed(self) -> str | None:
-        """What to say where bf16 is asked of a CPU that computes it clearly slower than fp32, as it emulates it."""
+    def emulation_warning(self) -> str | None:
+        """A warning if bf16 was asked of a CPU that only emulates it, judged by measured speed; else None."""
         if self.device.type != "cpu" or self.precision != "bf16":
             return None
         fp32, bf16 = _speeds()

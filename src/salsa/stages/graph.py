@@ -242,8 +242,8 @@ class Graph:
                 made = Engine.create(precision, threads=self._threads)
                 self._the_engine = replace(made, reason="as the run was begun") if begun else made
             say(f"precision: {self._the_engine.precision} ({self._the_engine.reason})")
-            if not remote and (slowed := self._the_engine.slowed()):
-                say(slowed)
+            if not remote and (warning := self._the_engine.emulation_warning()):
+                say(warning)
         return self._the_engine
 
     def _end(self, node: Node, place: Place) -> None:
