@@ -87,7 +87,7 @@ def run_recipe(
     Args:
         recipe: what to run.
         out: the run directory; `runs/<name>` if not given.
-        until: the last stage to finish.
+        until: what to finish, with what it needs and no more.
         force: replace another recipe's run; its finished stages are reused where they apply.
         jobs: independent stages that run at once; the recipe's if not given. Under torchrun one stage runs at a time,
             and all processes share an RL job.
@@ -139,27 +139,31 @@ def _run(
 
 def remaining(recipe: Recipe, run: RunDirectory, until: Until = "report") -> dict[str, str]:
     """Digest → label of the stages that are left to run, without running any; equal digests are one stage."""
-    wanted = chain(*_wanted(stages_of(recipe, run.hashes), recipe, until))
+    wanted = _wanted(stages_of(recipe, run.hashes), recipe, until)
     return Graph(run, precision=recipe.model.precision).remaining(wanted)
 
 
-def _wanted(stages: Stages, recipe: Recipe, until: Until) -> list[list[Node]]:
-    """What is finished for `until`, one group after another."""
-    groups = {"sft": stages.sft, "reward": stages.reward}
-    if recipe.forecast is not None or until == "forecast":
-        groups["forecast"] = [node for one in stages.forecast.values() for node in one.all]
-    if until == "landscape":
-        groups["landscape"] = [stages.landscape] if stages.landscape is not None else []
-    groups["rl"] = [*chain(*stages.policies.values())]
-    groups["eval"] = [*chain(*stages.samples.values())]
-    names = list(groups)
-    last = names.index("eval" if until == "report" else until)
-    return [groups[name] for name in names[: last + 1]]
+def _wanted(stages: Stages, recipe: Recipe, until: Until) -> list[Node]:
+    """What is finished for `until`; what it needs comes with it."""
+    named = {
+        "sft": stages.sft,
+        "reward": stages.reward,
+        "forecast": [node for one in stages.forecast.values() for node in one.all],
+        "landscape": [stages.landscape] if stages.landscape is not None else [],
+        "rl": [*chain(*stages.policies.values())],
+        "eval": [*chain(*stages.samples.values())],
+    }
+    forecast = ["forecast"] if recipe.forecast is not None else []
+    groups = ["sft", "reward", *forecast, "rl", "eval"] if until == "report" else [until]
+    return [node for group in groups for node in named[group]]
 
 
 def _finish(recipe: Recipe, graph: Graph, stages: Stages, until: Until) -> None:
-    for group in _wanted(stages, recipe, until):
-        graph.finish(group)
+    if until == "reward" and not stages.reward:
+        raise ConfigError(
+            "reward.functions: these are the reward, so there is no model to train. Use `salsa rl`."
+        )
+    graph.finish(_wanted(stages, recipe, until))
     if until == "forecast":
         return write_forecast(recipe, graph, stages.forecast)
     if until == "landscape":

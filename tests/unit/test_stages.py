@@ -22,7 +22,7 @@ from salsa.config import (
 )
 from salsa.config.expressions import ReferenceRule, identity_of
 from salsa.errors import CheckpointError, ConfigError, SalsaError
-from salsa.pipeline import remaining, stages_of
+from salsa.pipeline import remaining, run_recipe, stages_of
 from salsa.rewards import RewardSource
 from salsa.runtime.engine import Engine
 from salsa.runtime.executors.local import ProcessPool
@@ -545,10 +545,26 @@ def test_what_is_left_is_what_until_needs(tmp_path):
     recipe = small_recipe(tmp_path)
     kinds = lambda until: sorted(remaining(recipe, RunDirectory(tmp_path / "run"), until).values())
     sft, rl = ["sft[0]", "sft[1]"], [f"rl ppo seed {seed}" for seed in recipe.rl.seeds]
-    assert kinds("sft") == kinds("reward") == sft
-    assert kinds("rl") == [*rl, *sft]
-    assert kinds("report") == kinds("eval") and len(kinds("eval")) == len(sft) + 2 * len(rl) + 2
+    assert kinds("sft") == sft and kinds("reward") == []
+    assert kinds("rl") == [*rl, "sft[0]"]
+    assert len(kinds("eval")) == 1 + 2 * len(rl) + 2
+    assert set(kinds("report")) == {*kinds("eval"), "sft[1]"}
     assert "landscape" in kinds("landscape") and not set(rl) & set(kinds("landscape"))
+
+
+@pytest.mark.parametrize(("init", "needed"), [("base", []), ("sft[1]", ["sft[1]"])])
+def test_a_reward_model_trains_no_sft_model_but_the_one_it_starts_from(init, needed, tmp_path):
+    """`salsa reward` trained them all first, hours with SmolLM2."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    pairs = {"dataset": str(tmp_path / "pairs.jsonl")}
+    recipe = small_recipe(tmp_path, reward={"init": init}, preferences=pairs)
+    left = remaining(recipe, RunDirectory(tmp_path / "run"), "reward").values()
+    assert list(left) == [*needed, "preferences", "reward"]
+
+
+def test_there_is_no_reward_model_to_train_where_rewards_are_functions(tmp_path):
+    with pytest.raises(ConfigError, match="reward.functions: .* Use `salsa rl`"):
+        run_recipe(small_recipe(tmp_path), out=tmp_path / "run", until="reward")
 
 
 def test_identity_of_a_plain_reference_is_its_digest():
