@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from salsa.analysis.frontier import LINEAR, SQRT, _won, frontier, positions
+from salsa.analysis.frontier import LINEAR, SQRT, _Found, _over_clusters, _won, frontier, positions
 from salsa.analysis.paths import START, Policy
 from salsa.errors import DataError
 
@@ -165,6 +165,17 @@ def test_the_interval_over_clusters_is_students_where_prompts_agree():
     assert (row["effect"], row["clusters"], row["left_out"]) == (pytest.approx(0.45), 4, 0)
     assert (row["low"], row["high"]) == pytest.approx((low, high))
     assert 0.1 <= row["bootstrap"][0] < 0.45 < row["bootstrap"][1] <= 0.9
+
+
+def test_the_clusters_spread_is_that_of_the_estimates_and_not_of_a_resample():
+    """Resamples that all say 9 have no spread, so what is left is the t interval over the clusters' own effects."""
+    effects = [0.1, 0.5, 0.3, 0.9]
+    found = [
+        _Found({"proxy": np.array([e, 9.0, 9.0, 9.0])}, {"proxy": e}, (1.0, 1.0)) for e in effects
+    ]
+    row = _over_clusters(found, "proxy", np.ones((4, 4)), count=40)
+    low, high = stats.ttest_1samp(effects, 0).confidence_interval(0.95)
+    assert (row["effect"], row["low"], row["high"]) == pytest.approx((0.45, low, high))
 
 
 def test_prompts_that_all_clusters_share_widen_it():
