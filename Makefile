@@ -58,7 +58,7 @@ base-model: $(VENV)/installed  ## train the embedded base model again (about an 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("salsa-rlhf needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
 clean:

@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 CLOSE = 1e-5
 ONE_TOKEN = 1 / 47  # of eight replies of six
 SETTINGS = ["ppo, ema", "ppo, lora, ema"]
+OF_FOUR = {name: CASES[name] for name in ("ppo", "ppo, lora, ema", "rloo, ema", "rloo, lora")}
+"""Half of the cases, in which every two settings meet: four processes on two cores take their time."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def trained(jobs, tmp_path_factory):
 
     def train(processes):
         if processes not in made:
-            cases = CASES if processes == 4 else CASES | FURTHER
+            cases = OF_FOUR if processes == 4 else CASES | FURTHER
             place = directory / str(processes)
             made[processes] = place, train_in(processes, place, replace(jobs, cases=cases))
         return made[processes]
@@ -63,7 +65,7 @@ def test_two_processes_agree_with_one(name, trained):
     _agree(name, trained, 2)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OF_FOUR)
 def test_four_processes_agree_with_one(name, trained):
     _agree(name, trained, 4)
 
