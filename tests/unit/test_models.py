@@ -90,9 +90,12 @@ def test_chunks_of_logits_change_neither_loss_nor_gradient(chunk, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(own, slopes, strict=True))
 
 
-def test_exact_kl_against_full_distributions():
+@pytest.mark.parametrize("given", [False, True])
+def test_exact_kl_against_full_distributions(given):
     policy, other, rollout = tiny_model("llama", 0), tiny_model("llama", 1), rollout_of()
-    got = wrap(policy).kl_to(wrap(other), rollout, 0.7)
+    own = wrap(policy)
+    states = own.states(rollout) if given else None
+    got = own.kl_to(wrap(other), rollout, 0.7, states)
     for row, prompt in enumerate(PROMPTS):
         length = int(rollout.lengths[row])
         ids = torch.tensor([[*prompt.ids, *rollout.response[row, :length].tolist()]])

@@ -141,11 +141,12 @@ class _Look:
         rollout = sampler.generate(ids, self.sampling, generator).rollout
         texts = rollout.texts(self.tokenizer)
         columns = {name: scorer(self.prompts, texts) for name, scorer in self.scorers.items()}
+        passes = [(rows, self.model.states(rows)) for rows in _chunks(rollout)]
         for name, other in self.yardsticks.items():
             columns[f"kl_to_{name}"] = [
                 kl
-                for rows in _chunks(rollout)
-                for kl in self.model.kl_to(other, rows, self.sampling.temperature)
+                for rows, states in passes
+                for kl in self.model.kl_to(other, rows, self.sampling.temperature, states)
                 .sum(dim=1)
                 .tolist()
             ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.data import Prompt, load_prompts
@@ -25,7 +26,8 @@ from salsa.types import Rollout
 def evaluate_policy(job: EvalJob, directory: Path, engine: Engine) -> None:
     """Write `samples.jsonl`: a row a prompt, with the response, its scores, KLs, length and whether it ended.
 
-    In memory at once are the policy and the reward models, then the policy and one of the models it is measured to.
+    In memory at once are the policy and the reward models, then the policy, its last hidden states and one of the
+    models that it is measured to.
     """
     tokenizer = load_tokenizer(job.policy.path)
     policy = LanguageModel.load(job.policy.path, engine)
@@ -88,10 +90,11 @@ def _kl(job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout]) -> dic
     measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
     if job.references:
         measured["reference"] = job.references
-    each = {job.policy.digest: [0.0] * sum(map(len, rollouts))}
-    for one in chain.from_iterable(measured.values()):
-        if one.digest not in each:
-            each[one.digest] = _kl_to(one, policy, rollouts, job.temperature)
+    own, all_of_them = job.policy.digest, chain.from_iterable(measured.values())
+    others = {one.digest: one for one in all_of_them if one.digest != own}
+    passes = [(rollout, policy.states(rollout)) for rollout in rollouts] if others else []
+    each = {own: [0.0] * sum(map(len, rollouts))}
+    each |= {d: _kl_to(one, policy, passes, job.temperature) for d, one in others.items()}
     columns: dict[str, list[float]] = {}
     for name, checkpoints in measured.items():
         parts = [each[one.digest] for one in checkpoints]
@@ -106,9 +109,12 @@ def _kl(job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout]) -> dic
 
 
 def _kl_to(
-    model: Checkpoint, policy: LanguageModel, rollouts: Sequence[Rollout], temperature: float
+    model: Checkpoint,
+    policy: LanguageModel,
+    passes: Sequence[tuple[Rollout, Tensor]],
+    temperature: float,
 ) -> list[float]:
     """KL(policy ‖ model) of each response; the model is in memory no longer than that."""
     other = LanguageModel.load(model.path, policy.engine)
-    kls = [policy.kl_to(other, rollout, temperature) for rollout in rollouts]
+    kls = [policy.kl_to(other, rollout, temperature, states) for rollout, states in passes]
     return [kl for batch in kls for kl in batch.sum(dim=1).tolist()]

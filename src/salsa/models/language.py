@@ -106,14 +106,26 @@ class LanguageModel(MixedPrecisionModule):
         return self(self._stats, rollout, temperature)
 
     @torch.no_grad()
+    def states(self, rollout: Rollout) -> Float[Tensor, "N d"]:
+        """The last hidden state before each of the N response tokens, row after row."""
+        return self(response_hidden, self.trunk, rollout)
+
+    @torch.no_grad()
     def kl_to(
-        self, other: "LanguageModel", rollout: Rollout, temperature: float
+        self,
+        other: "LanguageModel",
+        rollout: Rollout,
+        temperature: float,
+        states: Float[Tensor, "N d"] | None = None,
     ) -> Float[Tensor, "B R"]:
-        """Exact KL(this ‖ other) of each next-token distribution, in nats; 0 outside the mask."""
+        """Exact KL(this ‖ other) of each next-token distribution, in nats; 0 outside the mask.
+
+        With this model's `states` of the rollout its own pass is not made again for every `other`.
+        """
         models = self, other
-        hidden = [m(response_hidden, m.trunk, rollout) for m in models]
+        hidden = self.states(rollout) if states is None else states, other.states(rollout)
         parts = []
-        for chunks in zip(*(states.split(LOGITS_CHUNK) for states in hidden), strict=True):
+        for chunks in zip(*(each.split(LOGITS_CHUNK) for each in hidden), strict=True):
             logits = map(lambda m, h: m(_logits, m.backbone, h, temperature), models, chunks)
             parts.append(categorical_kl(*logits))
         return rollout.unflatten(torch.cat(parts))

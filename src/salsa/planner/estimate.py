@@ -157,7 +157,7 @@ def _rl(
 
 
 def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> PlannedStage:
-    """By one rank: the policy and the reward model, then the policy and one model that its KL is measured to."""
+    """By one rank: policy and reward model, then policy, its last states and one model that its KL is measured to."""
     config, rank = recipe.eval, hardware.single.rank(recipe.model.precision)
     e, limit = rank.bytes, config.max_new_tokens or recipe.rl.max_new_tokens
     prompt, slots = recipe.rl.max_prompt_tokens, min(memory.SLOTS, config.batch_size)
@@ -170,11 +170,12 @@ def _evaluation(recipe: Recipe, shape: Shape, hardware: Hardware) -> PlannedStag
     )
     cache = memory.kv_cache_bytes(shape, slots, prompt, limit, rank)
     scored = (reward.trunk if reward else 0) * e
+    rows, done, fill = num_rows(config.prompts), None, hardware.assumed.fill
+    states = (rows or 0) * limit * fill * shape.hidden * e
     phases = {
         "rollout": replace(held, frozen=scored, kv_cache=cache),
-        "KL": replace(held, frozen=shape.parameters * e),
+        "KL": replace(held, frozen=shape.parameters * e, activations=held.activations + states),
     }
-    rows, done, fill = num_rows(config.prompts), None, hardware.assumed.fill
     measured = {parse_model(text) for text in config.kl_to}
     others = max(len(measured | set(arm.rule.models)) for arm in recipe.rl.arms.values())
     if rows is not None:
