@@ -90,8 +90,8 @@ def _kl(job: EvalJob, policy: LanguageModel, rollouts: Sequence[Rollout]) -> dic
     measured: dict[str, tuple[Checkpoint, ...]] = {f"to_{n}": (c,) for n, c in job.kl_to.items()}
     if job.references:
         measured["reference"] = job.references
-    own, all_of_them = job.policy.digest, chain.from_iterable(measured.values())
-    others = {one.digest: one for one in all_of_them if one.digest != own}
+    own, named = job.policy.digest, chain.from_iterable(measured.values())
+    others = {one.digest: one for one in named if one.digest != own}
     passes = [(rollout, policy.states(rollout)) for rollout in rollouts] if others else []
     each = {own: [0.0] * sum(map(len, rollouts))}
     each |= {d: _kl_to(one, policy, passes, job.temperature) for d, one in others.items()}
