@@ -346,6 +346,22 @@ def test_what_one_rank_does_takes_as_long_and_as_much_on_one_card_as_on_eight(re
     assert "eval: by one rank while the others wait" in on_hardware(Recipe.load(file), eight)
 
 
+def test_the_states_of_all_replies_are_in_memory_while_the_kl_is_measured(repository):
+    """fp32: 4 bytes × replies × tokens × hidden size; 500 prompts more, 500 replies more."""
+    recipe = Recipe.load(
+        repository / "recipes" / "paper" / "mistral-7b.yaml", ["model.precision=fp32"]
+    )
+    hardware, held = hardware_of("1xA100-80GB"), {}
+    for limit in (500, 1000):
+        prompts = recipe.eval.prompts.model_copy(update={"limit": limit})
+        evaluation = recipe.eval.model_copy(update={"prompts": prompts})
+        stages = planned_stages(recipe.model_copy(update={"eval": evaluation}), hardware)
+        (stage,) = [one for one in stages if one.name == "eval"]
+        held[limit] = stage.phases["KL"].activations
+    tokens = 500 * recipe.rl.max_new_tokens * hardware.assumed.fill
+    assert held[1000] - held[500] == pytest.approx(4 * tokens * MISTRAL_7B.hidden)
+
+
 def test_what_does_not_fit_is_said_in_one_line(repository):
     recipe = Recipe.load(repository / "recipes" / "paper" / "llama2-7b.yaml")
     lines = on_hardware(recipe, hardware_of("1xA100-80GB")).splitlines()
