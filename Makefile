@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# hundreds of Pythons are started: without kept bytecode each compiles all that it imports
+unexport PYTHONDONTWRITEBYTECODE
 # a process per core; a file's tests stay together, for they share what is slow to make
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 

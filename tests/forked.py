@@ -4,6 +4,7 @@ The process is new, with its own directory, environment and output: what is save
 Tests of what is imported, of signals and of kills start Python itself.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -11,8 +12,12 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+from torch.distributed.launcher import api
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -44,6 +49,15 @@ def python(
         if late:
             raise subprocess.TimeoutExpired(arguments, timeout, *said)
         return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """`run_in_processes` forks its processes too, instead of starting Python for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = functools.partial(api.LaunchConfig, start_method="forkserver")
+        patch.setattr(api, "LaunchConfig", config)
+        yield
 
 
 def _become(

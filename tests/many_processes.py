@@ -15,6 +15,7 @@ from salsa.models import RewardModel
 from salsa.rl import train_rl
 from salsa.runtime.engine import Engine
 from salsa.runtime.launch import run_in_processes
+from tests.forked import forked_workers
 from tests.tiny_rl import FP32, GRPO, RLOO, ascii_share, changed, rows_in, without_times
 
 TIMEOUT = 120.0
@@ -130,7 +131,8 @@ def train_in(
     if processes == 1:
         train(directory, jobs, FP32)
     else:
-        run_in_processes(train, directory, jobs, FP32, processes=processes, timeout=timeout)
+        with forked_workers():
+            run_in_processes(train, directory, jobs, FP32, processes=processes, timeout=timeout)
     return {name: without_times(rows_in(where(directory, name))) for name in jobs.cases}
 
 

@@ -17,6 +17,7 @@ from salsa.config import DataSource, DPOConfig, LoRAConfig, RewardConfig, SFTCon
 from salsa.errors import WorkFailed
 from salsa.runtime.launch import run_in_processes
 from salsa.stages.jobs import DPOJob, RewardJob, SFTJob
+from tests.forked import forked_workers
 from tests.many_processes import TIMEOUT, fit
 from tests.tiny_rl import FP32
 
@@ -75,7 +76,8 @@ def in_processes(processes, directory, jobs, stop_at=None):
         fit(directory, (jobs, stop_at), FP32)
     else:
         call = fit, directory, (jobs, stop_at), FP32
-        run_in_processes(*call, processes=processes, timeout=TIMEOUT)
+        with forked_workers():
+            run_in_processes(*call, processes=processes, timeout=TIMEOUT)
 
 
 def logged(directory: Path) -> list[dict]:
