@@ -39,7 +39,7 @@ SOUP = [
 ]
 MODULES = {
     "objectives": ["test_objectives", "test_rl_steps", "test_algorithms"],
-    "rl": ["test_rl", "test_rl_steps", "test_algorithms"],
+    "rl": ["test_rl", "test_rl_steps", "test_algorithms", "test_checkpoints", "test_vllm"],
     "references": ["test_references", "test_rl_steps"],
     "evaluate/winrate": ["test_winrate", "test_coverage"],
     "evaluate/significance": ["test_significance"],
