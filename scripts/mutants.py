@@ -28,8 +28,6 @@ from cosmic_ray.plugins import get_operator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-# read once, when the process that the others are forked from imports torch
-os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.forked import python  # noqa: E402
 
@@ -82,9 +80,7 @@ def tested(source: Path, names: list[str], timeout: float) -> tuple[bool, float]
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not slow"]
     imported_before = "ignore::pytest.PytestAssertRewriteWarning"
     options += ["-W", imported_before]
-    environment = os.environ | {
-        "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     started = time.monotonic()
     try:
         done = python("-m", "pytest", *options, *files, cwd=ROOT, env=environment, timeout=timeout)

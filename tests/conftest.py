@@ -1,10 +1,5 @@
 """Tiny models, made here: no test needs a network or a download."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads cost more than they save at this size
-
 from pathlib import Path
 
 import pytest

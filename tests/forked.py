@@ -4,7 +4,6 @@ The process is new, with its own directory, environment and output: what is save
 Tests of what is imported, of signals and of kills start Python itself.
 """
 
-import functools
 import multiprocessing
 import os
 import runpy
@@ -12,15 +11,12 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-from torch.distributed.launcher import api
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes of this context are forked from one that has imported torch, transformers and TRL."""
+FORKS.set_forkserver_preload(
     [
         *("torch", "transformers.models.auto.modeling_auto", "transformers.trainer"),
         *("datasets", "peft", "trl", "scipy.stats"),
@@ -38,7 +34,7 @@ def python(
     """
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
-        process = _FORKS.Process(target=_become, args=(arguments, cwd, dict(env), files))
+        process = FORKS.Process(target=_become, args=(arguments, cwd, dict(env), files))
         process.start()
         process.join(timeout)
         late = process.exitcode is None
@@ -49,15 +45,6 @@ def python(
         if late:
             raise subprocess.TimeoutExpired(arguments, timeout, *said)
         return subprocess.CompletedProcess(arguments, process.exitcode, *said)
-
-
-@contextmanager
-def forked_workers() -> Iterator[None]:
-    """`run_in_processes` forks its processes too, instead of starting Python for each."""
-    with pytest.MonkeyPatch.context() as patch:
-        config = functools.partial(api.LaunchConfig, start_method="forkserver")
-        patch.setattr(api, "LaunchConfig", config)
-        yield
 
 
 def _become(

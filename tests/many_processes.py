@@ -1,5 +1,6 @@
 """RL jobs of a tiny model in several processes: what is sent to them, and what they do with it."""
 
+import functools
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from salsa import objectives
 from salsa.config.expressions import ReferenceRule
@@ -15,7 +17,7 @@ from salsa.models import RewardModel
 from salsa.rl import train_rl
 from salsa.runtime.engine import Engine
 from salsa.runtime.launch import run_in_processes
-from tests.forked import forked_workers
+from tests.forked import FORKS
 from tests.tiny_rl import FP32, GRPO, RLOO, ascii_share, changed, rows_in, without_times
 
 TIMEOUT = 120.0
@@ -119,6 +121,15 @@ def fit(directory: Path, jobs: tuple[dict[str, Any], int | None], engine: Engine
         hf_trainer._Report.on_step_end = real  # type: ignore[method-assign]
 
 
+def run_forked(*call: Any, processes: int, timeout: float) -> None:
+    """`run_in_processes` with processes that are forked, which saves each the imports."""
+    from torch.distributed.launcher import api
+
+    forking = functools.partial(api.LaunchConfig, start_method=FORKS.get_start_method())
+    with mock.patch.object(api, "LaunchConfig", forking):
+        run_in_processes(*call, processes=processes, timeout=timeout)
+
+
 def where(directory: Path, name: str) -> Path:
     """Where a case is written."""
     return directory / name.replace(", ", "-").replace(" ", "-")
@@ -131,8 +142,8 @@ def train_in(
     if processes == 1:
         train(directory, jobs, FP32)
     else:
-        with forked_workers():
-            run_in_processes(train, directory, jobs, FP32, processes=processes, timeout=timeout)
+        run = run_forked if jobs.fault is None else run_in_processes
+        run(train, directory, jobs, FP32, processes=processes, timeout=timeout)
     return {name: without_times(rows_in(where(directory, name))) for name in jobs.cases}
 
 

@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from salsa.artifacts import Checkpoint, write_jsonl
 from salsa.config import DataSource, DPOConfig, LoRAConfig, RewardConfig, SFTConfig
 from salsa.errors import WorkFailed
-from salsa.runtime.launch import run_in_processes
 from salsa.stages.jobs import DPOJob, RewardJob, SFTJob
-from tests.forked import forked_workers
-from tests.many_processes import TIMEOUT, fit
+from tests.many_processes import TIMEOUT, fit, run_forked
 from tests.tiny_rl import FP32
 
 pytestmark = [
@@ -76,8 +74,7 @@ def in_processes(processes, directory, jobs, stop_at=None):
         fit(directory, (jobs, stop_at), FP32)
     else:
         call = fit, directory, (jobs, stop_at), FP32
-        with forked_workers():
-            run_in_processes(*call, processes=processes, timeout=TIMEOUT)
+        run_forked(*call, processes=processes, timeout=TIMEOUT)
 
 
 def logged(directory: Path) -> list[dict]:

@@ -19,11 +19,19 @@ from salsa.errors import WorkFailed
 from salsa.models import load_classifier
 from salsa.rewards import RewardSource
 from salsa.runtime.checkpoint import load_state, saved_steps, state_file
-from salsa.runtime.launch import run_in_processes
 from salsa.stages.jobs import RLJob
 from tests.conftest import tiny_tokenizer
-from tests.forked import forked_workers
-from tests.many_processes import CASES, COUNTS, FURTHER, Jobs, apart, fit, train_in, where
+from tests.many_processes import (
+    CASES,
+    COUNTS,
+    FURTHER,
+    Jobs,
+    apart,
+    fit,
+    run_forked,
+    train_in,
+    where,
+)
 from tests.tiny_rl import FP32, job_from, rows_in, without_times
 
 pytestmark = pytest.mark.slow
@@ -113,8 +121,7 @@ def test_a_reward_model_that_is_only_watched_is_scored_by_all_processes(jobs, tm
     )
     fit(tmp_path / "one", ({"rl": job}, None), FP32)
     call = fit, tmp_path / "two", ({"rl": job}, None), FP32
-    with forked_workers():
-        run_in_processes(*call, processes=2, timeout=20.0)
+    run_forked(*call, processes=2, timeout=20.0)
     alone, together = (without_times(rows_in(tmp_path / n / "rl")) for n in ("one", "two"))
     assert alone[0]["second"] != alone[0]["score"]
     assert all(v < CLOSE for k, v in apart(alone, together).items() if k not in COUNTS)

@@ -1,6 +1,8 @@
 """README: the paths of its map exist, every module is on it, its two commands are the Makefile's and CI's."""
 
+import os
 import re
+import subprocess
 
 
 def test_map_lists_every_module_and_only_what_exists(repository):
@@ -23,6 +25,15 @@ def test_the_two_commands(repository):
     assert commands == ["make demo", "make test"]
     assert "demo:" in makefile and "test:" in makefile
     assert re.search(r"^make test$", (repository / ".ci" / "run").read_text(), flags=re.M)
+
+
+def test_make_keeps_bytecode(repository):
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--eval", "variables: ; @env", "variables"]
+    done = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "PATH=" in done.stdout and "PYTHONDONTWRITEBYTECODE" not in done.stdout
 
 
 def test_recipe_in_the_readme_is_sound(repository, tmp_path):
